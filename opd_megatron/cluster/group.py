@@ -1,0 +1,96 @@
+"""The trainer as the loop sees it: a group of ranks behind one set of calls, in this process or in Ray actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from opd_megatron.megatron.distributed import Rendezvous
+from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, TrainResult, peak_memory_bytes
+from opd_megatron.sample import Sample
+
+
+class TrainerGroup(Protocol):
+    """All ranks of the trainer. Results are merged and in the order of the samples."""
+
+    def resume(self) -> dict[str, Any] | None:
+        """Restore a trainer's state if the run starts from one; its run state, or None."""
+
+    def score(
+        self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False
+    ) -> list[np.ndarray]:
+        """Log-probabilities ``[T]`` float32 of each response under a model."""
+
+    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Take the rollout's optimizer steps; metrics, and the student's log-probabilities before them."""
+
+    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The student as Hugging Face tensors."""
+
+    def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+
+    def peak_memory_bytes(self) -> int:
+        """The largest memory of any rank so far."""
+
+    def close(self) -> None:
+        """End the ranks; safe to repeat."""
+
+
+def merge_arrays(parts: Iterable[dict[int, np.ndarray]], count: int) -> list[np.ndarray]:
+    """Arrays by place from all ranks, in order; raises ``RuntimeError`` if a place is missing."""
+    merged: dict[int, np.ndarray] = {}
+    for part in parts:
+        merged.update(part)
+    if sorted(merged) != list(range(count)):
+        raise RuntimeError(f"the trainer's ranks returned {len(merged)} of {count} samples")
+    return [merged[place] for place in range(count)]
+
+
+def merge_results(results: Sequence[TrainResult], count: int) -> tuple[dict[str, float], list[np.ndarray]]:
+    """One rank reports the metrics; log-probabilities come from all data-parallel ranks."""
+    (metrics,) = [result.metrics for result in results if result.metrics is not None]
+    return metrics, merge_arrays([result.log_probs for result in results], count)
+
+
+class LocalTrainerGroup:
+    """World size 1: the trainer runs in this process, so a debugger and a profiler see it."""
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        self._trainer = MegatronTrainer(spec, Rendezvous())
+
+    def resume(self) -> dict[str, Any] | None:
+        return self._trainer.resume()
+
+    def score(
+        self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False
+    ) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.score(name, samples, keep_hidden=keep_hidden)], len(samples))
+
+    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
+        return merge_results([self._trainer.train(samples)], len(samples))
+
+    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return self._trainer.export_weights()
+
+    def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
+        self._trainer.save(folder, step, hf_folder, run_state)
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes()
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+def start_trainer_group(spec: TrainerSpec) -> TrainerGroup:
+    """In this process for world size 1, else one Ray actor per rank."""
+    if spec.options.world_size == 1:
+        return LocalTrainerGroup(spec)
+    from opd_megatron.cluster.ray_group import RayTrainerGroup
+
+    return RayTrainerGroup(spec)

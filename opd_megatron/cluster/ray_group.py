@@ -1,0 +1,189 @@
+"""Trainer ranks as Ray actors: placement, calls to all of them, and an orderly end when one fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
+
+from opd_megatron.cluster.group import merge_arrays, merge_results
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import ClusterOptions
+from opd_megatron.megatron import cpu
+from opd_megatron.megatron.distributed import Rendezvous, free_port, quiet_megatron
+from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, peak_memory_bytes
+from opd_megatron.sample import Sample
+
+PLACEMENT_SECONDS = 120.0
+
+
+class TrainerError(RuntimeError):
+    """A rank of the trainer failed; the message names it and its error."""
+
+
+class _TrainerRank:
+    """What runs in an actor: one rank, built after all of them are placed."""
+
+    def __init__(self) -> None:
+        quiet_megatron()
+        self._trainer: MegatronTrainer | None = None
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks can meet on this actor's node."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def build(self, spec: TrainerSpec, rendezvous: Rendezvous) -> None:
+        self._trainer = MegatronTrainer(spec, rendezvous)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._trainer, method)(*args, **kwargs)
+
+    def export_weights(self) -> list[tuple[str, Tensor]]:
+        assert self._trainer is not None
+        return list(self._trainer.export_weights())
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes()
+
+
+class RayTrainerGroup:
+    """One actor per rank on the nodes of a Ray cluster, which is started on this machine unless an address is given.
+
+    Raises :class:`UserError` if the cluster cannot place the ranks and :class:`TrainerError` if one fails, after all of
+    them were ended.
+    """
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        cluster = spec.options.cluster
+        self._world_size = spec.options.world_size
+        self._owns_cluster = not ray.is_initialized()
+        self._group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        if self._owns_cluster:
+            _connect(cluster, self._world_size)
+        try:
+            self._place(cluster)
+            address, port = self._wait([self._actors[0].address.remote()])[0]
+            self._wait(
+                [
+                    actor.build.remote(
+                        spec,
+                        Rendezvous(
+                            rank=rank,
+                            world_size=self._world_size,
+                            local_rank=rank % cluster.actor_num_gpus_per_node,
+                            address=address,
+                            port=port,
+                        ),
+                    )
+                    for rank, actor in enumerate(self._actors)
+                ]
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def _place(self, cluster: ClusterOptions) -> None:
+        gpus = 1 if cpu.has_cuda() or ray.cluster_resources().get("GPU", 0) else 0
+        bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
+        group = placement_group([bundle] * self._world_size, strategy="PACK")
+        self._group = group
+        if not group.wait(PLACEMENT_SECONDS):
+            have = {name: value for name, value in ray.cluster_resources().items() if name in bundle}
+            raise UserError(
+                f"--actor-num-nodes {cluster.actor_num_nodes} x --actor-num-gpus-per-node "
+                f"{cluster.actor_num_gpus_per_node} need {self._world_size} times {bundle}, the cluster has {have}"
+            )
+        remote = ray.remote(_TrainerRank)
+        self._actors = [
+            remote.options(
+                num_cpus=1,
+                num_gpus=gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            ).remote()
+            for rank in range(self._world_size)
+        ]
+
+    def _wait(self, references: list[Any]) -> list[Any]:
+        """Results of one call per rank. The first failure ends every rank: the others would wait for it forever."""
+        pending = list(references)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                rank = references.index(done[0])
+                self.close()
+                raise _readable(rank, error) from error
+        return list(ray.get(references))
+
+    def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return self._wait([actor.call.remote(method, *args, **kwargs) for actor in self._actors])
+
+    def resume(self) -> dict[str, Any] | None:
+        return self._all("resume")[0]  # type: ignore[no-any-return]
+
+    def score(
+        self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False
+    ) -> list[np.ndarray]:
+        shared = ray.put(list(samples))
+        return merge_arrays(self._all("score", name, shared, keep_hidden=keep_hidden), len(samples))
+
+    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
+        return merge_results(self._all("train", ray.put(list(samples))), len(samples))
+
+    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
+        exported: list[tuple[str, Tensor]] = self._wait([actor.export_weights.remote() for actor in self._actors])[0]
+        return exported
+
+    def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
+        self._all("save", folder, step, hf_folder, run_state)
+
+    def peak_memory_bytes(self) -> int:
+        return int(max(self._wait([actor.peak_memory_bytes.remote() for actor in self._actors])))
+
+    def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._owns_cluster and ray.is_initialized():
+            ray.shutdown()
+
+
+def _connect(cluster: ClusterOptions, world_size: int) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if cluster.ray_address is not None:
+        try:
+            ray.init(address=cluster.ray_address, **quiet)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"--ray-address {cluster.ray_address}: {str(error).splitlines()[0]}") from error
+        return
+    if cluster.actor_num_nodes > 1:
+        raise UserError("--actor-num-nodes above 1 needs --ray-address: start a Ray cluster on the nodes first")
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    ray.init(
+        num_cpus=world_size,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}},
+        **quiet,
+    )
+
+
+def _readable(rank: int, error: Exception) -> Exception:
+    """The error of a rank as one message, of the kind that it was in the rank."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+    if isinstance(cause, UserError):
+        return UserError(str(cause))
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return TrainerError(f"trainer rank {rank} failed: {type(cause).__name__}: {lines[0] if lines else ''}")

@@ -1,0 +1,72 @@
+"""Checks of single values: each returns what is wrong in words that follow the flag and its value, or None."""
+
+from __future__ import annotations
+
+import json
+import re
+from urllib.parse import SplitResult, urlsplit
+
+MASK = "***"
+"""Stands in every dump and message for the secret parts of an address."""
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_SET_NAME = re.compile(r"[\w.+-]+")
+
+
+def import_path(value: str) -> str | None:
+    """``package.module:function``."""
+    return None if _IMPORT_PATH.fullmatch(value) else "must be written package.module:function"
+
+
+def json_mapping(value: str) -> str | None:
+    """A JSON object."""
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        return f"is not JSON ({error})"
+    return None if isinstance(parsed, dict) else 'must be a JSON mapping such as \'{"enable_thinking": false}\''
+
+
+def off_or_positive(value: int) -> str | None:
+    """-1 switches off; else a count of at least 1."""
+    return "must be -1 (off) or at least 1" if value == 0 else None
+
+
+def named_path(value: tuple[str, str]) -> str | None:
+    """The name of a named file appears in metric names."""
+    return None if _SET_NAME.fullmatch(value[0]) else f"name {value[0]!r} may hold letters, digits and . _ + - only"
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of ``url``, None where it is no address (a port that is no number, an unclosed bracket)."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
+
+
+def http_url(value: str) -> str | None:
+    """``http://`` or ``https://`` and a host; secrets that a dump has masked must be given anew."""
+    parts = _split(value)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", value):
+        return "must be an address such as http://127.0.0.1:30000"
+    if MASK in value:
+        return f"has its secret parts masked by a dump ({MASK}): write the whole address"
+    return None
+
+
+def mask_url(url: str) -> str:
+    """``url`` without its user name, password, query and fragment: fit for logs, dumps and messages."""
+    parts = _split(url)
+    if parts is None:
+        # Not an address, so there is no telling where in it a secret could be.
+        return MASK if "@" in url or "?" in url else url
+    host = parts.netloc.rpartition("@")[2]
+    user = f"{MASK}@" if "@" in parts.netloc else ""
+    prefix = f"{parts.scheme}://" if parts.scheme and parts.netloc else f"{parts.scheme}:" if parts.scheme else ""
+    path = MASK if "@" in parts.path else parts.path
+    query = f"?{MASK}" if parts.query else ""
+    fragment = f"#{MASK}" if parts.fragment else ""
+    return prefix + user + host + path + query + fragment

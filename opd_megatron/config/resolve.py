@@ -1,0 +1,133 @@
+"""What follows from the options and the folders they name: models, starting weights, lengths of the schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from opd_megatron.config.architecture import (
+    ModelArchitecture,
+    architecture_from_hf,
+    differences,
+    disagreements,
+    read_hf_config,
+)
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint, resolve_step
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import Options
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where the student's first weights come from.
+
+    ``folder`` is the Hugging Face or step folder to read; with ``random`` there are no weights and it has the config.
+    ``load`` is a resume if the folder holds a trainer's state.
+    """
+
+    source: Literal["load", "ref_load", "hf_checkpoint", "random"]
+    folder: Path
+
+
+def starting_point(options: Options) -> StartingPoint:
+    """``--load`` if it holds a checkpoint; else ``--ref-load``; else the weights in ``--hf-checkpoint``; else random.
+
+    Raises :class:`UserError` if the folder that is chosen is damaged.
+    """
+    paths = options.checkpoint
+    if paths.load is not None and holds_checkpoint(paths.load):
+        return StartingPoint("load", resolve_step(paths.load, paths.ckpt_step))
+    if paths.ref_load is not None:
+        return StartingPoint("ref_load", resolve_step(paths.ref_load))
+    folder = _hf_checkpoint(options)
+    info = inspect_checkpoint(folder)
+    if info.problem:
+        raise UserError(f"{folder}: {info.problem}")
+    return StartingPoint("hf_checkpoint" if info.kind == "hf" else "random", folder)
+
+
+def holds_checkpoint(folder: str | Path) -> bool:
+    """Whether ``--load`` means a resume: it has a checkpoint, be it a damaged one, which must not be passed over."""
+    info = inspect_checkpoint(folder)
+    return info.kind in ("hf", "torch_dist") or info.problem is not None
+
+
+def reference_folder(options: Options) -> Path | None:
+    """Weights of the reference model for ``--kl-coef`` and ``--use-kl-loss``; None if there are none.
+
+    They stay those of ``--ref-load``, or else of ``--hf-checkpoint``, when the student resumes from ``--load``.
+    """
+    if options.checkpoint.ref_load is not None:
+        return resolve_step(options.checkpoint.ref_load)
+    folder = _hf_checkpoint(options)
+    return folder if inspect_checkpoint(folder).kind == "hf" else None
+
+
+def needs_reference(options: Options) -> bool:
+    """Whether the objective contains a KL to the reference."""
+    return options.objective.use_kl_loss or options.objective.kl_coef > 0
+
+
+def student_architecture(options: Options) -> ModelArchitecture:
+    """The model of ``--hf-checkpoint``; raises :class:`UserError` naming every MODEL_ARGS option that disagrees."""
+    folder = _hf_checkpoint(options)
+    architecture = architecture_from_hf(read_hf_config(folder), source=f"--hf-checkpoint {folder}")
+    found = disagreements(options.given, options.model, architecture)
+    if found:
+        raise UserError(f"MODEL_ARGS disagree with --hf-checkpoint {folder}: {', '.join(found)}")
+    return architecture
+
+
+def teacher_architecture(options: Options) -> ModelArchitecture:
+    """The model of ``--opd-teacher-load``, which has nothing to do with MODEL_ARGS."""
+    if options.opd.opd_teacher_load is None:
+        raise UserError("--opd-teacher-load is missing")
+    return checkpoint_architecture(options.opd.opd_teacher_load, "--opd-teacher-load")
+
+
+def checkpoint_architecture(folder: str | Path, flag: str) -> ModelArchitecture:
+    """The model in a checkpoint folder of either kind, from the config that it carries."""
+    info = inspect_checkpoint(folder)
+    if info.hf_folder is None:
+        raise UserError(
+            f"{flag} {folder} carries no config (hf/config.json): put the model's there or convert it anew with "
+            "tools/convert_hf_to_torch_dist.py"
+        )
+    return architecture_from_hf(read_hf_config(info.hf_folder), source=f"{flag} {info.hf_folder}")
+
+
+def weight_differences(options: Options, student: ModelArchitecture) -> list[str]:
+    """Faults of ``--load`` and ``--ref-load`` folders that hold another model than the student's."""
+    faults = []
+    for flag, folder in (("--load", options.checkpoint.load), ("--ref-load", options.checkpoint.ref_load)):
+        if folder is None or inspect_checkpoint(folder).hf_folder is None:
+            continue
+        found = differences(checkpoint_architecture(folder, flag), student)
+        if found:
+            faults.append(f"{flag} {folder} is another model than --hf-checkpoint: {', '.join(found)}")
+    return faults
+
+
+def schedule_steps(options: Options, num_rollouts: int) -> tuple[int, int]:
+    """(decay, warm-up) of the learning rate in optimizer steps for a run of ``num_rollouts``.
+
+    Raises :class:`UserError` if the warm-up does not end before the decay does.
+    """
+    settings = options.optimizer
+    decay = settings.lr_decay_iters or num_rollouts * options.steps_per_rollout
+    warmup = settings.lr_warmup_iters
+    if settings.lr_warmup_fraction is not None:
+        warmup = int(settings.lr_warmup_fraction * decay)
+    if warmup >= decay:
+        raise UserError(
+            f"--lr-warmup-iters {warmup} must be shorter than the decay of {decay} optimizer steps "
+            "(--lr-decay-iters, or else the whole run)"
+        )
+    return decay, warmup
+
+
+def _hf_checkpoint(options: Options) -> Path:
+    if options.checkpoint.hf_checkpoint is None:
+        raise UserError("--hf-checkpoint is missing: name the folder of the student's config and tokenizer")
+    return Path(options.checkpoint.hf_checkpoint)

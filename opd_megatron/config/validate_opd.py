@@ -1,0 +1,86 @@
+"""Combinations of distillation options that cannot mean anything, or not what they seem to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from opd_megatron.config.options import OpdOptions, Options
+
+_SGLANG_ONLY = (
+    "opd_teacher_url",
+    "opd_teacher_max_in_flight",
+    "opd_teacher_timeout",
+    "opd_teacher_max_retries",
+)
+_MEGATRON_ONLY = ("opd_teacher_load", "opd_teacher_ckpt_step", "opd_exact_kl_interval")
+
+
+def opd_faults(options: Options) -> list[str]:
+    """Every fault of the ``--opd-*`` options among themselves and with the sampling options."""
+    opd, given = options.opd, options.given
+    if not opd.use_opd:
+        names = [item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd" and item.name in given]
+        faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in names]
+        if options.objective.loss_type == "policy_loss" and options.objective.advantage_estimator == "none":
+            faults.append("--advantage-estimator none leaves nothing to learn from: add --use-opd or name an estimator")
+        return faults
+    faults = []
+    if options.objective.loss_type == "sft_loss":
+        faults.append("--use-opd does not go with --loss-type sft_loss, which samples nothing: leave out one of them")
+    if opd.opd_type is None:
+        faults.append("--use-opd needs --opd-type: choose sglang or megatron")
+    elif opd.opd_type == "megatron":
+        faults += _megatron_faults(options)
+    else:
+        faults += _sglang_faults(options)
+    if not opd.opd_allow_sampling_mismatch:
+        faults += _sampling_faults(options)
+    return faults
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _misplaced(options: Options, names: tuple[str, ...], other: str) -> list[str]:
+    return [f"{_flag(name)} goes with --opd-type {other} only" for name in names if name in options.given]
+
+
+def _megatron_faults(options: Options) -> list[str]:
+    faults = []
+    if options.opd.opd_teacher_load is None:
+        faults.append("--opd-type megatron needs --opd-teacher-load: name the teacher's checkpoint folder")
+    return faults + _misplaced(options, _SGLANG_ONLY, "sglang")
+
+
+def _sglang_faults(options: Options) -> list[str]:
+    faults = []
+    count = len(options.opd.opd_teacher_url)
+    if count == 0 and options.rollout.load_debug_rollout_data is None:
+        faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
+    if count > 1:
+        faults.append(f"--opd-teacher-url takes exactly one address, not {count}")
+    return faults + _misplaced(options, _MEGATRON_ONLY, "megatron")
+
+
+def _sampling_faults(options: Options) -> list[str]:
+    """The rule of one temperature and one sampling law: else the mean of the term is not the KL it is meant to be."""
+    rollout = options.rollout
+    override = "or accept the bias with --opd-allow-sampling-mismatch"
+    faults = []
+    if options.opd.opd_type == "sglang" and rollout.rollout_temperature != 1.0:
+        faults.append(
+            f"--rollout-temperature {rollout.rollout_temperature:g} does not go with --opd-type sglang, whose scores "
+            f"are at temperature 1: set it to 1, use --opd-type megatron, {override}"
+        )
+    if rollout.rollout_top_p < 1.0:
+        faults.append(
+            f"--rollout-top-p {rollout.rollout_top_p:g} samples from another distribution than the one that --use-opd "
+            f"compares with the teacher's: set it to 1 {override}"
+        )
+    if rollout.rollout_top_k != -1:
+        faults.append(
+            f"--rollout-top-k {rollout.rollout_top_k} samples from another distribution than the one that --use-opd "
+            f"compares with the teacher's: set it to -1 {override}"
+        )
+    return faults

@@ -1,0 +1,180 @@
+"""Files and folders that options name: whether they are there and hold what they are for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from opd_megatron.config.architecture import read_hf_config
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint, resolve_step
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import holds_checkpoint, starting_point
+
+ROLLOUT_ID = "{rollout_id}"
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_LABELLED_REWARDS = ("math", "gsm8k", "exact")
+
+
+class PromptCheck(Protocol):
+    """Reads a prompt file and returns every fault as a phrase that names the file and the line."""
+
+    def __call__(
+        self, path: str, input_key: str, label_key: str | None, metadata_key: str, *, apply_chat_template: bool
+    ) -> list[str]: ...
+
+
+def path_faults(options: Options, check_prompts: PromptCheck | None) -> list[str]:
+    """Every fault of the paths; prompt files are read by ``check_prompts``, which knows their formats."""
+    try:
+        return [
+            *_hf_checkpoint_faults(options),
+            *_weight_faults(options),
+            *_teacher_faults(options),
+            *_prompt_faults(options, check_prompts),
+            *_recorded_faults(options),
+            *_target_faults(options),
+        ]
+    except OSError as error:  # no permission, a name too long, a broken disk
+        return [f"{error.filename or 'a path'} cannot be read ({error.strerror})"]
+
+
+def _fault(action: Callable[[], object]) -> str | None:
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _missing(flag: str, folder: str) -> str | None:
+    if not Path(folder).exists():
+        return f"{flag} {folder} does not exist"
+    return None if Path(folder).is_dir() else f"{flag} {folder} is a file: name the folder"
+
+
+def _hf_checkpoint_faults(options: Options) -> Iterator[str]:
+    folder = options.checkpoint.hf_checkpoint
+    if folder is None:
+        return
+    fault = _missing("--hf-checkpoint", folder)
+    if fault:
+        yield fault
+        return
+    fault = _fault(lambda: read_hf_config(folder))
+    if fault:
+        yield f"--hf-checkpoint {fault}"
+    if not any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES):
+        yield f"--hf-checkpoint {folder} holds no tokenizer (tokenizer.json or tokenizer_config.json): put it there"
+
+
+def _weight_faults(options: Options) -> Iterator[str]:
+    """Faults of ``--load`` and ``--ref-load``; a ``--load`` without a checkpoint is a run that begins."""
+    load, ref_load, step = options.checkpoint.load, options.checkpoint.ref_load, options.checkpoint.ckpt_step
+    resumes = load is not None and Path(load).is_dir() and holds_checkpoint(load)
+    if load is not None and Path(load).is_file():
+        yield f"--load {load} is a file: name the folder"
+    elif load is not None and resumes:
+        fault = _fault(lambda: resolve_step(load, step))
+        if fault:
+            yield f"{'--load' if step is None else '--ckpt-step:'} {fault}"
+    elif load is not None and step is not None:
+        yield f"--ckpt-step: step {step} is not in --load {load}, which holds no complete checkpoint"
+    hf_checkpoint = options.checkpoint.hf_checkpoint
+    if ref_load is not None:
+        fault = _missing("--ref-load", ref_load)
+        if not fault:
+            fault = _fault(lambda: resolve_step(ref_load))
+            fault = fault and f"--ref-load {fault}"
+        if fault:
+            yield fault
+    elif not resumes and hf_checkpoint is not None and Path(hf_checkpoint).is_dir():
+        # Only where these weights will be read: a folder with no more than config and tokenizer is of use, too.
+        fault = _fault(lambda: starting_point(options))
+        if fault:
+            yield f"--hf-checkpoint {fault}: complete it, or remove what is left of the weights"
+
+
+def _teacher_faults(options: Options) -> Iterator[str]:
+    folder, step = options.opd.opd_teacher_load, options.opd.opd_teacher_ckpt_step
+    if folder is None:
+        return
+    fault = _missing("--opd-teacher-load", folder)
+    if fault is None and inspect_checkpoint(folder).kind == "hf_config_only":
+        problem = inspect_checkpoint(folder).problem or "a config without weights"
+        fault = f"--opd-teacher-load {folder} holds no complete checkpoint ({problem})"
+    elif fault is None:
+        fault = _fault(lambda: resolve_step(folder, step))
+        whole = step is None or inspect_checkpoint(folder).kind is None
+        named = "--opd-teacher-load" if whole else "--opd-teacher-ckpt-step:"
+        fault = fault and f"{named} {fault}"
+    if fault:
+        yield fault
+
+
+def _prompt_faults(options: Options, check_prompts: PromptCheck | None) -> Iterator[str]:
+    if check_prompts is None:
+        return
+    data = options.data
+    labelled = options.objective.loss_type == "sft_loss" or options.reward.rm_type in _LABELLED_REWARDS
+    sets = [(f"--eval-prompt-data {name}", path) for name, path in options.evaluation.eval_prompt_data]
+    if data.prompt_data is not None:
+        sets.insert(0, ("--prompt-data", data.prompt_data))
+    for flag, path in sets:
+        label_key = options.label_key if labelled else data.label_key
+        found = check_prompts(
+            path, data.input_key, label_key, data.metadata_key, apply_chat_template=data.apply_chat_template
+        )
+        yield from (f"{flag}: {fault}" for fault in found)
+
+
+def _recorded_faults(options: Options) -> Iterator[str]:
+    pattern = options.rollout.load_debug_rollout_data
+    if pattern is None:
+        return
+    path = Path(pattern)
+    if ROLLOUT_ID not in pattern:
+        if not path.is_file():
+            yield f"--load-debug-rollout-data {pattern} does not exist"
+        return
+    before, _, after = path.name.partition(ROLLOUT_ID)
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not any(name.startswith(before) and name.endswith(after) for name in names) and ROLLOUT_ID in path.name:
+        yield f"--load-debug-rollout-data {pattern}: there is no such file for any rollout"
+
+
+def _target_faults(options: Options) -> Iterator[str]:
+    """Folders that will be written: nothing may stand in their way."""
+    folders = (
+        ("--run-dir", options.run.run_dir),
+        ("--save", options.checkpoint.save),
+        ("--save-hf", options.checkpoint.save_hf),
+    )
+    for flag, folder in folders:
+        if folder is None:
+            continue
+        existing = Path(folder).absolute()
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            yield f"{flag} {folder}: {existing} is a file: choose another folder"
+        elif not os.access(existing, os.W_OK | os.X_OK):
+            yield f"{flag} {folder}: {existing} is not writable: choose another folder"
+        yield from (
+            f"{flag} {folder} is also {source}, which would be overwritten: choose another folder"
+            for source, read in _folders_read(options)
+            if Path(read).absolute() == Path(folder).absolute()
+        )
+
+
+def _folders_read(options: Options) -> list[tuple[str, str]]:
+    """The folders of models that a run reads and must leave as they are (``--load`` may be where it saves)."""
+    folders = (
+        ("--hf-checkpoint", options.checkpoint.hf_checkpoint),
+        ("--ref-load", options.checkpoint.ref_load),
+        ("--opd-teacher-load", options.opd.opd_teacher_load),
+    )
+    return [(flag, folder) for flag, folder in folders if folder is not None]

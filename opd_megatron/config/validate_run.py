@@ -1,0 +1,206 @@
+"""Everything else: sizes that must divide, layouts that must fit, options that contradict one another."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import (
+    needs_reference,
+    reference_folder,
+    schedule_steps,
+    student_architecture,
+    teacher_architecture,
+    weight_differences,
+)
+from opd_megatron.config.validate_paths import ROLLOUT_ID
+
+
+def run_faults(options: Options) -> list[str]:
+    """Every fault of the run as a whole. Options that are still missing are not judged."""
+    return [
+        *_batch_faults(options),
+        *_layout_faults(options),
+        *_model_faults(options),
+        *_recompute_faults(options),
+        *_objective_faults(options),
+        *_schedule_faults(options),
+        *_data_faults(options),
+        *_reward_and_evaluation_faults(options),
+        *_logging_faults(options),
+    ]
+
+
+def _batch_faults(options: Options) -> Iterator[str]:
+    rollout, training = options.rollout, options.training
+    if rollout.rollout_batch_size is None:
+        if training.global_batch_size is None:
+            return
+        samples = f"--global-batch-size {training.global_batch_size}"
+    else:
+        samples = (
+            f"--rollout-batch-size {rollout.rollout_batch_size} x --n-samples-per-prompt {rollout.n_samples_per_prompt}"
+        )
+        if options.samples_per_rollout % options.global_batch_size:
+            yield (
+                f"--global-batch-size {options.global_batch_size} does not divide the {options.samples_per_rollout} "
+                f"samples of a rollout ({samples}): change one of them"
+            )
+        if training.global_batch_size is not None:
+            samples = f"--global-batch-size {training.global_batch_size}"
+    if options.world_size % options.model_parallel_size:
+        return
+    forward = training.micro_batch_size * options.data_parallel_size
+    if options.global_batch_size % forward:
+        yield (
+            f"--micro-batch-size {training.micro_batch_size} x {options.data_parallel_size} data-parallel ranks does "
+            f"not divide the {options.global_batch_size} samples of an optimizer step ({samples}): "
+            f"choose a multiple of {forward}"
+        )
+
+
+def _layout_faults(options: Options) -> Iterator[str]:
+    parallel = options.parallel
+    if options.world_size % options.model_parallel_size:
+        yield (
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{parallel.pipeline_model_parallel_size} does not divide the {options.world_size} ranks of "
+            f"--actor-num-nodes {options.cluster.actor_num_nodes} x --actor-num-gpus-per-node "
+            f"{options.cluster.actor_num_gpus_per_node}"
+        )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield "--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out"
+
+
+def _model_faults(options: Options) -> Iterator[str]:
+    if options.checkpoint.hf_checkpoint is not None:
+        try:
+            student = student_architecture(options)
+            yield from layout_faults_of_model(options, student, "model")
+            yield from weight_differences(options, student)
+        except UserError as error:
+            yield str(error)
+    if options.opd.opd_teacher_load is not None:
+        try:
+            yield from layout_faults_of_model(options, teacher_architecture(options), "teacher")
+        except UserError as error:
+            yield str(error)
+
+
+def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: str) -> list[str]:
+    """What of ``model`` cannot be split by the tensor and pipeline sizes; ``owner`` stands in the messages."""
+    tensor, pipeline = (
+        options.parallel.tensor_model_parallel_size,
+        options.parallel.pipeline_model_parallel_size,
+    )
+    parts = (
+        ("attention heads", model.num_attention_heads),
+        ("query groups", model.num_query_groups),
+        ("feed-forward channels", model.ffn_hidden_size),
+    )
+    faults = [
+        f"--tensor-model-parallel-size {tensor} does not divide the {owner}'s {count} {what}"
+        for what, count in parts
+        if count % tensor
+    ]
+    if model.num_layers % pipeline:
+        faults.append(
+            f"--pipeline-model-parallel-size {pipeline} does not divide the {owner}'s {model.num_layers} layers"
+        )
+    return faults
+
+
+def _recompute_faults(options: Options) -> Iterator[str]:
+    """The rules of Megatron's TransformerConfig."""
+    parallel = options.parallel
+    details = {
+        "--recompute-method": parallel.recompute_method,
+        "--recompute-num-layers": parallel.recompute_num_layers,
+    }
+    given = [flag for flag, value in details.items() if value is not None]
+    if parallel.recompute_granularity == "full":
+        for flag in (flag for flag, value in details.items() if value is None):
+            yield f"--recompute-granularity full needs {flag}"
+    elif given:
+        yield f"{' and '.join(given)} need --recompute-granularity full"
+
+
+def _objective_faults(options: Options) -> Iterator[str]:
+    objective, given = options.objective, options.given
+    if not objective.use_kl_loss:
+        for name, flag in (("kl_loss_coef", "--kl-loss-coef"), ("kl_loss_type", "--kl-loss-type")):
+            if name in given:
+                yield f"{flag} has no effect without --use-kl-loss: add it"
+    if objective.loss_type == "sft_loss":
+        unused = {
+            "--use-kl-loss": objective.use_kl_loss,
+            "--kl-coef": objective.kl_coef > 0,
+            "--entropy-coef": objective.entropy_coef > 0,
+        }
+        for flag in (flag for flag, used in unused.items() if used):
+            yield f"{flag} has no effect with --loss-type sft_loss: leave it out"
+        return
+    if objective.advantage_estimator == "none" and objective.kl_coef > 0:
+        yield "--kl-coef is part of the task reward, which --advantage-estimator none ignores: use --use-kl-loss"
+    if needs_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
+        flag = "--use-kl-loss" if objective.use_kl_loss else "--kl-coef"
+        yield f"{flag} needs a reference: give --ref-load, or weights in --hf-checkpoint"
+
+
+def _schedule_faults(options: Options) -> Iterator[str]:
+    settings = options.optimizer
+    if settings.min_lr > settings.lr:
+        yield f"--min-lr {settings.min_lr:g} is above --lr {settings.lr:g}"
+    if settings.lr_warmup_init > settings.lr:
+        yield f"--lr-warmup-init {settings.lr_warmup_init:g} is above --lr {settings.lr:g}"
+    if settings.lr_warmup_fraction is not None and settings.lr_warmup_iters:
+        yield "--lr-warmup-fraction and --lr-warmup-iters say the same thing: leave out one of them"
+    if settings.use_distributed_optimizer and settings.optimizer != "adam":
+        yield f"--use-distributed-optimizer does not go with --optimizer {settings.optimizer}: use adam"
+    length = options.data.num_rollout
+    if options.rollout.rollout_batch_size is not None and length is not None and options.steps_per_rollout:
+        try:
+            schedule_steps(options, length)
+        except UserError as error:
+            yield str(error)
+
+
+def _data_faults(options: Options) -> Iterator[str]:
+    data, rollout = options.data, options.rollout
+    if data.num_rollout is not None and data.num_epoch is not None:
+        yield "--num-rollout and --num-epoch both set the length of the run: leave out one of them"
+    if data.num_epoch is not None and data.prompt_data is None and rollout.load_debug_rollout_data is not None:
+        yield "--num-epoch counts passes over --prompt-data: with --load-debug-rollout-data use --num-rollout"
+    if "apply_chat_template_kwargs" in options.given and not data.apply_chat_template:
+        yield "--apply-chat-template-kwargs has no effect without --apply-chat-template: add it"
+    if options.checkpoint.ckpt_step is not None and options.checkpoint.load is None:
+        yield "--ckpt-step is a step of --load: name its folder"
+    pattern = rollout.save_debug_rollout_data
+    if pattern is not None and ROLLOUT_ID not in pattern and data.num_rollout != 1:
+        yield f"--save-debug-rollout-data {pattern} would keep the last rollout only: put {ROLLOUT_ID} into the name"
+
+
+def _reward_and_evaluation_faults(options: Options) -> Iterator[str]:
+    reward, evaluation = options.reward, options.evaluation
+    if reward.rm_type is not None and reward.custom_rm_path is not None:
+        yield "--rm-type and --custom-rm-path both name the reward: leave out one of them"
+    if "rm_error_value" in options.given and reward.rm_on_error != "value":
+        yield "--rm-error-value has no effect without --rm-on-error value: add it"
+    if evaluation.eval_interval is not None and not evaluation.eval_prompt_data:
+        yield "--eval-interval has nothing to evaluate: give --eval-prompt-data NAME PATH"
+    names = [name for name, _ in evaluation.eval_prompt_data]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield f"--eval-prompt-data {name} is given twice: give each set a name of its own"
+    if evaluation.eval_prompt_data and options.rollout.load_debug_rollout_data is not None:
+        yield "--eval-prompt-data needs the rollout engine, which --load-debug-rollout-data leaves out"
+
+
+def _logging_faults(options: Options) -> Iterator[str]:
+    if options.run.use_wandb:
+        found = importlib.util.find_spec("wandb")
+        # A folder named wandb, which W&B leaves where it ran, is found as a package without an origin.
+        if found is None or found.origin is None:
+            yield "--use-wandb: the package wandb is not installed: pip install wandb, or leave the flag out"

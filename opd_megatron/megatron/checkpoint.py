@@ -1,0 +1,201 @@
+"""Checkpoints on disk: torch_dist step folders that appear whole or not at all, and weights from either kind of folder.
+
+Layout of a checkpoint folder (read without torch by ``config.checkpoint_paths``)::
+
+    latest_checkpointed_iteration.txt     a step number, or "release" for converted weights
+    hf/                                   config and tokenizer of the model
+    iter_0000010/ or release/             torch_dist files and the manifest opd_megatron.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from opd_megatron.config.checkpoint_paths import (
+    HF_FOLDER,
+    MANIFEST,
+    TRACKER,
+    Step,
+    resolve_step,
+    step_folder_name,
+)
+from opd_megatron.megatron import cpu
+from opd_megatron.megatron.hf_weights import load_hf_weights
+from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.safe_checkpoint import SafeLoad, SynchronousSave
+
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
+
+
+def _barrier() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Copy config and tokenizer of a Hugging Face folder (every file but weights) through a temporary name."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
+            shutil.copyfile(path, temporary / path.name)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def _model_state(model: HiddenStateModel) -> dict[str, Any]:
+    state: dict[str, Any] = model.sharded_state_dict(metadata=_OPTIMIZER_FORMAT)
+    return state
+
+
+def _training_state(
+    model: HiddenStateModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, is_loading: bool
+) -> dict[str, Any]:
+    _allocate_moments(optimizer)
+    state = _model_state(model)
+    with cpu.cuda_type_names():
+        moments = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+    return {"model": state, "optimizer": moments, "scheduler": scheduler.state_dict()}
+
+
+def _allocate_moments(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has not stepped yet its zero moments, so that there is something to save or load."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if inner is None or inner.state:
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if isinstance(inner, torch.optim.SGD):
+                    inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                elif isinstance(inner, torch.optim.AdamW):
+                    inner.state[parameter]["step"] = torch.tensor(0.0)
+                    inner.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                    inner.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        if not inner.state:
+            part.init_state_fn(inner, part.config)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: Step,
+    model: HiddenStateModel,
+    *,
+    hf_folder: Path,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    run_state: dict[str, Any] | None = None,
+) -> Path:
+    """Write one step folder; all ranks call it. Without an optimizer only the weights are written.
+
+    The folder is written under a name that ends in ``.tmp`` and renamed when it is whole, then the tracker is replaced;
+    a process that dies on the way leaves the earlier checkpoint as it was. ``run_state`` is a JSON-like mapping.
+    """
+    root = Path(folder)
+    final = root / step_folder_name(step)
+    temporary = root / (final.name + ".tmp")
+    is_first = dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _barrier()
+    if optimizer is None or scheduler is None:
+        state: dict[str, Any] = {"model": _model_state(model)}
+    else:
+        state = _training_state(model, optimizer, scheduler, is_loading=False)
+        state["run"] = run_state or {}
+        state["rng"] = torch.get_rng_state()
+    dist_checkpointing.save(state, str(temporary), SynchronousSave())
+    _barrier()
+    if is_first:
+        _publish(temporary, final, root, hf_folder)
+    _barrier()
+    return final
+
+
+def _publish(temporary: Path, final: Path, root: Path, hf_folder: Path) -> None:
+    files = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
+    _write_text(temporary / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+    if not (root / HF_FOLDER / "config.json").exists():
+        copy_hf_files(hf_folder, root / HF_FOLDER)
+    replaced = root / (final.name + ".replaced.tmp")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync_directory(root)
+    _write_text(root / TRACKER, final.name.removeprefix("iter_").lstrip("0") or "0")
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def load_weights(model: HiddenStateModel, path: str | Path, step: Step | None = None) -> None:
+    """Load weights from a torch_dist or Hugging Face folder; the layout that wrote them does not matter."""
+    load_model_folder(model, resolve_step(path, step))
+
+
+def load_model_folder(model: HiddenStateModel, source: Path) -> None:
+    """Load weights from a Hugging Face folder or from one torch_dist step folder."""
+    if (source / "config.json").exists():
+        load_hf_weights(model, source)
+        return
+    state = dist_checkpointing.load({"model": _model_state(model)}, str(source), SafeLoad())
+    model.load_state_dict(_tensors(state["model"]))
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a loaded model state, without the layers' extra state, which is empty here."""
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def has_training_state(source: Path) -> bool:
+    """Whether a folder holds more than weights: the state of a run that can go on."""
+    return (source / "common.pt").exists() and "run" in dist_checkpointing.load_common_state_dict(str(source))
+
+
+def load_training_state(
+    source: Path,
+    model: HiddenStateModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> dict[str, Any]:
+    """Resume from a step folder that :func:`save_checkpoint` wrote in the same layout; returns its ``run_state``."""
+    state = _training_state(model, optimizer, scheduler, is_loading=True)
+    loaded = dist_checkpointing.load(state, str(source), SafeLoad())
+    model.load_state_dict(_tensors(loaded["model"]))
+    optimizer.load_state_dict(loaded["optimizer"])
+    scheduler.load_state_dict(loaded["scheduler"])
+    torch.set_rng_state(loaded["rng"])
+    run_state: dict[str, Any] = loaded["run"]
+    return run_state

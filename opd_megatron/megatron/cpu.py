@@ -1,0 +1,145 @@
+"""Megatron-Core on a machine without CUDA: the only module that knows about one.
+
+Megatron-Core names the CUDA device in three ways, each answered here in the narrowest scope that works:
+
+- through functions of ``torch.cuda`` and ``Tensor.cuda`` -> replaced in the process by their CPU equivalents;
+- through literal ``device="cuda"`` arguments -> the ``torch`` seen by exactly those Megatron modules is a view whose
+  factory functions rewrite the argument. ``torch`` itself is left alone: replacing its factories for everyone corrupts
+  buffers of models that other libraries load, without an error;
+- through type names such as ``torch.cuda.FloatTensor`` in the optimizers -> answered inside
+  :func:`cuda_type_names` only.
+
+:func:`install` does nothing on a machine with CUDA, so callers never ask which device they are on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_MODULES_WITH_LITERAL_DEVICES = (
+    "megatron.core.utils",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.exchange_utils",
+)
+_FACTORIES = ("empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like", "arange")
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def collective_backend() -> str:
+    """Name of the ``torch.distributed`` backend for :func:`device`."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+class _CpuTorch(ModuleType):
+    """``torch`` as a Megatron module sees it: the same, but literal CUDA devices mean the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        requested = kwargs.get("device")
+        if requested is not None and str(requested).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _CudaTypeNames(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def cuda_type_names() -> contextlib.AbstractContextManager[Any]:
+    """Inside this context ``tensor.type()`` names the CUDA type, as Megatron's optimizers expect."""
+    return contextlib.nullcontext() if has_cuda() else _CudaTypeNames()
+
+
+def _no_op() -> Callable[..., None]:
+    """A new function each time: torch.compile's tables refuse one object under two names."""
+    return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def _no_stream(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _keep_adam_step() -> None:
+    """Let the distributed optimizer load a state of ``torch.optim.AdamW``.
+
+    Without Transformer Engine the inner optimizer is torch's, whose state has a ``step`` beside the moments. Megatron
+    restores it with the parameter groups, as one tensor that all parameters share (each would advance it), and then
+    looks for it among the sharded tensors as well.
+    """
+    optimizer: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    restore = optimizer._set_main_param_and_optimizer_states
+
+    def restore_with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {"step": state["step"], **tensors}
+        restore(self, model_param, tensors)
+
+    optimizer._set_main_param_and_optimizer_states = restore_with_step
+
+
+def install() -> None:
+    """Prepare this process for Megatron-Core; safe to repeat, and nothing on a machine with CUDA."""
+    if has_cuda() or getattr(install, "done", False):
+        return
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = _no_op()
+    cuda.empty_cache = _no_op()
+    cuda.set_device = _no_op()
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.stream = _no_stream
+    setattr(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010  mypy rejects an assignment
+
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    view = _CpuTorch()
+    for name in _MODULES_WITH_LITERAL_DEVICES:
+        module: Any = importlib.import_module(name)
+        module.torch = view
+    _keep_adam_step()
+    install.done = True  # type: ignore[attr-defined]

@@ -1,0 +1,97 @@
+"""Process groups: how a rank joins the run, and where it stands in it."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from opd_megatron.config.options import ParallelOptions
+from opd_megatron.megatron import cpu
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Place of one rank and where the ranks meet.
+
+    World size 1 needs no network; without a ``port`` the ranks meet where ``torchrun``'s variables say.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int | None = None
+
+    @classmethod
+    def from_torchrun(cls) -> Rendezvous:
+        """Read the variables that ``torchrun`` sets; without them, a single process."""
+        if "RANK" not in os.environ:
+            return cls()
+        return cls(
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+
+
+def free_port() -> int:
+    """A TCP port on this machine that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def initialize(rendezvous: Rendezvous, parallel: ParallelOptions, *, seed: int) -> None:
+    """Join the process group, once, and build Megatron's groups for the layout of ``parallel``, anew at each call."""
+    cpu.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if cpu.has_cuda():
+        torch.cuda.set_device(rendezvous.local_rank % torch.cuda.device_count())
+    if not dist.is_initialized():
+        _join(rendezvous, datetime.timedelta(minutes=parallel.distributed_timeout_minutes))
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _join(rendezvous: Rendezvous, timeout: datetime.timedelta) -> None:
+    backend = cpu.collective_backend()
+    rank, world_size = rendezvous.rank, rendezvous.world_size
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif rendezvous.port is None:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    else:
+        store = dist.TCPStore(rendezvous.address, rendezvous.port, world_size, rank == 0, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def shutdown() -> None:
+    """Leave Megatron's groups and the process group; safe to repeat."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_megatron() -> None:
+    """Drop Megatron-Core's import-time notes about fused kernels that do not exist for this machine."""
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)

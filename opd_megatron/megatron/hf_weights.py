@@ -1,0 +1,199 @@
+"""Weights between a Hugging Face folder, a parallel Megatron model, and a stream of full tensors.
+
+Nothing here holds a model twice: loading reads one parameter at a time, and exporting yields one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.weight_map import ParameterMap, global_name, parameter_maps
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+class HFWeights:
+    """Lazy reader of the safetensors files of a Hugging Face folder; raises ``UserError`` on what is missing."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / INDEX_NAME
+        if index.exists():
+            files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        elif (self.folder / SINGLE_NAME).exists():
+            with safe_open(self.folder / SINGLE_NAME, framework="pt") as reader:
+                files = dict.fromkeys(reader.keys(), SINGLE_NAME)
+        else:
+            raise UserError(f"{folder} holds no safetensors weights ({SINGLE_NAME} or {INDEX_NAME})")
+        self.files = files
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor ``name``, checked to have ``shape``."""
+        if name not in self.files:
+            raise UserError(f"{self.folder}: weight {name} is missing")
+        with safe_open(self.folder / self.files[name], framework="pt") as reader:
+            tensor: Tensor = reader.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{self.folder}: weight {name} has shape {tuple(tensor.shape)}, the config says {shape}")
+        return tensor
+
+
+def model_maps(model: HiddenStateModel) -> list[ParameterMap]:
+    """The table of the whole model that ``model`` is a part of."""
+    return parameter_maps(model.architecture, model.vocab_size)
+
+
+def local_parameters(model: HiddenStateModel) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by global Megatron name."""
+    offset = get_transformer_layer_offset(model.config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
+    return {global_name(name, offset): parameter for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    remaining = local_parameters(model)
+    tied = not model.architecture.untie_embeddings_and_output_weights
+    for row in model_maps(model):
+        targets = [remaining.pop(row.megatron_name, None)]
+        if tied and row.megatron_name == "embedding.word_embeddings.weight":
+            # With tied weights the last pipeline stage holds a copy of the embedding as its output weight.
+            targets.append(remaining.pop("output_layer.weight", None))
+        if not any(target is not None for target in targets):
+            continue
+        if source is None:
+            tensors = row.random(model.architecture, seed, model.config.params_dtype)
+        else:
+            tensors = [source.tensor(name, shape) for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)]
+        shard = row.layout.shard(row.layout.merge(tensors), rank, size)
+        for target in targets:
+            if target is not None:
+                if target.shape != shard.shape:
+                    raise ValueError(f"{row.megatron_name}: {tuple(target.shape)} in the model, {tuple(shard.shape)}")
+                target.copy_(shard)
+    if remaining:
+        raise ValueError(f"the weight table does not know {', '.join(sorted(remaining))}")
+
+
+def load_hf_weights(model: HiddenStateModel, folder: str | Path) -> None:
+    """Fill this rank's parameters from a Hugging Face folder; raises ``UserError`` on missing or misshapen weights."""
+    _fill(model, HFWeights(folder), seed=0)
+
+
+def initialize_weights(model: HiddenStateModel, seed: int) -> None:
+    """Fill this rank's parameters with seeded random weights that do not depend on the layout."""
+    _fill(model, None, seed)
+
+
+def _gather_full(row: ParameterMap, parameter: Tensor) -> Tensor:
+    """The full tensor of a parameter on every rank of its tensor-parallel group."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    local = parameter.detach().contiguous()
+    if size == 1:
+        return row.layout.unshard([local])
+    shards = [torch.empty_like(local) for _ in range(size)]
+    dist.all_gather(shards, local, group=group)
+    return row.layout.unshard(shards)
+
+
+def _owners(model: HiddenStateModel) -> dict[str, int]:
+    """Pipeline rank that holds each global parameter (the first, where two do)."""
+    names: list[list[str]] = [[]] * parallel_state.get_pipeline_model_parallel_world_size()
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dist.all_gather_object(names, list(local_parameters(model)), group=group)
+    owners: dict[str, int] = {}
+    for stage, stage_names in enumerate(names):
+        for name in stage_names:
+            owners.setdefault(name, stage)
+    return owners
+
+
+@torch.no_grad()
+def export_hf_weights(model: HiddenStateModel) -> Iterator[tuple[str, Tensor]]:
+    """Stream ``(Hugging Face name, full tensor on the CPU)`` on global rank 0; other ranks get nothing.
+
+    All ranks must iterate to the end. Tensors are clones, in the model's dtype.
+    """
+    if parallel_state.get_data_parallel_rank() != 0:
+        return
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    first_of_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
+    parameters = local_parameters(model)
+    owners = _owners(model)
+    for row in model_maps(model):
+        owner = owners[row.megatron_name]
+        parts: list[Tensor] = []
+        if owner == stage:
+            parts = row.layout.split(_gather_full(row, parameters[row.megatron_name]))
+        if not first_of_tensor:
+            continue
+        if stages > 1 and owner != 0:
+            parts = _send_to_first_stage(row, parts, owner, stage, model)
+        if stage == 0:
+            for name, part in zip(row.hf_names, parts, strict=True):
+                yield name, part.to("cpu", copy=True)
+
+
+def _send_to_first_stage(
+    row: ParameterMap, parts: list[Tensor], owner: int, stage: int, model: HiddenStateModel
+) -> list[Tensor]:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if stage == owner:
+        for part in parts:
+            dist.send(part.contiguous(), group=group, group_dst=0)
+    elif stage == 0:
+        device = next(model.parameters()).device
+        parts = [torch.empty(shape, dtype=model.config.params_dtype, device=device) for shape in row.hf_shapes]
+        for part in parts:
+            dist.recv(part, group=group, group_src=owner)
+    return parts
+
+
+def write_hf_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = 4 * 2**30) -> None:
+    """Write a stream of tensors as safetensors files of at most about ``shard_bytes`` with an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        if pending:
+            save_file(pending, folder / f"part-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending, pending_bytes = {}, 0
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > shard_bytes:
+            flush()
+        pending[name] = tensor.contiguous()
+        pending_bytes += size
+        total += size
+    flush()
+    if len(shards) == 1:
+        (folder / "part-00000.safetensors").replace(folder / SINGLE_NAME)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{number:05d}.safetensors").replace(folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

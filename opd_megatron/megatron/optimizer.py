@@ -1,0 +1,77 @@
+"""Megatron's data-parallel wrapper, optimizer and learning-rate schedule from our options."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from opd_megatron.config.options import OptimizerOptions
+from opd_megatron.megatron import cpu
+from opd_megatron.megatron.model import HiddenStateModel
+
+
+def wrap_model(model: HiddenStateModel, options: OptimizerOptions) -> DistributedDataParallel:
+    """Give the model Megatron's gradient buffers; gradients of all ranks are summed (see ``transformer_config``)."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=options.accumulate_allreduce_grads_in_fp32,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    wrapped = DistributedDataParallel(model.config, config, model)
+    model.config.finalize_model_grads_func = _finalize_grads
+    return wrapped
+
+
+def _finalize_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+    """Sum gradients over the ranks. The loss is already divided by the step's count, so no token count is applied."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def build_optimizer(wrapped: DistributedDataParallel, options: OptimizerOptions) -> MegatronOptimizer:
+    """Megatron's (distributed) optimizer over the wrapped model."""
+    config = OptimizerConfig(
+        optimizer=options.optimizer,
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        sgd_momentum=options.sgd_momentum,
+        clip_grad=options.clip_grad,
+        bf16=options.bf16,
+        params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+    )
+    with cpu.cuda_type_names():
+        return get_megatron_optimizer(config, [wrapped])
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, options: OptimizerOptions, decay_steps: int, warmup_steps: int
+) -> OptimizerParamScheduler:
+    """Megatron's learning-rate schedule; lengths in optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=options.lr_warmup_init,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def optimizer_step(optimizer: MegatronOptimizer) -> float:
+    """Clip and apply the gradients; the global gradient norm before clipping."""
+    with cpu.cuda_type_names():
+        _, norm, _ = optimizer.step()
+    return float(norm) if norm is not None else 0.0

@@ -1,0 +1,300 @@
+"""The trainer of one rank: the student with its optimizer, and the frozen models that score the same samples.
+
+Every rank gets the whole rollout and works on its own share of it. All methods are collective: each rank calls them in
+the same order with the same arguments. Results come from the ranks that hold them (last pipeline stage, first tensor
+rank) and are empty elsewhere; the controller merges them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.checkpoint_paths import Step
+from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import StartingPoint, schedule_steps
+from opd_megatron.megatron import checkpoint, cpu, distributed
+from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
+from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
+from opd_megatron.megatron.micro_batch import MicroBatch, plan, rank_share
+from opd_megatron.megatron.model import HiddenStateModel, build_model
+from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
+from opd_megatron.megatron.vocab_head import reverse_kl
+from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
+from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
+from opd_megatron.objectives.weights import token_loss_weights
+from opd_megatron.sample import Sample
+
+ModelName = Literal["student", "reference", "teacher"]
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A model that only scores: its architecture and the folder its weights come from."""
+
+    architecture: ModelArchitecture
+    folder: Path
+    step: Step | None = None
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """All that a rank needs to build its models; picklable, the same on every rank."""
+
+    options: Options
+    architecture: ModelArchitecture
+    start: StartingPoint
+    num_rollouts: int
+    frozen: dict[ModelName, FrozenModel] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Metrics of one rollout's optimizer steps, and the student's log-probabilities by place in the list of samples.
+
+    ``log_probs`` hold the rank's share under the weights before the first optimizer step that saw the sample.
+    ``metrics`` are None on ranks other than the reporting one.
+    """
+
+    metrics: dict[str, float] | None
+    log_probs: dict[int, np.ndarray]
+
+
+class MegatronTrainer:
+    """Builds the models of ``spec`` in the process group of ``rendezvous``."""
+
+    def __init__(self, spec: TrainerSpec, rendezvous: distributed.Rendezvous) -> None:
+        self.spec = spec
+        self.options = spec.options
+        self.temperature = self.options.rollout.rollout_temperature
+        distributed.initialize(rendezvous, self.options.parallel, seed=self.options.training.seed)
+        self.student = self._build(spec.architecture)
+        if spec.start.source == "random":
+            initialize_weights(self.student, self.options.training.seed)
+        else:
+            checkpoint.load_model_folder(self.student, spec.start.folder)
+        self.wrapped = wrap_model(self.student, self.options.optimizer)
+        self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
+        decay, warmup = schedule_steps(self.options, spec.num_rollouts)
+        self.scheduler = build_scheduler(self.optimizer, self.options.optimizer, decay, warmup)
+        self.frozen = {name: self._load_frozen(model) for name, model in spec.frozen.items()}
+        self._teacher_hidden: dict[int, Tensor] = {}
+
+    def _build(self, architecture: ModelArchitecture) -> HiddenStateModel:
+        return build_model(
+            architecture,
+            self.options.parallel,
+            dtype=torch.bfloat16 if self.options.optimizer.bf16 else torch.float32,
+            make_vocab_size_divisible_by=self.options.model.make_vocab_size_divisible_by,
+        )
+
+    def _load_frozen(self, spec: FrozenModel) -> HiddenStateModel:
+        model = self._build(spec.architecture)
+        checkpoint.load_weights(model, spec.folder, spec.step)
+        return model.requires_grad_(False).eval()
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank holds results: last pipeline stage, first tensor-parallel rank."""
+        return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    def resume(self) -> dict[str, Any] | None:
+        """Restore optimizer, schedule and random state if the run starts from a trainer's checkpoint."""
+        if self.spec.start.source != "load" or not checkpoint.has_training_state(self.spec.start.folder):
+            return None
+        return checkpoint.load_training_state(self.spec.start.folder, self.student, self.optimizer, self.scheduler)
+
+    def _steps(self, samples: Sequence[Sample]) -> list[list[tuple[int, ...]]]:
+        """This rank's micro-batches for each optimizer step: consecutive global batches, dealt out over the ranks."""
+        size = self.options.global_batch_size
+        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        steps = []
+        for start in range(0, len(samples), size):
+            share = [start + place for place in rank_share(samples[start : start + size], rank, ranks)]
+            steps.append(plan(share, self.options.training.micro_batch_size))
+        return steps
+
+    @torch.no_grad()
+    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> dict[int, np.ndarray]:
+        """Log-probabilities ``[T]`` float32 of each response at the rollout temperature, by place in ``samples``.
+
+        With ``keep_hidden`` the teacher's hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        """
+        model = self.student if name == "student" else self.frozen[name]
+        if name == "teacher":
+            self._teacher_hidden.clear()
+
+        def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
+            log_probs_N, _ = head_log_probs(model, batch, rows_Nh, self.temperature)
+            if keep_hidden:
+                parts = rows_Nh.to("cpu").split(list(batch.lengths))
+                self._teacher_hidden.update(zip(batch.indices, parts, strict=True))
+            return batch.split(log_probs_N)
+
+        micro_batches = [batch for step in self._steps(samples) for batch in step]
+        results = run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False)
+        return {place: array for part in results for place, array in part.items()} if self.reports else {}
+
+    def train(self, samples: Sequence[Sample]) -> TrainResult:
+        """Take the optimizer steps of one rollout; raises ``FloatingPointError`` if a gradient is not finite."""
+        per_step: list[dict[str, float]] = []
+        log_probs: dict[int, np.ndarray] = {}
+        size = self.options.global_batch_size
+        for number, micro_batches in enumerate(self._steps(samples)):
+            first = number * size
+            weights = token_loss_weights(
+                [sample.loss_mask for sample in samples[first : first + size]],
+                self.options.objective.calculate_per_token_loss,
+            )
+            by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
+            metrics, found = self._optimizer_step(samples, micro_batches, by_place)
+            per_step.append(metrics)
+            log_probs.update(found)
+        self._teacher_hidden.clear()
+        return TrainResult(_mean_over_steps(per_step) if self._is_reporter else None, log_probs)
+
+    @property
+    def _is_reporter(self) -> bool:
+        return self.reports and parallel_state.get_data_parallel_rank() == 0
+
+    def _optimizer_step(
+        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], weights: list[np.ndarray]
+    ) -> tuple[dict[str, float], dict[int, np.ndarray]]:
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, Any]:
+            return self._loss(samples, batch, rows_Nh, weights)
+
+        results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, last_stage, with_gradients=True)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        gradient_norm = optimizer_step(self.optimizer)
+        if not math.isfinite(gradient_norm):
+            raise FloatingPointError(
+                f"the gradient norm is {gradient_norm}; nothing was saved since the last checkpoint. "
+                "Lower --lr, or see docs/troubleshooting.md"
+            )
+        self.scheduler.step(increment=1)
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate}
+        if parallel_state.is_pipeline_last_stage():
+            metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
+        log_probs = {place: array for part in results for place, array in part[1].items()} if self.reports else {}
+        return metrics, log_probs
+
+    def _loss(
+        self, samples: Sequence[Sample], batch: MicroBatch, rows_Nh: Tensor, weights: list[np.ndarray]
+    ) -> tuple[Tensor, tuple[dict[str, Tensor], dict[int, np.ndarray]]]:
+        log_probs_N, entropy_N = head_log_probs(self.student, batch, rows_Nh, self.temperature)
+        objective = self.options.objective
+        weights_N = batch.join(weights)
+        mask_N = batch.join([sample.loss_mask for sample in samples])
+        if objective.loss_type == "sft_loss":
+            loss, statistics = sft_objective(log_probs_N, weights_N, mask_N)
+        else:
+            inputs = PolicyInputs(
+                log_probs_N=log_probs_N,
+                entropy_N=entropy_N if objective.entropy_coef > 0 else entropy_N.detach(),
+                loss_weights_N=weights_N,
+                loss_mask_N=mask_N,
+                advantages_N=_joined(batch, [sample.advantages for sample in samples], "advantages"),
+                old_log_probs_N=_joined_if_any(batch, [sample.old_log_probs for sample in samples]),
+                ref_log_probs_N=_joined_if_any(batch, [sample.ref_log_probs for sample in samples]),
+                **self._teacher_inputs(samples, batch),
+            )
+            coefficient = self.options.opd.opd_kl_coef if self.options.opd.use_opd else None
+            loss, statistics = policy_objective(inputs, objective, coefficient)
+        if self._teacher_hidden:
+            statistics["opd/reverse_kl_exact"] = self._exact_kl(batch, rows_Nh, mask_N)
+        return loss, (statistics, batch.split(log_probs_N))
+
+    def _teacher_inputs(self, samples: Sequence[Sample], batch: MicroBatch) -> dict[str, Tensor]:
+        if not self.options.opd.use_opd:
+            return {}
+        scores = [sample.teacher_scores for sample in samples]
+        log_probs = [None if score is None else score.log_probs_T for score in scores]
+        return {
+            "teacher_log_probs_N": _joined(batch, log_probs, "teacher scores"),
+            "teacher_valid_N": batch.join([score.valid_T for score in scores if score is not None]),
+        }
+
+    def _exact_kl(self, batch: MicroBatch, rows_Nh: Tensor, mask_N: Tensor) -> Tensor:
+        """Statistic ``[sum, tokens]`` of KL(student || teacher) over the vocabulary on trained tokens."""
+        hidden = torch.cat([self._teacher_hidden[place] for place in batch.indices]).to(rows_Nh.device)
+        kl_N = reverse_kl(
+            rows_Nh.detach(),
+            self.student.head_weight(),
+            hidden,
+            self.frozen["teacher"].head_weight(),
+            temperature=self.temperature,
+            vocab_size=self.spec.architecture.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return torch.stack([kl_N[mask_N].double().sum(), mask_N.sum().double()])
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
+        return export_hf_weights(self.student)
+
+    def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
+        """Write a checkpoint from which :meth:`resume` continues."""
+        checkpoint.save_checkpoint(
+            folder,
+            step,
+            self.student,
+            hf_folder=hf_folder,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            run_state=run_state,
+        )
+
+    def close(self) -> None:
+        """Leave the process group."""
+        distributed.shutdown()
+
+
+def _joined(batch: MicroBatch, arrays: Sequence[np.ndarray | None], what: str) -> Tensor:
+    joined = _joined_if_any(batch, arrays)
+    if joined is None:
+        raise ValueError(f"the samples have no {what}")
+    return joined
+
+
+def _joined_if_any(batch: MicroBatch, arrays: Sequence[np.ndarray | None]) -> Tensor | None:
+    """Join a field that all samples have, or None if none has it; a field that only some have is an error."""
+    present = [array for array in arrays if array is not None]
+    if not present:
+        return None
+    if len(present) != len(arrays):
+        raise ValueError("some samples of the rollout lack a field that others have")
+    return batch.join(present)
+
+
+def _sum_over_data_parallel(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add up statistics over the data-parallel ranks; every rank has the same names."""
+    names = sorted(statistics)
+    table = torch.stack([statistics[name] for name in names])
+    dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
+    return dict(zip(names, table, strict=True))
+
+
+def _mean_over_steps(per_step: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([metrics[name] for metrics in per_step])) for name in per_step[0]}
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this rank so far: allocated on the CUDA device, or resident on the host."""
+    import resource
+
+    if cpu.has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

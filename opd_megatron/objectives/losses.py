@@ -1,0 +1,123 @@
+"""The loss of a micro-batch: everything between log-probabilities and the scalar that is backpropagated.
+
+Shape legend: ``N`` response positions of the micro-batch, all its samples concatenated. A position whose loss mask is 0
+(padding, text that the student did not write) may hold anything: it adds nothing to the loss, the gradient or a metric,
+not even a NaN.
+
+Every scalar is ``sum(loss_weights * loss)`` with weights that sum to 1 over the whole optimizer step
+(:func:`~opd_megatron.objectives.weights.token_loss_weights`), so the sum over micro-batches and data-parallel ranks
+is the loss of the step and nothing has to be divided later. Metrics are statistics
+(:mod:`opd_megatron.objectives.statistics`) with the same weights, so they are means as the loss sees them and
+``train/loss`` is the sum of its parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from opd_megatron.config.options import ObjectiveOptions
+from opd_megatron.objectives.kl import kl_loss
+from opd_megatron.objectives.log_probs import importance_ratio
+from opd_megatron.objectives.opd import add_opd_term
+from opd_megatron.objectives.policy_loss import clipped_policy_loss
+from opd_megatron.objectives.statistics import weighted_statistic
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What the policy loss needs to know of each position; all ``[N]``, on one device.
+
+    ``log_probs_N`` carry the gradient. ``old_log_probs_N`` are the trainer's under the weights that sampled the
+    rollout; None means that these are the current weights. ``advantages_N`` are task advantages without the
+    distillation term. Teacher scores count where ``teacher_valid_N`` (None: everywhere). ``entropy_N`` needs a gradient
+    only where there is an entropy bonus. Raises ``ValueError`` on unequal shapes.
+    """
+
+    log_probs_N: Tensor
+    advantages_N: Tensor
+    loss_weights_N: Tensor
+    loss_mask_N: Tensor
+    old_log_probs_N: Tensor | None = None
+    teacher_log_probs_N: Tensor | None = None
+    teacher_valid_N: Tensor | None = None
+    ref_log_probs_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None and value.shape != self.log_probs_N.shape:
+                raise ValueError(
+                    f"{item.name} has shape {tuple(value.shape)}, log_probs_N {tuple(self.log_probs_N.shape)}"
+                )
+
+
+def policy_objective(
+    inputs: PolicyInputs, objective: ObjectiveOptions, opd_coef: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scalar loss of a micro-batch and its statistics.
+
+    ``clipped surrogate(A - opd_coef * d) + kl_loss_coef * KL(S||ref) - entropy_coef * H``; ``opd_coef`` None means no
+    distillation. ``d`` uses the old log-probabilities, so it stays fixed over the optimizer steps of a rollout.
+    Raises ``ValueError`` where a term is asked for and its input is missing.
+    """
+    mask_N = inputs.loss_mask_N.bool()
+    weights_N = _keep(inputs.loss_weights_N, mask_N)
+    log_probs_N = _keep(inputs.log_probs_N, mask_N)
+    old_N = log_probs_N if inputs.old_log_probs_N is None else _keep(inputs.old_log_probs_N, mask_N)
+    old_N = old_N.detach()
+    task_N = _keep(inputs.advantages_N, mask_N).detach()
+    advantages_N = task_N if opd_coef is None else _with_opd(inputs, task_N, old_N, mask_N, opd_coef)
+    loss_N, clipped_N = clipped_policy_loss(
+        log_probs_N, old_N, advantages_N, objective.eps_clip, objective.eps_clip_high, objective.eps_clip_c
+    )
+    metrics = {
+        "train/pg_loss": loss_N,
+        "train/pg_clipfrac": clipped_N,
+        "train/ratio_mean": importance_ratio(log_probs_N, old_N),
+        "train/advantage_mean": advantages_N,
+        "train/task_advantage_abs_mean": task_N.abs(),
+    }
+    if opd_coef is not None:
+        metrics["train/opd_advantage_abs_mean"] = (advantages_N - task_N).abs()
+    if objective.use_kl_loss:
+        ref_N = _keep(_required(inputs.ref_log_probs_N, "ref_log_probs_N", "use_kl_loss"), mask_N)
+        kl_N = kl_loss(objective.kl_loss_type, log_probs_N, ref_N, old_N)
+        loss_N = loss_N + objective.kl_loss_coef * kl_N
+        metrics["train/kl_loss"] = kl_N
+    if objective.entropy_coef > 0 or inputs.entropy_N is not None:
+        entropy_N = _keep(_required(inputs.entropy_N, "entropy_N", "entropy_coef"), mask_N)
+        loss_N = loss_N - objective.entropy_coef * entropy_N
+        metrics["train/entropy"] = entropy_N
+    metrics["train/loss"] = loss_N
+    statistics = {name: weighted_statistic(values_N, weights_N) for name, values_N in metrics.items()}
+    return (weights_N * loss_N).sum(), statistics
+
+
+def sft_objective(log_probs_N: Tensor, loss_weights_N: Tensor, loss_mask_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted negative log-likelihood of given tokens, a scalar, and its statistics; all inputs ``[N]``."""
+    mask_N = loss_mask_N.bool()
+    weights_N = _keep(loss_weights_N, mask_N)
+    loss_N = -_keep(log_probs_N, mask_N)
+    return (weights_N * loss_N).sum(), {"train/loss": weighted_statistic(loss_N, weights_N)}
+
+
+def _with_opd(inputs: PolicyInputs, task_N: Tensor, old_N: Tensor, mask_N: Tensor, opd_coef: float) -> Tensor:
+    teacher_N = _required(inputs.teacher_log_probs_N, "teacher_log_probs_N", "opd_coef")
+    scored_N = mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool()
+    return add_opd_term(task_N, old_N, teacher_N, scored_N, opd_coef)
+
+
+def _keep(values_N: Tensor, mask_N: Tensor) -> Tensor:
+    # Selecting before any arithmetic keeps NaN and inf of masked positions out of the backward pass too: multiplying
+    # them by 0 afterwards would not.
+    return torch.where(mask_N, values_N, 0.0)
+
+
+def _required(value: Tensor | None, name: str, needed_by: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"{needed_by} needs {name}")
+    return value

@@ -1,0 +1,123 @@
+"""On-policy distillation: one additive per-token term on top of any advantage.
+
+The student samples a response, the teacher scores its tokens, and ``d_t = log p_S(a_t) - log p_T(a_t)`` is subtracted
+from the advantage: ``A_t <- A_t - coef * d_t``. With tokens from the student the policy gradient with advantage
+``-d_t`` is, in expectation, the gradient of the per-token reverse KL(S||T) with the distribution of the prefixes held
+fixed. (The gradient of the KL between whole responses would also credit a token with the ``d`` of those that follow.)
+
+Both log-probabilities are taken at the temperature of the rollout. The student's is the trainer's under the weights
+that sampled the rollout, never the rollout engine's; it stays fixed over the optimizer steps of the rollout, which
+after the first descend KL(S||T) - KL(S||S_old), so many steps on one rollout do not end at the teacher. The term is
+added after every normalisation of the task advantage and is never whitened, so that ``coef`` keeps its meaning:
+whitened together with a constant task advantage it would cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opd_megatron.objectives.kl import kl_estimate
+from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR, floor_log_probs, log_ratio
+from opd_megatron.objectives.tensors import TokenArray, as_float64, as_mask
+
+
+def add_opd_term(
+    advantages_N: Tensor,
+    student_log_probs_N: Tensor,
+    teacher_log_probs_N: Tensor,
+    valid_N: Tensor,
+    coef: float,
+) -> Tensor:
+    """``A - coef * (log p_S - log p_T)`` where ``valid_N``, else ``A`` unchanged; ``[N]``, detached.
+
+    ``valid_N`` is bool: the teacher scored the token and the loss mask is 1. Elsewhere the log-probabilities may be
+    anything, NaN included. A valid log-probability of ``-inf`` (the teacher rules the token out) counts as
+    :data:`~opd_megatron.objectives.log_probs.LOG_PROB_FLOOR` and is counted by ``opd/floored_frac``.
+    """
+    distance_N = log_ratio(student_log_probs_N, teacher_log_probs_N)
+    return advantages_N.detach() - coef * torch.where(valid_N, distance_N, 0.0)
+
+
+def reverse_kl_statistics(
+    student_log_probs: Sequence[TokenArray],
+    teacher_log_probs: Sequence[TokenArray],
+    loss_masks: Sequence[TokenArray],
+    teacher_valid: Sequence[TokenArray] | None = None,
+) -> dict[str, float]:
+    """What the student's own samples say about its distance from the teacher; one ``[T]`` per sample and argument.
+
+    Means are over scored tokens, those with loss mask 1 and a valid teacher score (all, without ``teacher_valid``):
+
+    - ``opd/reverse_kl``: mean of k1 = log p_S - log p_T, in nats; ``opd/k3``: mean of k3, the same with less variance
+      and never negative;
+    - ``opd/reverse_kl_se``: standard error of ``opd/reverse_kl`` with samples as clusters, since tokens of one response
+      are not independent. The mean is a ratio of sums ``R = sum_i y_i / sum_i n_i`` over the m samples with scored
+      tokens, so ``se = sqrt(m / (m - 1) * sum_i (y_i - R n_i)^2) / sum_i n_i`` (linearised ratio estimator); NaN for
+      m < 2;
+    - ``opd/student_log_prob``, ``opd/teacher_log_prob``, their perplexities ``exp(-mean)`` and
+      ``opd/perplexity_gap``, teacher's minus student's;
+    - ``opd/floored_frac``: tokens where either log-probability lies below the floor (see :func:`add_opd_term`);
+    - ``opd/scored_frac``: scored tokens among those with loss mask 1; ``opd/tokens``: scored tokens.
+
+    A mean over no tokens is NaN. Raises ``ValueError`` when the lists or the tokens of a sample differ in length.
+    """
+    if teacher_valid is None:
+        teacher_valid = loss_masks
+    trained = 0
+    sums = []
+    samples = zip(student_log_probs, teacher_log_probs, loss_masks, teacher_valid, strict=True)
+    for position, (student, teacher, loss_mask, valid) in enumerate(samples):
+        if not len(student) == len(teacher) == len(loss_mask) == len(valid):
+            raise ValueError(
+                f"sample {position}: {len(student)} student and {len(teacher)} teacher log-probabilities, "
+                f"{len(loss_mask)} loss mask and {len(valid)} validity entries"
+            )
+        trained += int(as_mask(loss_mask).sum())
+        scored_T = as_mask(loss_mask) & as_mask(valid)
+        sums.append(_sums_of_sample(as_float64(student)[scored_T], as_float64(teacher)[scored_T]))
+    return _metrics(torch.stack(sums) if sums else torch.zeros(0, 6, dtype=torch.float64), trained)
+
+
+def _sums_of_sample(student_U: Tensor, teacher_U: Tensor) -> Tensor:
+    """``[6]``: tokens and the sums of k1, k3, both log-probabilities and floored tokens over one sample."""
+    k1_U = log_ratio(student_U, teacher_U)
+    floored_U = (student_U < LOG_PROB_FLOOR) | (teacher_U < LOG_PROB_FLOOR)
+    columns = (
+        torch.ones_like(k1_U),
+        k1_U,
+        kl_estimate("k3", k1_U),
+        floor_log_probs(student_U),
+        floor_log_probs(teacher_U),
+        floored_U.double(),
+    )
+    return torch.stack(columns).sum(dim=1)
+
+
+def _metrics(sums_B6: Tensor, trained: int) -> dict[str, float]:
+    sums_B6 = sums_B6[sums_B6[:, 0] > 0]
+    samples = len(sums_B6)
+    tokens = sums_B6[:, 0].sum()
+    # 0 / 0 is NaN, which is what a mean over no tokens is.
+    reverse_kl, k3, student, teacher, floored = (sums_B6[:, 1:].sum(dim=0) / tokens).unbind()
+    residuals_B = sums_B6[:, 1] - reverse_kl * sums_B6[:, 0]
+    standard_error = math.nan
+    if samples >= 2:
+        standard_error = (samples / (samples - 1) * residuals_B.square().sum()).sqrt().item() / tokens.item()
+    student_perplexity, teacher_perplexity = (-student).exp().item(), (-teacher).exp().item()
+    return {
+        "opd/reverse_kl": reverse_kl.item(),
+        "opd/reverse_kl_se": standard_error,
+        "opd/k3": k3.item(),
+        "opd/student_log_prob": student.item(),
+        "opd/teacher_log_prob": teacher.item(),
+        "opd/student_perplexity": student_perplexity,
+        "opd/teacher_perplexity": teacher_perplexity,
+        "opd/perplexity_gap": teacher_perplexity - student_perplexity,
+        "opd/floored_frac": floored.item(),
+        "opd/scored_frac": tokens.item() / trained if trained else math.nan,
+        "opd/tokens": tokens.item(),
+    }

@@ -1,0 +1,27 @@
+"""How much each token counts in the loss of an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from opd_megatron.objectives.tensors import TokenArray, as_mask
+
+
+def token_loss_weights(loss_masks: Sequence[TokenArray], per_token: bool) -> list[Tensor]:
+    """One float32 ``[T]`` per sample; over all samples of **one whole optimizer step** they sum to 1.
+
+    ``per_token``: ``1 / (unmasked tokens of the step)`` each. Else the mean over sequences of their token means:
+    ``1 / (sequences of the step * unmasked tokens of this one)``, where only sequences with an unmasked token count.
+    Masked tokens weigh 0, so a step without unmasked tokens has zeros only. The weights are fixed before the step is
+    split, so a sum over micro-batches and data-parallel ranks is its loss in every layout.
+    """
+    masks = [as_mask(mask_T) for mask_T in loss_masks]
+    counts = [int(mask_T.sum()) for mask_T in masks]
+    tokens, sequences = sum(counts), sum(count > 0 for count in counts)
+    weights = []
+    for mask_T, count in zip(masks, counts, strict=True):
+        divisor = tokens if per_token else sequences * count
+        weights.append(mask_T.float() / max(divisor, 1))
+    return weights

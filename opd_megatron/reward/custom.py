@@ -1,0 +1,125 @@
+"""Rewards by import path: ``package.module:function``."""
+
+from __future__ import annotations
+
+import asyncio
+import collections.abc
+import importlib
+import inspect
+import typing
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.reward.base import PerSample, RewardError, name_sample
+from opd_megatron.sample import Sample
+
+
+def load_function(path: str, flag: str) -> Callable[..., Any]:
+    """Import ``package.module:function``; raises :class:`UserError` naming ``flag`` and what is missing.
+
+    An error inside the module other than a missing import propagates as it is: it is a bug with a traceback.
+    """
+    module_name, separator, attribute = path.partition(":")
+    if not separator or not module_name or not attribute:
+        raise UserError(f"{flag} {path}: write it as package.module:function")
+    try:
+        function: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{flag} {path}: cannot import {module_name} ({error}); is it on PYTHONPATH?") from error
+    for name in attribute.split("."):
+        if not hasattr(function, name):
+            raise UserError(f"{flag} {path}: {module_name} has no {attribute}")
+        function = getattr(function, name)
+    if not callable(function):
+        raise UserError(f"{flag} {path}: {attribute} is not a function")
+    return typing.cast(Callable[..., Any], function)
+
+
+def takes_batch(function: Callable[..., Any]) -> bool:
+    """Whether a reward function wants all samples at once.
+
+    It does if its first parameter is called ``samples`` or is annotated as a collection (``list[Sample]``,
+    ``Sequence``, ...); otherwise it gets one sample. Raises :class:`UserError` if it has no such parameter.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    if not parameters or parameters[0].kind is inspect.Parameter.KEYWORD_ONLY:
+        raise UserError(f"the reward function {function!r} takes no sample: its first argument is a sample or samples")
+    first = parameters[0]
+    if first.name == "samples" or first.kind is inspect.Parameter.VAR_POSITIONAL:
+        return first.name == "samples"
+    annotation = first.annotation
+    if isinstance(annotation, str):
+        head = annotation.split("[")[0].rsplit(".", 1)[-1].strip()
+        return head in {"list", "List", "tuple", "Tuple", "Sequence", "Iterable", "Collection"}
+    origin = typing.get_origin(annotation) or annotation
+    return isinstance(origin, type) and issubclass(origin, collections.abc.Iterable)
+
+
+class CustomRater:
+    """A user's function as a rater: plain or ``async``, of one sample or of a batch (see :func:`takes_batch`).
+
+    An ``async`` function of one sample runs for all samples concurrently; how many requests it keeps in flight is its
+    own business. One event loop serves all calls, so that a client made in one lives on in the next. A batch function
+    that raises fails every sample of the batch; one that returns another number of rewards than it got samples stops
+    the run under any policy.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._batch = takes_batch(function)
+        call = getattr(function, "__call__", None)  # noqa: B004 - an object may have an async __call__
+        self._concurrent = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+        self._runner = asyncio.Runner()
+
+    def rate(self, samples: Sequence[Sample]) -> Iterable[float | Exception]:
+        if not samples:
+            return []
+        if self._batch:
+            return self._rate_batch(samples)
+        if self._concurrent:
+            return self._runner.run(_gather(self._function, samples))
+        return PerSample(self._rate_one).rate(samples)
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def _rate_one(self, sample: Sample) -> float:
+        return typing.cast(float, self._finish(self._function(sample)))
+
+    def _rate_batch(self, samples: Sequence[Sample]) -> list[float | Exception]:
+        try:
+            rewards = self._finish(self._function(list(samples)))
+        except UserError:
+            raise
+        except Exception as error:
+            return [error] * len(samples)
+        try:
+            values = list(rewards)
+        except TypeError:
+            raise RewardError(f"the batch reward function returned {rewards!r}, not one reward per sample") from None
+        if len(values) != len(samples):
+            raise RewardError(
+                f"the batch reward function returned {len(values)} rewards for {len(samples)} samples "
+                f"(the first is {name_sample(samples[0])})"
+            )
+        return values
+
+    def _finish(self, result: Any) -> Any:
+        return self._runner.run(_await(result)) if inspect.isawaitable(result) else result
+
+
+async def _await(value: Awaitable[Any]) -> Any:
+    return await value
+
+
+async def _gather(function: Callable[..., Any], samples: Sequence[Sample]) -> list[float | Exception]:
+    async def rate(sample: Sample) -> float | Exception:
+        try:
+            return typing.cast(float, await function(sample))
+        except UserError:
+            raise
+        except Exception as error:
+            return error
+
+    return await asyncio.gather(*(rate(sample) for sample in samples))

@@ -1,0 +1,212 @@
+"""From prompts to samples: the rollout as the training loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import Options
+from opd_megatron.rollout.engine import GenerateRequest, Generation, RolloutEngine, SamplingParams
+from opd_megatron.rollout.prompt import Prompt, new_sample
+from opd_megatron.sample import Sample, Status
+
+CustomGenerate = Callable[[Sample, RolloutEngine, SamplingParams], "Sample | Awaitable[Sample]"]
+"""What ``--custom-generate-function-path`` names."""
+
+
+def fill_sample(sample: Sample, generation: Generation) -> None:
+    """Put an engine's answer into the sample; every token of it is trained on."""
+    sample.response_tokens = generation.tokens
+    sample.rollout_log_probs = generation.log_probs
+    sample.loss_mask = np.ones(len(generation.tokens), dtype=np.bool_)
+    sample.response = generation.text
+    sample.status = generation.finish
+    sample.validate()
+
+
+def generate_samples(
+    engine: RolloutEngine,
+    samples: Sequence[Sample],
+    sampling: SamplingParams,
+    stream: tuple[int, ...],
+    max_prompt_len: int | None = None,
+) -> None:
+    """Let the engine answer every sample; sample ``i`` draws from the random stream ``(*stream, i)``.
+
+    Prompts longer than ``max_prompt_len`` are not sent: their response stays empty with ``PROMPT_TOO_LONG``.
+    """
+    fitting = []
+    for sample in samples:
+        sample.weight_version = engine.weight_version
+        if max_prompt_len is not None and len(sample.prompt_tokens) > max_prompt_len:
+            sample.status = Status.PROMPT_TOO_LONG
+            sample.rollout_log_probs = np.zeros(0, dtype=np.float32)
+        else:
+            fitting.append(sample)
+    requests = [GenerateRequest(sample.prompt_tokens, sampling, (*stream, sample.index)) for sample in fitting]
+    for sample, generation in zip(fitting, engine.generate(requests), strict=True):
+        fill_sample(sample, generation)
+
+
+class SampleEngine:
+    """The engine as a custom generate function sees it: every call draws from random streams of this sample.
+
+    The stream of a request is (the sample's stream, number of the call, place in the call, the request's own seed),
+    so that each turn of an agent loop is new and a resumed run repeats it. The weights cannot be changed through it.
+    """
+
+    def __init__(self, engine: RolloutEngine, stream: tuple[int, ...]) -> None:
+        self._engine = engine
+        self._stream = stream
+        self._calls = 0
+
+    @property
+    def weight_version(self) -> str:
+        return self._engine.weight_version
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
+        """As :meth:`RolloutEngine.generate`."""
+        call, self._calls = self._calls, self._calls + 1
+        return self._engine.generate(
+            [
+                GenerateRequest(request.prompt_tokens, request.sampling, (*self._stream, call, place, *request.seed))
+                for place, request in enumerate(requests)
+            ]
+        )
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Refused: ``RuntimeError``."""
+        raise RuntimeError("a generate function cannot change the engine's weights")
+
+    def close(self) -> None:
+        """Refused: ``RuntimeError``."""
+        raise RuntimeError("a generate function cannot close the engine")
+
+
+def load_custom_generate(path: str) -> CustomGenerate:
+    """Import ``MODULE:FUNCTION``; raises :class:`UserError` if there is no such function."""
+    flag = "--custom-generate-function-path"
+    module_name, separator, name = path.partition(":")
+    if not (separator and module_name and name):
+        raise UserError(f"{flag} {path}: write it as MODULE:FUNCTION, e.g. my_package.agent:generate")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"{flag} {path}: the module cannot be imported ({error}); is it on PYTHONPATH?") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{flag} {path}: the module has no function {name}")
+    return function  # type: ignore[no-any-return]
+
+
+def _check_custom(made: Any, sample: Sample, path: str) -> None:
+    """Raise ``ValueError`` unless ``made`` is this sample with a response that can be trained on."""
+    where = f"{path}, sample {sample.index}"
+    if not isinstance(made, Sample):
+        raise ValueError(f"{where}: returned a {type(made).__name__}, not a Sample")
+    if (made.index, made.group_index) != (sample.index, sample.group_index):
+        raise ValueError(f"{where}: index or group_index was changed")
+    try:
+        made.validate()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if len(made.tokens) and made.tokens.min() < 0:
+        raise ValueError(f"{where}: negative token ids")
+    if made.rollout_log_probs is not None and not np.isfinite(made.rollout_log_probs[made.loss_mask]).all():
+        raise ValueError(f"{where}: rollout_log_probs are not finite where loss_mask is 1")
+
+
+class RolloutGenerator:
+    """Makes the samples of a rollout with the options' sampling parameters."""
+
+    def __init__(self, engine: RolloutEngine, tokenizer: Any, options: Options) -> None:
+        rollout = options.rollout
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._seed = options.training.seed
+        self._copies = rollout.n_samples_per_prompt
+        self._max_prompt_len = rollout.rollout_max_prompt_len
+        self._custom_path = rollout.custom_generate_function_path
+        self._custom = None if self._custom_path is None else load_custom_generate(self._custom_path)
+        self.sampling = SamplingParams(
+            temperature=rollout.rollout_temperature,
+            top_p=rollout.rollout_top_p,
+            top_k=rollout.rollout_top_k,
+            max_new_tokens=rollout.rollout_max_response_len,
+            stop=rollout.rollout_stop,
+            ignore_eos=rollout.rollout_ignore_eos,
+        )
+
+    def generate(self, records: Sequence[Prompt], rollout_id: int) -> list[Sample]:
+        """``n_samples_per_prompt`` samples of each prompt, in the order of the prompts.
+
+        ``index`` is a sample's place in the list and ``group_index`` its prompt's. What is sampled is a function of
+        the run's seed, ``rollout_id``, the index and the weights. Errors of a custom generate function propagate; a
+        sample that it leaves inconsistent is a ``ValueError``.
+        """
+        samples = [
+            new_sample(record, group * self._copies + copy, group)
+            for group, record in enumerate(records)
+            for copy in range(self._copies)
+        ]
+        stream = (self._seed, rollout_id)
+        if self._custom is None:
+            generate_samples(self._engine, samples, self.sampling, stream, self._max_prompt_len)
+            return samples
+        return self._generate_custom(self._custom, samples, stream)
+
+    def _generate_custom(
+        self, function: CustomGenerate, samples: Sequence[Sample], stream: tuple[int, ...]
+    ) -> list[Sample]:
+        fitting = []
+        for sample in samples:
+            sample.weight_version = self._engine.weight_version
+            if self._max_prompt_len is not None and len(sample.prompt_tokens) > self._max_prompt_len:
+                sample.status = Status.PROMPT_TOO_LONG
+            else:
+                fitting.append(sample)
+        engines = [SampleEngine(self._engine, (*stream, sample.index)) for sample in fitting]
+        answers = [function(sample, engine, self.sampling) for sample, engine in zip(fitting, engines, strict=True)]
+        if any(inspect.isawaitable(answer) for answer in answers):
+            answers = asyncio.run(_gather(answers))
+        made = dict(enumerate(samples))
+        for sample, answer in zip(fitting, answers, strict=True):
+            _check_custom(answer, sample, self._custom_path or "")
+            if not answer.response and answer.response_length:
+                answer.response = self._tokenizer.decode(answer.response_tokens, skip_special_tokens=True)
+            made[sample.index] = answer
+        return [made[place] for place in range(len(samples))]
+
+
+async def _gather(answers: Sequence[Any]) -> list[Any]:
+    async def settle(answer: Any) -> Any:
+        return await answer if inspect.isawaitable(answer) else answer
+
+    return list(await asyncio.gather(*map(settle, answers)))
+
+
+def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """``rollout/*`` of the samples: response lengths and tokens (in tokens), and fractions of the samples.
+
+    ``truncated_frac`` counts responses cut at the length limit, ``empty_frac`` all that have no token, and
+    ``prompt_too_long_frac`` those that are empty because the prompt did not fit.
+    """
+    if not samples:
+        raise ValueError("a rollout without samples has no metrics")
+    lengths = np.array([sample.response_length for sample in samples])
+    statuses = [sample.status for sample in samples]
+    return {
+        "rollout/response_length_mean": float(lengths.mean()),
+        "rollout/response_length_max": float(lengths.max()),
+        "rollout/truncated_frac": statuses.count(Status.TRUNCATED) / len(samples),
+        "rollout/empty_frac": float((lengths == 0).mean()),
+        "rollout/prompt_too_long_frac": statuses.count(Status.PROMPT_TOO_LONG) / len(samples),
+        "rollout/tokens": float(lengths.sum()),
+    }

@@ -1,0 +1,37 @@
+"""Samples of which the label is the response, for the SFT loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.rollout.prompt import Prompt, new_sample
+from opd_megatron.sample import Sample
+
+
+def sft_samples(records: Sequence[Prompt], tokenizer: Any) -> list[Sample]:
+    """One sample per record: the response is the label's tokens and the end token, all of them trained on.
+
+    Raises :class:`UserError` if a label is missing or not a string (naming its row), or if the tokenizer names no
+    end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("--loss-type sft_loss: the tokenizer names no end token (eos_token in tokenizer_config.json)")
+    samples = []
+    for position, record in enumerate(records):
+        if not isinstance(record.label, str):
+            found = "no label" if record.label is None else f"a label that is a {type(record.label).__name__}"
+            raise UserError(
+                f"row {record.index} of the prompt data (counted from 0) has {found}: --loss-type sft_loss needs a string "
+                "to learn from (see --label-key)"
+            )
+        sample = new_sample(record, position, position)
+        tokens = [*tokenizer.encode(record.label, add_special_tokens=False), tokenizer.eos_token_id]
+        sample.response = record.label
+        sample.response_tokens = np.array(tokens, dtype=np.int64)
+        sample.loss_mask = np.ones(len(tokens), dtype=np.bool_)
+        samples.append(sample)
+    return samples

@@ -1,0 +1,171 @@
+"""The one record that travels through every room: a sampled response and all that is known about it.
+
+Shape legend: ``T`` response tokens of one sample, ``K`` teacher top-k entries.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Status(enum.StrEnum):
+    """How the generation of a response ended."""
+
+    COMPLETED = "completed"
+    """The end token or a stop string was sampled."""
+    TRUNCATED = "truncated"
+    """The response was cut at the length limit."""
+    PROMPT_TOO_LONG = "prompt_too_long"
+    """Nothing was generated because the prompt does not fit; the response is empty."""
+
+
+def _per_token(dtype: type) -> Any:
+    return field(default=None, metadata={"per_token": np.dtype(dtype)})
+
+
+def _coerce_per_token(record: Any, length: int, owner: str) -> None:
+    """Turn every declared per-token field into an array of its dtype and check its length."""
+    for item in fields(record):
+        dtype = item.metadata.get("per_token")
+        value = getattr(record, item.name)
+        if dtype is None or value is None:
+            continue
+        array = np.asarray(value, dtype=dtype)
+        if array.ndim == 0 or array.shape[0] != length:
+            raise ValueError(f"{owner}: {item.name} has shape {array.shape}, expected {length} tokens")
+        setattr(record, item.name, array)
+
+
+@dataclass
+class TeacherScores:
+    """What a teacher says about the ``T`` response tokens of one sample.
+
+    ``log_probs_T`` are log-probabilities at ``temperature``; where ``valid_T`` is false they mean nothing.
+    ``top_ids_TK``/``top_log_probs_TK`` are the teacher's most probable tokens in descending order and
+    ``tail_log_mass_T`` the log of the mass outside them.
+    """
+
+    log_probs_T: np.ndarray = _per_token(np.float32)
+    valid_T: np.ndarray = _per_token(np.bool_)
+    top_ids_TK: np.ndarray | None = _per_token(np.int32)
+    top_log_probs_TK: np.ndarray | None = _per_token(np.float32)
+    tail_log_mass_T: np.ndarray | None = _per_token(np.float32)
+    temperature: float = 1.0
+    teacher: str = ""
+    weight_version: str = ""
+
+    def __post_init__(self) -> None:
+        if self.log_probs_T is None:
+            raise ValueError("TeacherScores need log_probs_T")
+        length = len(self.log_probs_T)
+        if self.valid_T is None:
+            self.valid_T = np.ones(length, dtype=np.bool_)
+        _coerce_per_token(self, length, f"scores of teacher {self.teacher!r}")
+
+
+@dataclass
+class Sample:
+    """A prompt, the response sampled for it, and what reward, teacher and trainer add.
+
+    ``index`` is unique in a rollout; samples of one prompt share ``group_index``. ``loss_mask`` is 1 on the response
+    tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
+    ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
+    in the loss. Every per-token field covers the response only and has ``T`` entries; ``T`` may be 0.
+    """
+
+    index: int
+    group_index: int
+    prompt: Any
+    prompt_tokens: np.ndarray
+    label: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    response: str = ""
+    response_tokens: np.ndarray = _per_token(np.int64)
+    loss_mask: np.ndarray = _per_token(np.bool_)
+    rollout_log_probs: np.ndarray | None = _per_token(np.float32)
+    old_log_probs: np.ndarray | None = _per_token(np.float32)
+    ref_log_probs: np.ndarray | None = _per_token(np.float32)
+    advantages: np.ndarray | None = _per_token(np.float32)
+    teacher_scores: TeacherScores | None = None
+    reward: float | None = None
+    reward_error: str | None = None
+    status: Status = Status.COMPLETED
+    weight_version: str = ""
+
+    def __post_init__(self) -> None:
+        self.status = Status(self.status)
+        self.prompt_tokens = np.asarray(self.prompt_tokens, dtype=np.int64).reshape(-1)
+        if self.response_tokens is None:
+            self.response_tokens = np.zeros(0, dtype=np.int64)
+        if self.loss_mask is None:
+            self.loss_mask = np.ones(len(self.response_tokens), dtype=np.bool_)
+        self.validate()
+
+    def validate(self) -> None:
+        """Check that every per-token field has one entry per response token; raises ``ValueError`` if not."""
+        _coerce_per_token(self, len(self.response_tokens), f"sample {self.index}")
+        if self.teacher_scores is not None and len(self.teacher_scores.log_probs_T) != len(self.response_tokens):
+            raise ValueError(
+                f"sample {self.index}: the teacher scored {len(self.teacher_scores.log_probs_T)} tokens, "
+                f"the response has {len(self.response_tokens)}"
+            )
+
+    @property
+    def response_length(self) -> int:
+        return len(self.response_tokens)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Prompt and response ids as one int64 array."""
+        return np.concatenate([self.prompt_tokens, self.response_tokens])
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready mapping that :meth:`from_json` reads back without loss (float32 survives exactly)."""
+        return _to_json(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Sample:
+        """Inverse of :meth:`to_json`; raises ``TypeError`` or ``ValueError`` on a record that is not a sample."""
+        record = dict(record)
+        scores = record.pop("teacher_scores", None)
+        return cls(**record, teacher_scores=None if scores is None else TeacherScores(**scores))
+
+
+def _to_json(record: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, TeacherScores):
+            value = _to_json(value)
+        elif isinstance(value, np.ndarray):
+            value = value.tolist()
+        out[item.name] = value
+    return out
+
+
+def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
+    """Write one JSON object a line, through a temporary name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        for sample in samples:
+            stream.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def read_samples(path: str | Path) -> Iterator[Sample]:
+    """Read what :func:`write_samples` wrote; a bad line raises ``ValueError`` with its number."""
+    with Path(path).open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                yield Sample.from_json(json.loads(line))
+            except (TypeError, ValueError, KeyError) as error:
+                raise ValueError(f"{path}, line {number}: not a recorded sample ({error})") from error

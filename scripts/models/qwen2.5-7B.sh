@@ -1,0 +1,19 @@
+# Qwen2.5-7B and Qwen2.5-7B-Instruct: source this file, then pass "${MODEL_ARGS[@]}".
+MODEL_ARGS=(
+    --num-layers 28
+    --hidden-size 3584
+    --ffn-hidden-size 18944
+    --num-attention-heads 28
+    --group-query-attention
+    --num-query-groups 4
+    --kv-channels 128
+    --add-qkv-bias
+    --disable-bias-linear
+    --swiglu
+    --normalization RMSNorm
+    --norm-epsilon 1e-6
+    --position-embedding-type rope
+    --rotary-base 1000000
+    --vocab-size 152064
+    --untie-embeddings-and-output-weights
+)

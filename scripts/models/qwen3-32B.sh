@@ -1,0 +1,19 @@
+# Qwen3-32B: source this file, then pass "${MODEL_ARGS[@]}".
+MODEL_ARGS=(
+    --num-layers 64
+    --hidden-size 5120
+    --ffn-hidden-size 25600
+    --num-attention-heads 64
+    --group-query-attention
+    --num-query-groups 8
+    --kv-channels 128
+    --qk-layernorm
+    --disable-bias-linear
+    --swiglu
+    --normalization RMSNorm
+    --norm-epsilon 1e-6
+    --position-embedding-type rope
+    --rotary-base 1000000
+    --vocab-size 151936
+    --untie-embeddings-and-output-weights
+)

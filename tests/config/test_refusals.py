@@ -1,0 +1,270 @@
+"""Every refusal through the real command line: exit code 2, one last line that names the flag, nothing created."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from string import Template
+
+import pytest
+
+from tests.config.inputs import Result, run_train
+
+BASE = (
+    "--hf-checkpoint $hf --prompt-data $prompts --rollout-batch-size 4 --num-rollout 2 --run-dir $run --rm-type exact "
+)
+MEGATRON = BASE + "--use-opd --opd-type megatron --opd-teacher-load $teacher "
+SGLANG = BASE + "--use-opd --opd-type sglang --opd-teacher-url http://127.0.0.1:1 "
+WHOLE = "--num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 "
+
+# (arguments, texts that the line must hold); a text that starts with ! must not stand there
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "misspelt flag": (BASE + "--use-odp", ("--use-odp", "did you mean --use-opd?")),
+    "misspelt flags and values": (
+        BASE + "--opd-tpe megatron --lr fast --rollout-top-p 1.5 --seed 1.5",
+        ("--opd-tpe: unknown flag (did you mean --opd-type?)", "--lr fast", "--rollout-top-p 1.5", "--seed 1.5"),
+    ),
+    "abbreviated flag": (BASE + "--use-op", ("--use-op: unknown flag", "--use-opd")),
+    "underscores": (BASE + "--rollout_top_k -1", ("--rollout_top_k", "did you mean --rollout-top-k?", "!unexpected")),
+    "one minus": (BASE + "-use-opd", ("-use-opd: unknown flag (did you mean --use-opd?)",)),
+    "flag without value": (BASE + "--load --use-opd", ("--load: needs a value",)),
+    "empty value": (BASE + "--load=", ("--load", "is empty")),
+    "left-over argument": (BASE + "--use-opd yes", ("'yes'", "--use-opd is a switch")),
+    "unknown opd type": (BASE + "--use-opd --opd-type sglan", ("--opd-type sglan", "choose sglang or megatron")),
+    "unknown reward": (BASE + "--rm-type gsm8", ("--rm-type gsm8", "math, gsm8k, exact", "did you mean gsm8k?")),
+    "negative coefficient": (MEGATRON + "--opd-kl-coef -0.5", ("--opd-kl-coef -0.5: must be at least 0",)),
+    "infinite coefficient": (MEGATRON + "--opd-kl-coef inf", ("--opd-kl-coef inf: must be finite",)),
+    "minus infinite coefficient": (MEGATRON + "--opd-kl-coef -inf", ("--opd-kl-coef -inf: must be finite",)),
+    "nan coefficient": (MEGATRON + "--opd-kl-coef nan", ("--opd-kl-coef nan: must be finite",)),
+    "other coefficients": (
+        BASE + "--kl-coef -1 --entropy-coef nan --kl-loss-coef -1e-3 --eps-clip-c 1",
+        ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
+    ),
+    "top-k of zero": (BASE + "--rollout-top-k 0", ("--rollout-top-k 0: must be -1 (off) or at least 1",)),
+    "chat template arguments": (
+        BASE + "--apply-chat-template --apply-chat-template-kwargs [1]",
+        ("--apply-chat-template-kwargs [1]: must be a JSON mapping",),
+    ),
+    "import path": (BASE + "--custom-rm-path pkg.mod.function", ("--custom-rm-path", "package.module:function")),
+    "odd evaluation pair": (BASE + "--eval-prompt-data $prompts", ("--eval-prompt-data: takes 2 values", "NAME PATH")),
+    "not a url": (
+        BASE + "--use-opd --opd-type sglang --opd-teacher-url user:secret@host:30000",
+        ("--opd-teacher-url", "http://127.0.0.1:30000", "!secret"),
+    ),
+    "url without host": (
+        BASE + "--use-opd --opd-type sglang --opd-teacher-url http://:30000", ("--opd-teacher-url http://:30000",)
+    ),
+    "opd without type": (BASE + "--use-opd", ("--use-opd needs --opd-type: choose sglang or megatron",)),
+    "megatron without teacher": (
+        BASE + "--use-opd --opd-type megatron", ("--opd-type megatron needs --opd-teacher-load",)
+    ),
+    "sglang with load": (
+        SGLANG + "--opd-teacher-load $teacher", ("--opd-teacher-load goes with --opd-type megatron only",)
+    ),
+    "sglang without url": (BASE + "--use-opd --opd-type sglang", ("--opd-type sglang needs --opd-teacher-url",)),
+    "sglang with two urls": (SGLANG + "--opd-teacher-url http://h:2", ("--opd-teacher-url takes exactly one",)),
+    "sglang with step": (SGLANG + "--opd-teacher-ckpt-step 5", ("--opd-teacher-ckpt-step goes with",)),
+    "megatron with url": (MEGATRON + "--opd-teacher-url http://h:2", ("--opd-teacher-url goes with --opd-type sgl",)),
+    "megatron with timeout": (MEGATRON + "--opd-teacher-timeout 3", ("--opd-teacher-timeout goes with",)),
+    "opd options without opd": (
+        BASE + "--opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load nowhere --opd-allow-sampling-mismatch",
+        (
+            "--opd-type has no effect without --use-opd", "--opd-kl-coef has no", "--opd-teacher-load has no",
+            "--opd-allow-sampling-mismatch has no", "!does not exist",
+        ),
+    ),
+    "opd with sft": (MEGATRON + "--loss-type sft_loss", ("--use-opd does not go with --loss-type sft_loss",)),
+    "nothing to learn from": (BASE + "--advantage-estimator none", ("--advantage-estimator none leaves nothing",)),
+    "sglang temperature": (SGLANG + "--rollout-temperature 0.7", ("--rollout-temperature 0.7", "sampling-mismatch")),
+    "sglang top-p": (SGLANG + "--rollout-top-p 0.9", ("--rollout-top-p 0.9", "--opd-allow-sampling-mismatch")),
+    "megatron top-p and top-k": (
+        MEGATRON + "--rollout-top-p 0.9 --rollout-top-k 20 --rollout-temperature 0.7",
+        ("--rollout-top-p 0.9", "--rollout-top-k 20", "!--rollout-temperature"),
+    ),
+    "no teacher folder": (
+        BASE + "--use-opd --opd-type megatron --opd-teacher-load $root/nowhere",
+        ("--opd-teacher-load", "does not exist"),
+    ),
+    "empty teacher folder": (
+        BASE + "--use-opd --opd-type megatron --opd-teacher-load $empty",
+        ("--opd-teacher-load", "holds no complete checkpoint"),
+    ),
+    "torn teacher": (
+        BASE + "--use-opd --opd-type megatron --opd-teacher-load $torn",
+        ("--opd-teacher-load", "holds no complete checkpoint", "__0_0.distcp has 63 bytes instead of 64"),
+    ),
+    "teacher without weights": (
+        BASE + "--use-opd --opd-type megatron --opd-teacher-load $config_only",
+        ("--opd-teacher-load", "holds no complete checkpoint"),
+    ),
+    "torn hf teacher": (
+        BASE + "--use-opd --opd-type megatron --opd-teacher-load $torn_hf",
+        ("--opd-teacher-load", "holds no complete checkpoint", "model.safetensors has"),
+    ),
+    "teacher file": (BASE + "--use-opd --opd-type megatron --opd-teacher-load $file", ("--opd-teacher-load", "a file")),
+    "teacher step": (
+        MEGATRON + "--opd-teacher-ckpt-step 7", ("--opd-teacher-ckpt-step", "step 7 is not in", "(it has 5, 10)")
+    ),
+    "step of an hf teacher": (
+        BASE + "--use-opd --opd-type megatron --opd-teacher-load $teacher_hf --opd-teacher-ckpt-step 7",
+        ("--opd-teacher-ckpt-step", "has no step 7"),
+    ),
+    "teacher without config": (
+        BASE + "--use-opd --opd-type megatron --opd-teacher-load $no_config",
+        ("--opd-teacher-load", "carries no config"),
+    ),
+    "no student": (BASE + "--hf-checkpoint $root/nowhere", ("--hf-checkpoint", "does not exist")),
+    "student without config": (BASE + "--hf-checkpoint $empty", ("--hf-checkpoint", "no config.json", "no tokenizer")),
+    "student without tokenizer": (BASE + "--hf-checkpoint $no_tokenizer", ("--hf-checkpoint", "holds no tokenizer")),
+    "torn student": (BASE + "--hf-checkpoint $torn_hf", ("--hf-checkpoint", "model.safetensors has")),
+    "student not in safetensors": (BASE + "--hf-checkpoint $bin", ("--hf-checkpoint", "pytorch_model.bin")),
+    "no reference folder": (BASE + "--ref-load $root/nowhere", ("--ref-load", "does not exist")),
+    "empty reference folder": (BASE + "--ref-load $empty", ("--ref-load", "holds no complete checkpoint")),
+    "torn resume": (BASE + "--load $torn", ("--load", "holds no complete checkpoint", "63 bytes")),
+    "step of a resume": (BASE + "--load $checkpoint --ckpt-step 6", ("--ckpt-step", "not in", "(it has 5, 10)")),
+    "step without resume": (BASE + "--load $root/nowhere --ckpt-step 6", ("--ckpt-step", "no complete checkpoint")),
+    "step without load": (BASE + "--ckpt-step 6", ("--ckpt-step is a step of --load",)),
+    "no prompts": (BASE + "--prompt-data $root/nowhere.jsonl", ("--prompt-data", "no such file")),
+    "empty prompts": (BASE + "--prompt-data $empty_prompts", ("--prompt-data", "no rows")),
+    "bad prompts": (BASE + "--prompt-data $bad_prompts", ("--prompt-data", "line 2", "line 3", "--input-key")),
+    "no labels": (BASE + "--prompt-data $unlabelled", ("--prompt-data", "line 1", "--label-key")),
+    "no evaluation prompts": (
+        BASE + "--eval-prompt-data dev $root/nowhere.jsonl", ("--eval-prompt-data dev", "no such file")
+    ),
+    "no recorded rollouts": (
+        BASE + "--load-debug-rollout-data $root/data_{rollout_id}.jsonl", ("--load-debug-rollout-data", "data_")
+    ),
+    "run dir is a file": (BASE + "--run-dir $file/run", ("--run-dir", "is a file")),
+    "save over the teacher": (MEGATRON + "--save $teacher", ("--save", "--opd-teacher-load", "overwritten")),
+    "global batch": (BASE + "--global-batch-size 3", ("--global-batch-size 3 does not divide the 4 samples",)),
+    "micro batch": (
+        BASE + "--micro-batch-size 3", ("--micro-batch-size 3 x 1 data-parallel ranks", "choose a multiple of 3")
+    ),
+    "data parallel": (
+        BASE + "--actor-num-gpus-per-node 8", ("--micro-batch-size 1 x 8 data-parallel ranks", "--rollout-batch-size 4")
+    ),
+    "world size": (
+        BASE + "--tensor-model-parallel-size 2 --actor-num-gpus-per-node 3",
+        ("--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 1", "3 ranks"),
+    ),
+    "tensor parallel": (
+        BASE + "--tensor-model-parallel-size 4 --actor-num-gpus-per-node 4",
+        ("--tensor-model-parallel-size 4 does not divide the model's 2 query groups", "!heads"),
+    ),
+    "tensor parallel of three": (
+        BASE + "--tensor-model-parallel-size 5 --actor-num-gpus-per-node 5", ("4 attention heads", "48 feed-forward")
+    ),
+    "pipeline parallel": (
+        BASE + "--pipeline-model-parallel-size 3 --actor-num-gpus-per-node 3",
+        ("--pipeline-model-parallel-size 3 does not divide the model's 4 layers",),
+    ),
+    "teacher layout": (
+        MEGATRON + "--pipeline-model-parallel-size 4 --actor-num-gpus-per-node 4", ("the teacher's 6 layers",)
+    ),
+    "sequence parallel": (BASE + "--sequence-parallel", ("--sequence-parallel needs --tensor-model-parallel-size",)),
+    "recompute": (
+        BASE + "--recompute-granularity full",
+        ("--recompute-granularity full needs --recompute-method", "needs --recompute-num-layers"),
+    ),
+    "selective recompute": (
+        BASE + "--recompute-granularity selective --recompute-num-layers 1", ("--recompute-num-layers",)
+    ),
+    "model arguments": (
+        BASE + "--num-layers 6 --hidden-size 64 --rotary-base 10000 --add-qkv-bias --vocab-size 100",
+        (
+            "--num-layers 6 (config: 4)", "--hidden-size 64 (config: 32)", "--rotary-base 10000.0 (config: 1000000.0)",
+            "--add-qkv-bias (config: False)", "!--vocab-size",
+        ),
+    ),
+    "whole model arguments": (
+        BASE + WHOLE, ("--qk-layernorm is missing", "--kv-channels is missing", "--group-query-attention is missing")
+    ),
+    "unsupported model": (BASE + "--hf-checkpoint $llama", ("--hf-checkpoint", "hidden_act 'gelu'")),
+    "other reference model": (BASE + "--ref-load $other", ("--ref-load", "hidden_size 64 (not 32)", "vocab_size 101")),
+    "reference without weights": (
+        BASE + "--hf-checkpoint $config_only --use-kl-loss", ("--use-kl-loss needs a reference", "--ref-load")
+    ),
+    "reward kl without reference": (
+        BASE + "--hf-checkpoint $config_only --kl-coef 0.1", ("--kl-coef needs a reference", "--ref-load")
+    ),
+    "kl loss options": (
+        BASE + "--kl-loss-coef 0.1 --kl-loss-type k2", ("--kl-loss-coef has no effect", "--kl-loss-type has no effect")
+    ),
+    "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
+    "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),
+    "learning rates": (
+        BASE + "--lr 1e-6 --min-lr 1e-5 --lr-warmup-init 1", ("--min-lr 1e-05 is above", "--lr-warmup-init 1 is above")
+    ),
+    "warm-up": (BASE + "--lr-warmup-iters 2", ("--lr-warmup-iters 2 must be shorter", "2 optimizer steps")),
+    "two warm-ups": (BASE + "--lr-warmup-iters 1 --lr-warmup-fraction 0.1", ("--lr-warmup-fraction and",)),
+    "distributed sgd": (BASE + "--optimizer sgd --use-distributed-optimizer", ("--use-distributed-optimizer",)),
+    "two lengths": (BASE + "--num-epoch 1", ("--num-rollout and --num-epoch",)),
+    "two rewards": (BASE + "--custom-rm-path pkg:function", ("--rm-type and --custom-rm-path",)),
+    "reward of an error": (BASE + "--rm-error-value -1", ("--rm-error-value has no effect",)),
+    "evaluation of nothing": (BASE + "--eval-interval 5", ("--eval-interval", "--eval-prompt-data")),
+    "evaluation twice": (
+        BASE + "--eval-prompt-data dev $prompts --eval-prompt-data dev $prompts", ("--eval-prompt-data dev is given",)
+    ),
+    "evaluation without engine": (
+        BASE + "--load-debug-rollout-data $recorded --eval-prompt-data dev $prompts", ("--eval-prompt-data needs",)
+    ),
+    "template arguments without template": (
+        BASE + """--apply-chat-template-kwargs {"a":1}""", ("--apply-chat-template-kwargs has no effect",)
+    ),
+    "one file for all rollouts": (BASE + "--save-debug-rollout-data data.jsonl", ("{rollout_id}",)),
+    "epochs of nothing": (
+        "--hf-checkpoint $hf --load-debug-rollout-data $recorded --num-epoch 1", ("--num-epoch counts passes",)
+    ),
+    "missing options": (
+        "",
+        ("--hf-checkpoint", "--prompt-data", "--rollout-batch-size", "--num-rollout", "--num-epoch", "--run-dir",
+         "--rm-type", "--custom-rm-path"),
+    ),
+    "missing for recorded": (
+        "--load-debug-rollout-data $recorded", ("--hf-checkpoint", "--run-dir", "!--prompt-data", "!--rm-type")
+    ),
+    "missing for sft": ("--loss-type sft_loss", ("--hf-checkpoint", "--prompt-data", "!--rm-type")),
+    "missing for evaluated sft": (
+        "--loss-type sft_loss --eval-prompt-data dev $prompts", ("--rm-type", "the evaluation needs it")
+    ),
+    # The order of the stages: the later fault must not show.
+    "values before opd": (BASE + "--use-opd --lr x", ("--lr x", "!--opd-type")),
+    "opd before paths": (BASE + "--use-opd --load $file", ("--opd-type", "!--load")),
+    "paths before the rest": (BASE + "--load $file --global-batch-size 3", ("--load", "!--global-batch-size")),
+    "the rest before what is missing": ("--sequence-parallel", ("--sequence-parallel", "!--hf-checkpoint")),
+}
+
+
+@pytest.fixture(scope="module")
+def results(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Result, list[Path]]]:
+    """Result and created files of every case; they are started two at a time."""
+    before = sorted(folders["root"].rglob("*"))
+    places = {name: tmp_path_factory.mktemp("case") for name in CASES}
+
+    def run(name: str) -> Result:
+        words = [
+            Template(word).substitute(folders | {"run": places[name] / "run"}) for word in CASES[name][0].split()
+        ]
+        return run_train(words, places[name])
+
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(CASES, pool.map(run, CASES), strict=True))
+    assert sorted(folders["root"].rglob("*")) == before, "an input folder was changed"
+    return {name: (done[name], list(places[name].rglob("*"))) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refusal(name: str, results: dict[str, tuple[Result, list[Path]]]) -> None:
+    result, created = results[name]
+    assert result.code == 2, result
+    assert result.out == ""
+    assert result.err.count("\n") == 1, "the fault is one line"
+    assert result.last_line.startswith("error: ")
+    assert created == []
+    for text in CASES[name][1]:
+        if text.startswith("!"):
+            assert text[1:] not in result.last_line
+        else:
+            assert text in result.last_line
+    if len(CASES[name][1]) > 2 and name.startswith(("misspelt flags", "other coef", "missing options")):
+        assert "; " in result.last_line

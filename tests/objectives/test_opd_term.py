@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR
+from opd_megatron.objectives.opd import add_opd_term, reverse_kl_statistics
+
+KEYS = {
+    "opd/reverse_kl",
+    "opd/reverse_kl_se",
+    "opd/k3",
+    "opd/student_log_prob",
+    "opd/teacher_log_prob",
+    "opd/student_perplexity",
+    "opd/teacher_perplexity",
+    "opd/perplexity_gap",
+    "opd/floored_frac",
+    "opd/scored_frac",
+    "opd/tokens",
+}
+
+
+def test_term_is_added_on_valid_tokens_only() -> None:
+    advantages_N = torch.tensor([1.0, 1.0, -2.0], requires_grad=True)
+    student_N = torch.tensor([-1.0, math.nan, -0.5], requires_grad=True)
+    teacher_N = torch.tensor([-3.0, -math.inf, -0.25])
+    got_N = add_opd_term(advantages_N, student_N, teacher_N, torch.tensor([True, False, True]), 0.5)
+    # The student likes the first token more than the teacher does: its advantage falls.
+    torch.testing.assert_close(got_N, torch.tensor([0.0, 1.0, -1.875]))
+    assert not got_N.requires_grad
+
+
+def test_tokens_that_the_teacher_rules_out_are_pushed_away_with_a_finite_force() -> None:
+    student_N = torch.full((4,), -1.0)
+    teacher_N = torch.tensor([-math.inf, -200.0, -100.0, -1.0])
+    got_N = add_opd_term(torch.zeros(4), student_N, teacher_N, torch.ones(4, dtype=torch.bool), 1.0)
+    floored = LOG_PROB_FLOOR + 1.0
+    torch.testing.assert_close(got_N, torch.tensor([floored, floored, -99.0, 0.0]))
+    assert np.float32(math.exp(LOG_PROB_FLOOR)) > 0 == np.float32(math.exp(LOG_PROB_FLOOR - 1))
+
+
+def test_a_valid_nan_is_not_hidden() -> None:
+    got_N = add_opd_term(torch.zeros(1), torch.zeros(1), torch.tensor([math.nan]), torch.ones(1, dtype=torch.bool), 1.0)
+    assert got_N.isnan().all()
+
+
+def test_statistics_of_known_numbers() -> None:
+    student = [torch.tensor([-1.0, -2.0, -9.0]), torch.tensor([-0.5]), torch.tensor([])]
+    teacher = [torch.tensor([-2.0, -2.5, math.nan]), torch.tensor([-0.1]), torch.tensor([])]
+    masks = [torch.tensor([True, True, True]), torch.tensor([True]), torch.tensor([]).bool()]
+    valid = [torch.tensor([True, True, False]), torch.tensor([True]), torch.tensor([]).bool()]
+    got = reverse_kl_statistics(student, teacher, masks, valid)
+    assert set(got) == KEYS
+    d = [1.0, 0.5, -0.4]
+    mean = sum(d) / 3
+    assert got["opd/reverse_kl"] == pytest.approx(mean)
+    residuals = (1.5 - 2 * mean, -0.4 - mean)
+    assert got["opd/reverse_kl_se"] == pytest.approx(math.sqrt(2 * sum(r * r for r in residuals)) / 3)
+    assert got["opd/k3"] == pytest.approx(sum(math.exp(-x) + x - 1 for x in d) / 3)
+    assert got["opd/student_log_prob"] == pytest.approx(-3.5 / 3)
+    assert got["opd/teacher_log_prob"] == pytest.approx(-4.6 / 3)
+    assert got["opd/student_perplexity"] == pytest.approx(math.exp(3.5 / 3))
+    assert got["opd/teacher_perplexity"] == pytest.approx(math.exp(4.6 / 3))
+    assert got["opd/perplexity_gap"] == pytest.approx(math.exp(4.6 / 3) - math.exp(3.5 / 3))
+    assert got["opd/scored_frac"] == pytest.approx(0.75)
+    assert got["opd/tokens"] == 3
+    assert got["opd/floored_frac"] == 0
+
+
+def test_loss_mask_keeps_tokens_out() -> None:
+    student = [np.array([-1.0, np.nan, -1.0], dtype=np.float32), np.array([-2.0], dtype=np.float32)]
+    teacher = [np.array([-2.0, -1.0, -3.0], dtype=np.float32), np.array([-2.0], dtype=np.float32)]
+    masks = [np.array([True, False, True]), np.array([True])]
+    got = reverse_kl_statistics(student, teacher, masks)
+    assert got["opd/reverse_kl"] == pytest.approx(1.0)
+    assert (got["opd/tokens"], got["opd/scored_frac"]) == (3, 1.0)
+
+
+def test_ruled_out_tokens_are_counted() -> None:
+    mask = [torch.ones(4, dtype=torch.bool)]
+    got = reverse_kl_statistics([torch.full((4,), -1.0)], [torch.tensor([-math.inf, -1.0, -1.0, -1.0])], mask)
+    assert got["opd/floored_frac"] == 0.25
+    assert got["opd/reverse_kl"] == pytest.approx((-1.0 - LOG_PROB_FLOOR) / 4)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_no_tokens_at_all_have_all_keys_and_no_mean(lengths: list[int]) -> None:
+    tensors = [torch.zeros(length) for length in lengths]
+    got = reverse_kl_statistics(tensors, tensors, tensors)
+    assert set(got) == KEYS
+    assert got.pop("opd/tokens") == 0
+    assert all(math.isnan(mean) for mean in got.values())
+
+
+def test_one_sample_has_a_mean_without_a_standard_error() -> None:
+    got = reverse_kl_statistics([torch.zeros(2)], [torch.full((2,), -1.0)], [torch.ones(2)])
+    assert got["opd/reverse_kl"] == 1.0
+    assert math.isnan(got["opd/reverse_kl_se"])
+
+
+def test_standard_error_is_the_spread_of_the_mean_over_rollouts() -> None:
+    # Tokens of a response share an offset, so an error that took them as independent would be far too small.
+    generator = torch.Generator().manual_seed(1)
+    means, errors = [], []
+    for _ in range(300):
+        offsets = torch.randn(60, generator=generator)
+        lengths = torch.randint(1, 30, (60,), generator=generator).tolist()
+        distances = [
+            offset + 0.3 * torch.randn(length, generator=generator)
+            for offset, length in zip(offsets, lengths, strict=True)
+        ]
+        zeros = [torch.zeros(length) for length in lengths]
+        got = reverse_kl_statistics(zeros, [-d for d in distances], [torch.ones(length) for length in lengths])
+        means.append(got["opd/reverse_kl"])
+        errors.append(got["opd/reverse_kl_se"])
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.15)
+
+
+def test_lengths_are_checked() -> None:
+    two, three = torch.zeros(2), torch.zeros(3)
+    with pytest.raises(ValueError, match="sample 1: 2 student and 3 teacher"):
+        reverse_kl_statistics([two, two], [two, three], [two, two])
+    with pytest.raises(ValueError, match="shorter"):
+        reverse_kl_statistics([two, two], [two], [two, two])

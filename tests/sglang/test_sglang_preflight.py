@@ -1,0 +1,104 @@
+"""The preflight against real servers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.data.tokenizer import load_tokenizer
+from opd_megatron.teacher.local_server import free_port
+from opd_megatron.teacher.sglang import SGLangTeacher
+from opd_megatron.teacher.sglang_preflight import preflight_sglang, server_info
+from tests.sglang.conftest import CONTEXT, Served
+
+pytestmark = pytest.mark.sglang
+Connect = Callable[..., SGLangTeacher]
+
+
+@pytest.mark.parametrize("fixture", ["qwen", "llama"])
+def test_the_right_server_passes_without_a_word(
+    request: pytest.FixtureRequest, fixture: str, connect: Connect, tmp_path: Path
+) -> None:
+    served: Served = request.getfixturevalue(fixture)
+    teacher = connect(served, vocab_size=10**6)
+    warnings = preflight_sglang(
+        teacher,
+        served.tokenizer,
+        longest_sample=CONTEXT - 7,
+        student_folders=[tmp_path],
+        student_log_probs=lambda tokens: served.log_probs(tokens) - 0.01,
+    )
+    assert warnings == []
+    assert (teacher.vocab_size, teacher.max_tokens) == (served.vocab_size, CONTEXT - 7)
+
+
+def test_the_server_tells_who_it_is(qwen: Served, connect: Connect) -> None:
+    info = server_info(connect(qwen))
+    assert (info.model_path, info.weight_version, info.sglang_version) == (str(qwen.folder), "default", "0.5.23")
+    assert (info.vocab_size, info.max_tokens) == (qwen.vocab_size, CONTEXT - 7)
+
+
+def test_the_student_behind_the_server_is_recognised(qwen: Served, connect: Connect) -> None:
+    warnings = preflight_sglang(
+        connect(qwen), qwen.tokenizer, student_folders=[qwen.folder], student_log_probs=qwen.log_probs
+    )
+    assert len(warnings) == 2
+    assert "where the student starts" in warnings[0]
+    assert "same log-probabilities as the student" in warnings[1]
+
+
+def test_a_random_teacher_finds_the_tasks_texts_implausible(qwen: Served, connect: Connect) -> None:
+    text = "4827+1936=7+6+0=13,2+3+1=06,8+9+0=17,4+1+1=06;6763"
+    (warning,) = preflight_sglang(connect(qwen), qwen.tokenizer, known_texts=[text])
+    assert "worse than guessing" in warning
+
+
+@pytest.mark.parametrize("student", ["characters", "words"])
+def test_another_tokenizer_is_refused_with_the_first_differing_token(
+    qwen: Served, llama: Served, connect: Connect, student: str
+) -> None:
+    served, own = (llama, qwen) if student == "characters" else (qwen, llama)
+    pattern = (
+        r"another tokenizer than the student: token 0 of 'The capital.* \(id \d+\) for the student and .* \(id \d+\)"
+    )
+    with pytest.raises(UserError, match=pattern):
+        preflight_sglang(connect(served), own.tokenizer)
+    assert served.is_alive()
+
+
+def test_two_swapped_tokens_are_found(llama: Served, connect: Connect, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama.folder / name, tmp_path)
+    path, a, b = tmp_path / "tokenizer.json", *(llama.tokenizer.convert_tokens_to_ids(token) for token in "~|")
+    record = path.read_text()
+    for token, old, new in (("~", a, b), ("|", b, a)):
+        assert f'"{token}": {old}' in record
+        record = record.replace(f'"{token}": {old}', f'"{token}": {new}')
+    path.write_text(record)
+    with pytest.raises(UserError, match=rf"another tokenizer than the student: id {min(a, b)} is"):
+        preflight_sglang(connect(llama), load_tokenizer(tmp_path))
+
+
+def test_a_context_that_is_too_short_is_refused(qwen: Served, connect: Connect) -> None:
+    with pytest.raises(UserError, match=r"at most 249 tokens, but prompt and response can have 250.*--context-length"):
+        preflight_sglang(connect(qwen), qwen.tokenizer, longest_sample=CONTEXT - 6)
+
+
+def test_another_temperature_is_refused_unless_accepted(qwen: Served, connect: Connect) -> None:
+    with pytest.raises(UserError, match=r"--rollout-temperature 0.7 .* temperature 1 only"):
+        preflight_sglang(connect(qwen), qwen.tokenizer, rollout_temperature=0.7)
+    (warning,) = preflight_sglang(connect(qwen), qwen.tokenizer, rollout_temperature=0.7, allow_sampling_mismatch=True)
+    assert "scores at temperature 1" in warning
+
+
+def test_a_server_that_is_not_there_is_one_line(qwen: Served, connect: Connect) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(
+        UserError, match=r"connection failed .*refused.*; start the server .* --opd-teacher-url"
+    ) as caught:
+        preflight_sglang(connect(qwen, url), qwen.tokenizer)
+    assert "\n" not in str(caught.value)

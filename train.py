@@ -1,0 +1,27 @@
+"""Train a student: parse the options, refuse what cannot work, run the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opd_megatron.config.cli import run_cli
+from opd_megatron.config.dump import dump_yaml
+from opd_megatron.config.parse import parse_options
+from opd_megatron.config.validate import validate
+from opd_megatron.data.prompts import check_prompt_file
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run with the arguments ``argv``; raises :class:`UserError` before anything is created if they are wrong."""
+    options = parse_options(argv)
+    validate(options, check_prompt_file)
+    if options.run.dry_run:
+        print(dump_yaml(options), end="")
+        return
+    from opd_megatron.loop import run  # here, because it imports torch, which bad options need not wait for
+
+    run(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))
