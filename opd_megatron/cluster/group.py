@@ -20,9 +20,7 @@ class TrainerGroup(Protocol):
     def resume(self) -> dict[str, Any] | None:
         """Restore a trainer's state if the run starts from one; its run state, or None."""
 
-    def score(
-        self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False
-    ) -> list[np.ndarray]:
+    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response under a model."""
 
     def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
@@ -66,9 +64,7 @@ class LocalTrainerGroup:
     def resume(self) -> dict[str, Any] | None:
         return self._trainer.resume()
 
-    def score(
-        self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False
-    ) -> list[np.ndarray]:
+    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
         return merge_arrays([self._trainer.score(name, samples, keep_hidden=keep_hidden)], len(samples))
 
     def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:

@@ -17,7 +17,7 @@ from opd_megatron.cluster.group import merge_arrays, merge_results
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron import cpu
-from opd_megatron.megatron.distributed import Rendezvous, free_port, quiet_megatron
+from opd_megatron.megatron.distributed import Rendezvous, free_port
 from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, peak_memory_bytes
 from opd_megatron.sample import Sample
 
@@ -32,8 +32,7 @@ class _TrainerRank:
     """What runs in an actor: one rank, built after all of them are placed."""
 
     def __init__(self) -> None:
-        quiet_megatron()
-        self._trainer: MegatronTrainer | None = None
+            self._trainer: MegatronTrainer | None = None
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet on this actor's node."""
@@ -130,9 +129,7 @@ class RayTrainerGroup:
     def resume(self) -> dict[str, Any] | None:
         return self._all("resume")[0]  # type: ignore[no-any-return]
 
-    def score(
-        self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False
-    ) -> list[np.ndarray]:
+    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
         shared = ray.put(list(samples))
         return merge_arrays(self._all("score", name, shared, keep_hidden=keep_hidden), len(samples))
 

@@ -185,8 +185,9 @@ def disagreements(given: frozenset[str], model: ModelOptions, architecture: Mode
             if mine != theirs:
                 said = flag if mine is True else f"{flag}=false" if mine is False else f"{flag} {mine}"
                 found.append(f"{said} (config: {theirs})")
-        elif whole and (theirs is True or (name == "kv_channels" and theirs * model.num_attention_heads
-                                           != model.hidden_size)):
+        elif whole and (
+            theirs is True or (name == "kv_channels" and theirs * model.num_attention_heads != model.hidden_size)
+        ):
             found.append(f"{flag} is missing (config: {theirs})")
     return found
 

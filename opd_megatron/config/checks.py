@@ -24,7 +24,7 @@ def json_mapping(value: str) -> str | None:
         parsed = json.loads(value)
     except ValueError as error:
         return f"is not JSON ({error})"
-    return None if isinstance(parsed, dict) else 'must be a JSON mapping such as \'{"enable_thinking": false}\''
+    return None if isinstance(parsed, dict) else "must be a JSON mapping such as '{\"enable_thinking\": false}'"
 
 
 def off_or_positive(value: int) -> str | None:

@@ -153,9 +153,7 @@ def collect_flags(groups: Mapping[str, type]) -> dict[str, Flag]:
             if item.name in flags:
                 raise TypeError(f"{item.name} is declared by {flags[item.name].group} and {group_name}")
             kind, width, many, optional = _entry_type(hints[item.name])
-            flags[item.name] = Flag(
-                item.name, group_name, kind, width, many, optional, item.default, item.metadata
-            )
+            flags[item.name] = Flag(item.name, group_name, kind, width, many, optional, item.default, item.metadata)
     return flags
 
 
@@ -177,8 +175,11 @@ def help_parser(
 ) -> argparse.ArgumentParser:
     """The argparse parser that formats ``--help``."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
-        allow_abbrev=False, epilog="A switch that a configuration file turned on is turned off by --FLAG=false.",
+        prog=prog,
+        description=description,
+        usage="%(prog)s [--config FILE] [--FLAG VALUE ...]",
+        allow_abbrev=False,
+        epilog="A switch that a configuration file turned on is turned off by --FLAG=false.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or TOML file of options; the command line wins")
     for group_name, group in groups.items():

@@ -71,11 +71,13 @@ def parse_groups(argv: Sequence[str], groups: Mapping[str, type], *, prog: str, 
         faults += file_faults
     refuse(faults)
     values.update(line.values)
-    refuse([
-        f"{flag.text} is missing: {flag.metadata['help']}"
-        for flag in flags.values()
-        if flag.metadata["required"] and flag.name not in values
-    ])
+    refuse(
+        [
+            f"{flag.text} is missing: {flag.metadata['help']}"
+            for flag in flags.values()
+            if flag.metadata["required"] and flag.name not in values
+        ]
+    )
     built = {
         group: group(**{name: value for name, value in values.items() if flags[name].group == group_name})
         for group_name, group in groups.items()
@@ -108,9 +110,11 @@ class _CommandLine:
     def _hint(self, before: Sequence[str]) -> str:
         """Why an argument is left over: a switch, or an option of one value, stands before it."""
         flag = self.flags.get(before[0].removeprefix("--").replace("-", "_")) if before else None
-        return f" ({flag.text} is a switch: leave the value out, or write {flag.text}=false)" if (
-            flag and flag.switch
-        ) else " (values with spaces need quotes)"
+        return (
+            f" ({flag.text} is a switch: leave the value out, or write {flag.text}=false)"
+            if (flag and flag.switch)
+            else " (values with spaces need quotes)"
+        )
 
     def _flag(self, token: str, following: Sequence[str]) -> int:
         """Read one flag with the value tokens after it; returns how many of them it used."""

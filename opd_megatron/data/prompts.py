@@ -128,9 +128,7 @@ def load_prompt_records(
     return records
 
 
-def _render(
-    row: Row, prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
-) -> str:
+def _render(row: Row, prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError
 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -167,7 +165,7 @@ class PromptSet:
     def __init__(self, records: Sequence[PromptRecord], shuffle: bool, seed: int) -> None:
         if not records:
             raise UserError("a prompt set needs at least one prompt")
-        self._records = list(records)
+        self.records = list(records)
         self._shuffle = shuffle
         self._seed = seed
         self._epoch = 0
@@ -175,7 +173,7 @@ class PromptSet:
         self._order = self._epoch_order()
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     @property
     def epoch(self) -> int:
@@ -184,7 +182,7 @@ class PromptSet:
 
     def rollouts_for_epochs(self, num_epoch: int, batch: int) -> int:
         """The fewest rollouts of ``batch`` prompts in which every prompt is used at least ``num_epoch`` times."""
-        return -(-num_epoch * len(self._records) // batch)
+        return -(-num_epoch * len(self.records) // batch)
 
     def next_batch(self, n: int) -> list[PromptRecord]:
         """The next ``n`` prompts; raises ``ValueError`` if ``n`` is negative."""
@@ -193,9 +191,9 @@ class PromptSet:
         batch: list[PromptRecord] = []
         while len(batch) < n:
             taken = self._order[self._offset : self._offset + n - len(batch)]
-            batch.extend(self._records[position] for position in taken)
+            batch.extend(self.records[position] for position in taken)
             self._offset += len(taken)
-            if self._offset == len(self._records):
+            if self._offset == len(self.records):
                 self._epoch += 1
                 self._offset = 0
                 self._order = self._epoch_order()
@@ -227,13 +225,13 @@ class PromptSet:
 
     def _epoch_order(self) -> np.ndarray:
         if not self._shuffle:
-            return np.arange(len(self._records))
-        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self._records))
+            return np.arange(len(self.records))
+        return np.random.default_rng([self._seed, self._epoch]).permutation(len(self.records))
 
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for record in self._records:
+        for record in self.records:
             digest.update(record.prompt_tokens.tobytes())
             rest = [record.label, record.metadata]
             digest.update(json.dumps(rest, sort_keys=True, default=str).encode() + b"\n")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
 import socket
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +87,3 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def quiet_megatron() -> None:
-    """Drop Megatron-Core's import-time notes about fused kernels that do not exist for this machine."""
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)

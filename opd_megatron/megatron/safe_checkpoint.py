@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._traverse import set_element
 from megatron.core.dist_checkpointing.strategies import torch as strategies
+from torch.distributed.checkpoint._traverse import set_element
 
 _ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _ALLOWED_NAMES = {

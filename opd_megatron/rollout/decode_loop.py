@@ -51,9 +51,9 @@ class BatchResult:
     ended_B: np.ndarray
 
 
-def _prefill(decoder: Decoder, prompts: Sequence[np.ndarray], room: int, device: torch.device) -> tuple[
-    Tensor, KeyValueCache
-]:
+def _prefill(
+    decoder: Decoder, prompts: Sequence[np.ndarray], room: int, device: torch.device
+) -> tuple[Tensor, KeyValueCache]:
     """Logits after every prompt and the cache that holds them; prompts that occur several times are run once."""
     places: dict[bytes, int] = {}
     which = [places.setdefault(prompt.tobytes(), len(places)) for prompt in prompts]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd_megatron.rollout.cache import CacheShape, KeyValueCache, round_up_length
@@ -122,8 +122,8 @@ class Decoder:
             rotated = torch.addcmul(rotated * cos, rotated.roll(self.head_size // 2, -1), sin)
             query, key = rotated.split((self.heads, self.kv_heads), dim=2)
             cache.write(index, key, value)
-            attended = self._attend_one(query, cache, index) if count == 1 else self._attend_prompt(
-                query, key, value, mask
+            attended = (
+                self._attend_one(query, cache, index) if count == 1 else self._attend_prompt(query, key, value, mask)
             )
             hidden = torch.addmm(hidden, attended.reshape(batch * count, -1), layer.output_weight.t())
             normed = F.rms_norm(hidden, size, layer.mlp_norm, self.epsilon)

@@ -64,6 +64,8 @@ class StopStrings:
         """Bool ``[R]``: the sequence that ends in these up to ``window`` tokens holds a stop string."""
         completed = np.zeros(len(tails_RW), dtype=np.bool_)
         candidates = np.flatnonzero(self._may_complete_V[tails_RW[:, -1]])
+        if len(candidates) == 0:
+            return completed
         for row, text in zip(candidates, self._texts.decode(tails_RW[candidates].tolist()), strict=True):
             completed[row] = any(string in text for string in self._stop)
         return completed

@@ -77,7 +77,7 @@ class SGLangTeacher:
         finally:
             abandon.set()
             for future in futures:
-                future.cancel()
+                pass
 
     def close(self) -> None:
         """Close the connections; requests that are still open are left to their time limit."""
@@ -88,7 +88,7 @@ class SGLangTeacher:
         if not sample.response_length:
             return
         tokens = sample.tokens
-        outside = np.flatnonzero((tokens < 0) | (tokens > self.vocab_size))
+        outside = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
         if outside.size:
             place = int(outside[0])
             raise TeacherError(

@@ -1,0 +1,248 @@
+"""The parts of a run, built from its options in the order in which they need each other."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opd_megatron.cluster.group import TrainerGroup, start_trainer_group
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import (
+    needs_reference,
+    reference_folder,
+    starting_point,
+    student_architecture,
+    teacher_architecture,
+)
+from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
+from opd_megatron.data.tokenizer import load_tokenizer
+from opd_megatron.megatron import cpu
+from opd_megatron.megatron.trainer import FrozenModel, ModelName, TrainerSpec
+from opd_megatron.reward import RewardFunction, build_reward
+from opd_megatron.rollout.generate import RolloutGenerator
+from opd_megatron.rollout.local import LocalEngine
+from opd_megatron.sample import Sample
+from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
+from opd_megatron.teacher.sglang import SGLangTeacher
+from opd_megatron.teacher.sglang_preflight import preflight_sglang
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A named prompt set that is only evaluated."""
+
+    name: str
+    records: list[PromptRecord]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything the loop works with; what a run does not need is None."""
+
+    options: Options
+    hf_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet | None
+    evaluation_sets: list[EvaluationSet]
+    num_rollouts: int
+    trainer: TrainerGroup
+    engine: LocalEngine | None
+    generator: RolloutGenerator | None
+    reward: RewardFunction | None
+    teacher: MegatronTeacher | SGLangTeacher | None
+    exact_kl_possible: bool = False
+    """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
+
+
+@contextmanager
+def assemble(options: Options) -> Iterator[Parts]:
+    """Build the parts and close them in reverse order; raises ``UserError`` if something on disk does not fit."""
+    hf_folder = Path(str(options.checkpoint.hf_checkpoint))
+    tokenizer = load_tokenizer(hf_folder)
+    replayed = options.rollout.load_debug_rollout_data is not None
+    prompts = None if replayed else _prompt_set(options, tokenizer)
+    sets = [
+        EvaluationSet(name, _records(options, path, tokenizer)) for name, path in options.evaluation.eval_prompt_data
+    ]
+    num_rollouts = _num_rollouts(options, prompts)
+    with ExitStack() as stack:
+        reward = None
+        if options.reward.rm_type is not None or options.reward.custom_rm_path is not None:
+            reward = build_reward(options.reward)
+            stack.callback(reward.close)
+        engine = None
+        samples_rollouts = options.objective.loss_type == "policy_loss" and not replayed
+        if samples_rollouts or sets:
+            engine = _engine(options, hf_folder, tokenizer)
+            stack.callback(engine.close)
+        generator = None
+        if samples_rollouts and engine is not None:
+            generator = RolloutGenerator(engine, tokenizer, options)
+        trainer = start_trainer_group(_trainer_spec(options, num_rollouts))
+        stack.callback(trainer.close)
+        teacher = None if replayed else _teacher(options, trainer, tokenizer)
+        if teacher is not None:
+            stack.callback(teacher.close)
+        yield Parts(
+            options=options,
+            hf_folder=hf_folder,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            evaluation_sets=sets,
+            num_rollouts=num_rollouts,
+            trainer=trainer,
+            engine=engine,
+            generator=generator,
+            reward=reward,
+            teacher=teacher,
+            exact_kl_possible=_exact_kl_possible(options, teacher),
+        )
+
+
+def _records(options: Options, path: str, tokenizer: PreTrainedTokenizerBase) -> list[PromptRecord]:
+    data = options.data
+    return load_prompt_records(
+        path,
+        tokenizer=tokenizer,
+        input_key=data.input_key,
+        label_key=data.label_key,
+        metadata_key=data.metadata_key,
+        apply_chat_template=data.apply_chat_template,
+        chat_template_kwargs=json.loads(data.apply_chat_template_kwargs),
+    )
+
+
+def _prompt_set(options: Options, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    records = _records(options, str(options.data.prompt_data), tokenizer)
+    return PromptSet(records, options.data.rollout_shuffle, options.training.seed)
+
+
+def _num_rollouts(options: Options, prompts: PromptSet | None) -> int:
+    if options.data.num_rollout is not None:
+        return options.data.num_rollout
+    if prompts is None or options.data.num_epoch is None or options.rollout.rollout_batch_size is None:
+        raise UserError("--num-epoch needs --prompt-data: give --num-rollout with --load-debug-rollout-data")
+    return prompts.rollouts_for_epochs(options.data.num_epoch, options.rollout.rollout_batch_size)
+
+
+def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBase) -> LocalEngine:
+    return LocalEngine(
+        hf_folder,
+        tokenizer,
+        device=cpu.device(),
+        dtype=torch.bfloat16 if options.optimizer.bf16 else torch.float32,
+        max_batch_size=options.rollout.rollout_engine_batch_size,
+    )
+
+
+def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
+    architecture = student_architecture(options)
+    start = starting_point(options)
+    if start.source == "random":
+        logger.warning("%s has no weights: the student starts at random (seed %d)", start.folder, options.training.seed)
+    else:
+        logger.info("the student starts from %s", start.folder)
+    frozen: dict[ModelName, FrozenModel] = {}
+    if needs_reference(options):
+        folder = reference_folder(options)
+        if folder is None:
+            raise UserError("a KL to the reference needs weights in --ref-load or --hf-checkpoint")
+        frozen["reference"] = FrozenModel(architecture, folder)
+    opd = options.opd
+    if opd.use_opd and opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is None:
+        folder = Path(str(opd.opd_teacher_load))
+        frozen["teacher"] = FrozenModel(teacher_architecture(options), folder, opd.opd_teacher_ckpt_step)
+    return TrainerSpec(options, architecture, start, num_rollouts, frozen)
+
+
+def _teacher(
+    options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
+) -> MegatronTeacher | SGLangTeacher | None:
+    opd = options.opd
+    if not opd.use_opd:
+        return None
+    if opd.opd_type == "megatron":
+        return MegatronTeacher(
+            trainer,
+            str(opd.opd_teacher_load),
+            temperature=options.rollout.rollout_temperature,
+            vocab_size=teacher_architecture(options).vocab_size,
+        )
+    return SGLangTeacher(
+        opd.opd_teacher_url[0],
+        vocab_size=student_architecture(options).vocab_size,
+        max_in_flight=opd.opd_teacher_max_in_flight,
+        timeout=opd.opd_teacher_timeout,
+        max_retries=opd.opd_teacher_max_retries,
+    )
+
+
+def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | None) -> bool:
+    if not isinstance(teacher, MegatronTeacher):
+        return False
+    possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
+    if not possible and options.opd.opd_exact_kl_interval:
+        logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
+    return possible
+
+
+def preflight(parts: Parts) -> list[str]:
+    """Ask the teacher what must hold before the first step; returns warnings, raises ``UserError`` or TeacherError."""
+    options, teacher = parts.options, parts.teacher
+    if teacher is None:
+        return []
+    paths = options.checkpoint
+    folders = [folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None]
+    texts = [record.prompt_text for record in (parts.prompts.records[:2] if parts.prompts else [])]
+
+    def student_log_probs(tokens: np.ndarray) -> np.ndarray:
+        sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
+        return parts.trainer.score("student", [sample])[0]
+
+    same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
+    if isinstance(teacher, SGLangTeacher):
+        return preflight_sglang(
+            teacher,
+            parts.tokenizer,
+            rollout_temperature=options.rollout.rollout_temperature,
+            allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
+            longest_sample=_longest_sample(parts),
+            student_folders=folders,
+            known_texts=texts,
+            student_log_probs=student_log_probs if same_temperature else None,
+        )
+    return preflight_megatron(
+        teacher,
+        parts.tokenizer,
+        _teacher_tokenizer(str(options.opd.opd_teacher_load)),
+        vocab_size=teacher_architecture(options).vocab_size,
+        student_folders=folders,
+        known_texts=texts,
+        student_log_probs=student_log_probs,
+    )
+
+
+def _teacher_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
+    hf_folder = inspect_checkpoint(folder).hf_folder
+    if hf_folder is None or not (hf_folder / "tokenizer_config.json").exists():
+        return None
+    return load_tokenizer(hf_folder)
+
+
+def _longest_sample(parts: Parts) -> int:
+    records: Sequence[PromptRecord] = parts.prompts.records if parts.prompts is not None else []
+    prompt = max((len(record.prompt_tokens) for record in records), default=0)
+    limit = parts.options.rollout.rollout_max_prompt_len
+    return min(prompt, limit or prompt) + parts.options.rollout.rollout_max_response_len

@@ -1,0 +1,63 @@
+"""SIGTERM and Ctrl-C end a run after the current step, saved."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any
+
+from opd_megatron.config.options import Options
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupt:
+    """Notes the first SIGTERM or SIGINT in :attr:`signal`; a second one ends the process at once.
+
+    Outside the main thread signals cannot be handled and nothing is installed.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._previous[number] = signal.signal(number, self._note)
+            except ValueError:
+                return self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        logger.warning("%s: finishing this step and saving; once more to stop at once", signal.Signals(number).name)
+
+    def exit_if_set(self, options: Options) -> None:
+        """Print how to go on and raise ``SystemExit`` if a signal was noted."""
+        if self.signal is None:
+            return
+        print(f"interrupted and saved; resume with: {resume_command(options, sys.argv)}", flush=True)
+        raise SystemExit(128 + self.signal)
+
+
+def resume_command(options: Options, argv: list[str]) -> str:
+    """The command of this process with ``--load`` set to the folder of its checkpoints."""
+    command = ["python", *argv]
+    kept = [
+        word
+        for place, word in enumerate(command)
+        if not (word == "--load" or word.startswith("--load=") or command[place - 1] == "--load")
+    ]
+    return shlex.join([*kept, "--load", str(options.save_folder)])

@@ -1,0 +1,108 @@
+"""The training loop: rollout -> reward -> teacher -> train -> update weights -> evaluate -> save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_megatron import steps
+from opd_megatron.assembly import Parts, assemble, preflight
+from opd_megatron.config.dump import dump_yaml
+from opd_megatron.config.options import Options
+from opd_megatron.interrupt import Interrupt
+from opd_megatron.observe.log import configure_logging
+from opd_megatron.observe.metrics import MetricLogger
+from opd_megatron.observe.plots import plot_run
+from opd_megatron.observe.progress import Progress
+from opd_megatron.observe.run_folder import RunFolder
+from opd_megatron.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+
+def run(options: Options) -> None:
+    """Run from the options to the last rollout, or to the end of the step in which a signal arrives.
+
+    Raises ``UserError`` for bad input found while building the parts, ``TeacherError`` or ``RewardError`` where a
+    sample could not be scored, and ``SystemExit`` (128 + signal) after an interrupted run was saved.
+    """
+    configure_logging()
+    started = time.perf_counter()
+    with assemble(options) as parts:
+        state = parts.trainer.resume()
+        done = restore(parts, state)
+        for warning in preflight(parts):
+            logger.warning("%s", warning)
+        folder = RunFolder(options.run_folder)
+        folder.write_config(dump_yaml(options))
+        with (
+            Interrupt() as interrupt,
+            MetricLogger(folder, first_step=done, **steps.logging_arguments(options)) as metrics,
+            Progress("train", parts.num_rollouts, done=done) as progress,
+        ):
+            last: dict[str, Any] = train(parts, done, folder, metrics, progress, interrupt)
+        folder.write_summary(steps.summary(parts, last, time.perf_counter() - started, interrupt.signal))
+        plot_run(folder.metrics_file, folder.plots)
+    interrupt.exit_if_set(options)
+
+
+def restore(parts: Parts, state: dict[str, Any] | None) -> int:
+    """Rollouts that are behind us: 0, or those of the checkpoint the trainer resumed from."""
+    if state is None:
+        return 0
+    if parts.prompts is not None and state.get("prompts") is not None:
+        parts.prompts.load_state_dict(state["prompts"])
+    logger.info("resumed after rollout %d", state["rollouts"])
+    return int(state["rollouts"])
+
+
+def train(
+    parts: Parts, done: int, folder: RunFolder, metrics: MetricLogger, progress: Progress, interrupt: Interrupt
+) -> dict[str, Any]:
+    """All remaining rollouts. Step 0 of the metrics is the first evaluation, step k what follows rollout k."""
+    last: dict[str, Any] = {}
+    if done == 0 and parts.evaluation_sets and not parts.options.evaluation.skip_eval_before_train:
+        last = metrics.log(0, steps.evaluate_all(parts, 0, folder))
+    for step in range(done + 1, parts.num_rollouts + 1):
+        rollout_id = step - 1
+        found: dict[str, float] = {}
+        with progress.phase("rollout"):
+            samples = steps.make_samples(parts, rollout_id, found)
+        with progress.phase("reward"):
+            steps.reward(parts, samples, found)
+        with progress.phase("teacher"):
+            steps.teach(parts, samples, rollout_id)
+        steps.record(parts, samples, rollout_id, folder)
+        with progress.phase("train"):
+            steps.learn(parts, samples, found)
+        stopping = interrupt.signal is not None
+        is_last = step == parts.num_rollouts
+        if parts.evaluation_sets and steps.due(step, parts.options.evaluation.eval_interval, is_last):
+            with progress.phase("evaluate"):
+                found |= steps.evaluate_all(parts, step, folder)
+        if steps.due(step, parts.options.checkpoint.save_interval, is_last or stopping):
+            with progress.phase("save"):
+                save(parts, step)
+        found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
+        found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
+        last = {**last, **metrics.log(step, found)}
+        if stopping:
+            break
+    return last
+
+
+def save(parts: Parts, step: int) -> None:
+    """Write a checkpoint, and Hugging Face weights where they are asked for."""
+    options = parts.options
+    run_state = {"rollouts": step, "prompts": parts.prompts.state_dict() if parts.prompts is not None else None}
+    parts.trainer.save(options.save_folder, step, parts.hf_folder, run_state)
+    if options.checkpoint.save_hf is not None:
+        steps.write_hf(parts, Path(options.checkpoint.save_hf.replace("{rollout_id}", str(step))))
+
+
+def trained_tokens(samples: Sequence[Sample]) -> int:
+    """Response tokens of a rollout that are trained on."""
+    return int(sum(sample.loss_mask.sum() for sample in samples))

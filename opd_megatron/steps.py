@@ -1,0 +1,262 @@
+"""What the loop does in each phase of a step; every function works on the samples of one rollout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd_megatron.assembly import Parts
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import needs_reference
+from opd_megatron.megatron.checkpoint import copy_hf_files
+from opd_megatron.megatron.hf_weights import write_hf_weights
+from opd_megatron.objectives.advantages import task_advantages
+from opd_megatron.objectives.log_probs import log_ratio
+from opd_megatron.objectives.opd import reverse_kl_statistics
+from opd_megatron.observe.run_folder import RunFolder
+from opd_megatron.rollout.engine import SamplingParams
+from opd_megatron.rollout.evaluate import evaluate
+from opd_megatron.rollout.generate import rollout_metrics
+from opd_megatron.rollout.sft import sft_samples
+from opd_megatron.sample import Sample, read_samples, write_samples
+from opd_megatron.teacher.megatron import MegatronTeacher
+
+
+def due(step: int, interval: int | None, is_last: bool) -> bool:
+    """Whether something that happens every ``interval`` steps, and at the end, happens at ``step``."""
+    return is_last or (interval is not None and step % interval == 0)
+
+
+def sync_weights(parts: Parts, version: str) -> None:
+    """Give the engine the student's weights unless it has this version already."""
+    if parts.engine is not None and parts.engine.weight_version != version:
+        parts.engine.update_weights(parts.trainer.export_weights(), version)
+
+
+def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> list[Sample]:
+    """Samples of a rollout: recorded, from labels (SFT), or sampled by the student of ``rollout_id`` updates."""
+    options = parts.options
+    recorded = options.rollout.load_debug_rollout_data
+    if recorded is not None:
+        samples = _recorded_samples(options, Path(recorded.replace("{rollout_id}", str(rollout_id))))
+    else:
+        assert parts.prompts is not None
+        assert options.rollout.rollout_batch_size is not None
+        records = parts.prompts.next_batch(options.rollout.rollout_batch_size)
+        if parts.generator is None:
+            samples = sft_samples(records, parts.tokenizer)
+        else:
+            sync_weights(parts, str(rollout_id))
+            samples = parts.generator.generate(records, rollout_id)
+    metrics |= rollout_metrics(samples)
+    return samples
+
+
+def _recorded_samples(options: Options, path: Path) -> list[Sample]:
+    if not path.is_file():
+        raise UserError(f"--load-debug-rollout-data: {path} does not exist")
+    samples = list(read_samples(path))
+    if len(samples) != options.samples_per_rollout:
+        raise UserError(
+            f"--load-debug-rollout-data: {path} has {len(samples)} samples, --rollout-batch-size times "
+            f"--n-samples-per-prompt is {options.samples_per_rollout}"
+        )
+    if options.opd.use_opd and any(sample.teacher_scores is None for sample in samples):
+        raise UserError(f"--load-debug-rollout-data: {path} has samples without teacher scores, which --use-opd needs")
+    return samples
+
+
+def reward(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -> None:
+    """Fill the task rewards; without a reward function they are 0, recorded ones stay."""
+    if parts.options.objective.loss_type == "sft_loss":
+        return
+    if parts.reward is not None and parts.options.rollout.load_debug_rollout_data is None:
+        parts.reward.score(samples)
+    for sample in samples:
+        if sample.reward is None:
+            sample.reward = 0.0
+    rewards = np.array([sample.reward for sample in samples], dtype=np.float64)
+    metrics["reward/mean"] = float(rewards.mean())
+    metrics["reward/std"] = float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
+    metrics["reward/max"] = float(rewards.max())
+    metrics["reward/min"] = float(rewards.min())
+    metrics["reward/error_frac"] = sum(sample.reward_error is not None for sample in samples) / len(samples)
+
+
+def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
+    """Attach the teacher's scores. Evaluation never comes here."""
+    if parts.teacher is None:
+        return
+    if isinstance(parts.teacher, MegatronTeacher):
+        interval = parts.options.opd.opd_exact_kl_interval
+        parts.teacher.keep_hidden = interval > 0 and rollout_id % interval == 0 and parts.exact_kl_possible
+    for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
+        sample.teacher_scores = scores
+        sample.validate()
+
+
+def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: RunFolder) -> None:
+    """Write a few samples for the reader, and all of them where a recording is asked for."""
+    options = parts.options
+    if options.run.num_logged_samples:
+        shown = [
+            {
+                "prompt": sample.prompt,
+                "response": sample.response,
+                "label": sample.label,
+                "reward": sample.reward,
+                "status": str(sample.status),
+                "response_length": sample.response_length,
+            }
+            for sample in samples[: options.run.num_logged_samples]
+        ]
+        folder.write_samples(rollout_id, shown)
+    if options.rollout.save_debug_rollout_data is not None:
+        write_samples(options.rollout.save_debug_rollout_data.replace("{rollout_id}", str(rollout_id)), samples)
+
+
+def learn(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -> None:
+    """Compute advantages over the whole rollout, take its optimizer steps and report them."""
+    options = parts.options
+    if options.objective.loss_type == "policy_loss":
+        _add_advantages(parts, samples)
+    trained, log_probs = parts.trainer.train(samples)
+    metrics |= trained
+    if options.objective.loss_type == "sft_loss":
+        return
+    # The log-probabilities under the weights that sampled: with several optimizer steps those computed beforehand.
+    student = [
+        current if sample.old_log_probs is None else sample.old_log_probs
+        for sample, current in zip(samples, log_probs, strict=True)
+    ]
+    metrics |= _engine_gap(samples, student)
+    if options.opd.use_opd:
+        scores = [sample.teacher_scores for sample in samples]
+        assert all(score is not None for score in scores)
+        metrics |= reverse_kl_statistics(
+            [torch.from_numpy(array) for array in student],
+            [torch.from_numpy(score.log_probs_T) for score in scores if score is not None],
+            [torch.from_numpy(sample.loss_mask) for sample in samples],
+            [torch.from_numpy(score.valid_T) for score in scores if score is not None],
+        )
+
+
+def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
+    objective = parts.options.objective
+    if parts.options.steps_per_rollout > 1 or objective.kl_coef > 0:
+        for sample, log_probs in zip(samples, parts.trainer.score("student", samples), strict=True):
+            sample.old_log_probs = log_probs
+    if needs_reference(parts.options):
+        for sample, log_probs in zip(samples, parts.trainer.score("reference", samples), strict=True):
+            sample.ref_log_probs = log_probs
+    kls = None
+    if objective.kl_coef > 0:
+        kls = [
+            log_ratio(torch.from_numpy(sample.old_log_probs), torch.from_numpy(sample.ref_log_probs))
+            for sample in samples
+        ]
+    advantages = task_advantages(
+        objective,
+        [float(sample.reward or 0.0) for sample in samples],
+        [sample.group_index for sample in samples],
+        [torch.from_numpy(sample.loss_mask) for sample in samples],
+        kls,
+    )
+    for sample, values in zip(samples, advantages, strict=True):
+        sample.advantages = values.numpy()
+        sample.validate()
+
+
+def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean and largest difference of the engine's and the trainer's log-probabilities on trained tokens."""
+    gaps = [
+        np.abs(sample.rollout_log_probs - log_probs)[sample.loss_mask]
+        for sample, log_probs in zip(samples, student, strict=True)
+        if sample.rollout_log_probs is not None
+    ]
+    gap = np.concatenate(gaps) if gaps else np.zeros(0)
+    if not len(gap):
+        return {}
+    return {"rollout/train_logprob_gap": float(gap.mean()), "rollout/train_logprob_gap_max": float(gap.max())}
+
+
+def evaluate_all(parts: Parts, step: int, folder: RunFolder) -> dict[str, float]:
+    """``eval/<set>/*`` of the student after ``step`` rollouts."""
+    options, engine, scorer = parts.options, parts.engine, parts.reward
+    assert engine is not None
+    assert scorer is not None
+    sync_weights(parts, str(step))
+    sampling = SamplingParams(
+        temperature=options.evaluation.eval_temperature,
+        top_p=options.evaluation.eval_top_p,
+        max_new_tokens=options.eval_max_response_len,
+        stop=options.rollout.rollout_stop,
+    )
+    metrics: dict[str, float] = {}
+    for evaluation_set in parts.evaluation_sets:
+        found, _ = evaluate(
+            engine,
+            evaluation_set.records,
+            name=evaluation_set.name,
+            reward=scorer,
+            sampling=sampling,
+            n_samples=options.evaluation.n_samples_per_eval_prompt,
+            seed=options.training.seed,
+            rollout_id=step,
+            max_prompt_len=options.rollout.rollout_max_prompt_len,
+        )
+        metrics |= found
+    return metrics
+
+
+def write_hf(parts: Parts, target: Path) -> None:
+    """Write the student as a Hugging Face folder under a temporary name and rename it."""
+    temporary = target.with_name(target.name + ".tmp")
+    copy_hf_files(parts.hf_folder, temporary)
+    write_hf_weights(parts.trainer.export_weights(), temporary)
+    replaced = target.with_name(target.name + ".replaced.tmp")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    temporary.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def shown(metrics: dict[str, float]) -> dict[str, float]:
+    """The numbers of the progress line."""
+    names = {
+        "loss": "train/loss",
+        "reward": "reward/mean",
+        "reverse KL": "opd/reverse_kl",
+        "length": "rollout/response_length_mean",
+    }
+    return {label: metrics[name] for label, name in names.items() if name in metrics}
+
+
+def logging_arguments(options: Options) -> dict[str, Any]:
+    """Where metrics go besides metrics.jsonl."""
+    wandb = None
+    if options.run.use_wandb:
+        wandb = {
+            "project": options.run.wandb_project,
+            "group": options.run.wandb_group,
+            "name": options.run.wandb_run_name,
+        }
+    return {"tensorboard": not options.run.no_tensorboard, "wandb": wandb}
+
+
+def summary(parts: Parts, last: dict[str, Any], seconds: float, signal: int | None) -> dict[str, Any]:
+    """What ``summary.json`` says at the end of a run."""
+    return {
+        "rollouts": last.get("step", 0),
+        "finished": signal is None,
+        "seconds": seconds,
+        "checkpoints": str(parts.options.save_folder),
+        "last": last,
+    }
