@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,7 @@ class Parts:
     engine: LocalEngine | None
     generator: RolloutGenerator | None
     reward: RewardFunction | None
+    evaluation_reward: RewardFunction | None
     teacher: MegatronTeacher | SGLangTeacher | None
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
@@ -72,16 +73,25 @@ def assemble(options: Options) -> Iterator[Parts]:
     hf_folder = Path(str(options.checkpoint.hf_checkpoint))
     tokenizer = load_tokenizer(hf_folder)
     replayed = options.rollout.load_debug_rollout_data is not None
-    prompts = None if replayed else _prompt_set(options, tokenizer)
+    data = options.data
+    prompts = None
+    if not replayed:
+        records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
+        prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
     sets = [
-        EvaluationSet(name, _records(options, path, tokenizer)) for name, path in options.evaluation.eval_prompt_data
+        EvaluationSet(name, _records(options, path, tokenizer, options.eval_input_key, options.eval_label_key))
+        for name, path in options.evaluation.eval_prompt_data
     ]
     num_rollouts = _num_rollouts(options, prompts)
     with ExitStack() as stack:
-        reward = None
-        if options.reward.rm_type is not None or options.reward.custom_rm_path is not None:
-            reward = build_reward(options.reward)
+        reward = build_reward(options.reward) if options.has_training_reward else None
+        if reward is not None:
             stack.callback(reward.close)
+        evaluation_reward = reward
+        if options.evaluation.eval_rm_type is not None:
+            named = replace(options.reward, rm_type=options.evaluation.eval_rm_type, custom_rm_path=None)
+            evaluation_reward = build_reward(named)
+            stack.callback(evaluation_reward.close)
         engine = None
         samples_rollouts = options.objective.loss_type == "policy_loss" and not replayed
         if samples_rollouts or sets:
@@ -106,27 +116,25 @@ def assemble(options: Options) -> Iterator[Parts]:
             engine=engine,
             generator=generator,
             reward=reward,
+            evaluation_reward=evaluation_reward,
             teacher=teacher,
             exact_kl_possible=_exact_kl_possible(options, teacher),
         )
 
 
-def _records(options: Options, path: str, tokenizer: PreTrainedTokenizerBase) -> list[PromptRecord]:
+def _records(
+    options: Options, path: str, tokenizer: PreTrainedTokenizerBase, input_key: str, label_key: str | None
+) -> list[PromptRecord]:
     data = options.data
     return load_prompt_records(
         path,
         tokenizer=tokenizer,
-        input_key=data.input_key,
-        label_key=data.label_key,
+        input_key=input_key,
+        label_key=label_key,
         metadata_key=data.metadata_key,
         apply_chat_template=data.apply_chat_template,
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs),
     )
-
-
-def _prompt_set(options: Options, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    records = _records(options, str(options.data.prompt_data), tokenizer)
-    return PromptSet(records, options.data.rollout_shuffle, options.training.seed)
 
 
 def _num_rollouts(options: Options, prompts: PromptSet | None) -> int:

@@ -40,7 +40,7 @@ def run(options: Options) -> None:
         folder.write_config(dump_yaml(options))
         with (
             Interrupt() as interrupt,
-            MetricLogger(folder, first_step=done, **steps.logging_arguments(options)) as metrics,
+            MetricLogger(folder, first_step=done + 1 if done else 0, **steps.logging_arguments(options)) as metrics,
             Progress("train", parts.num_rollouts, done=done) as progress,
         ):
             last: dict[str, Any] = train(parts, done, folder, metrics, progress, interrupt)
@@ -65,7 +65,7 @@ def train(
     """All remaining rollouts. Step 0 of the metrics is the first evaluation, step k what follows rollout k."""
     last: dict[str, Any] = {}
     if done == 0 and parts.evaluation_sets and not parts.options.evaluation.skip_eval_before_train:
-        last = metrics.log(0, steps.evaluate_all(parts, 0, folder))
+        last = metrics.log(0, steps.evaluate_all(parts, 0))
     for step in range(done + 1, parts.num_rollouts + 1):
         rollout_id = step - 1
         found: dict[str, float] = {}
@@ -82,7 +82,8 @@ def train(
         is_last = step == parts.num_rollouts
         if parts.evaluation_sets and steps.due(step, parts.options.evaluation.eval_interval, is_last):
             with progress.phase("evaluate"):
-                found |= steps.evaluate_all(parts, step, folder)
+                found |= steps.evaluate_all(parts, step)
+        stopping = stopping or steps.goal_reached(parts.options, found)
         if steps.due(step, parts.options.checkpoint.save_interval, is_last or stopping):
             with progress.phase("save"):
                 save(parts, step)

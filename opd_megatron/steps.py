@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference
-from opd_megatron.megatron.checkpoint import copy_hf_files
-from opd_megatron.megatron.hf_weights import write_hf_weights
+from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.objectives.advantages import task_advantages
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.opd import reverse_kl_statistics
@@ -186,9 +184,9 @@ def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dic
     return {"rollout/train_logprob_gap": float(gap.mean()), "rollout/train_logprob_gap_max": float(gap.max())}
 
 
-def evaluate_all(parts: Parts, step: int, folder: RunFolder) -> dict[str, float]:
+def evaluate_all(parts: Parts, step: int) -> dict[str, float]:
     """``eval/<set>/*`` of the student after ``step`` rollouts."""
-    options, engine, scorer = parts.options, parts.engine, parts.reward
+    options, engine, scorer = parts.options, parts.engine, parts.evaluation_reward
     assert engine is not None
     assert scorer is not None
     sync_weights(parts, str(step))
@@ -215,17 +213,23 @@ def evaluate_all(parts: Parts, step: int, folder: RunFolder) -> dict[str, float]
     return metrics
 
 
+def goal_reached(options: Options, metrics: dict[str, float]) -> bool:
+    """Whether ``--stop-eval-metric`` was measured in this step and is good enough to end the run.
+
+    Raises ``UserError`` if an evaluation ran and has no such metric.
+    """
+    metric, goal = options.evaluation.stop_eval_metric, options.evaluation.stop_eval_value
+    if metric is None or goal is None or not any(name.startswith("eval/") for name in metrics):
+        return False
+    if metric not in metrics:
+        known = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
+        raise UserError(f"--stop-eval-metric {metric} is not measured; there are {known}")
+    return metrics[metric] >= goal
+
+
 def write_hf(parts: Parts, target: Path) -> None:
-    """Write the student as a Hugging Face folder under a temporary name and rename it."""
-    temporary = target.with_name(target.name + ".tmp")
-    copy_hf_files(parts.hf_folder, temporary)
-    write_hf_weights(parts.trainer.export_weights(), temporary)
-    replaced = target.with_name(target.name + ".replaced.tmp")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    temporary.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Write the student as a Hugging Face folder, which appears whole or not at all."""
+    write_hf_folder(parts.trainer.export_weights(), target, parts.hf_folder)
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:

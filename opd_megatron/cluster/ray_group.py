@@ -32,7 +32,7 @@ class _TrainerRank:
     """What runs in an actor: one rank, built after all of them are placed."""
 
     def __init__(self) -> None:
-            self._trainer: MegatronTrainer | None = None
+        self._trainer: MegatronTrainer | None = None
 
     def address(self) -> tuple[str, int]:
         """Where the ranks can meet on this actor's node."""

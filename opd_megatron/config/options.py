@@ -8,6 +8,9 @@ from pathlib import Path
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
 
+REWARD_NAMES = ("math", "gsm8k", "exact", "zero", "column_arithmetic")
+"""Rewards that options can name."""
+
 
 @dataclass(frozen=True)
 class OpdOptions:
@@ -197,9 +200,7 @@ class RolloutOptions:
 class RewardOptions:
     """Reward"""
 
-    rm_type: str | None = option(
-        None, "reward by name", choices=("math", "gsm8k", "exact", "zero", "column_arithmetic")
-    )
+    rm_type: str | None = option(None, "reward by name", choices=REWARD_NAMES)
     custom_rm_path: str | None = option(
         None,
         "import path of a reward function (sync or async, one sample or a batch)",
@@ -225,6 +226,15 @@ class EvaluationOptions:
     n_samples_per_eval_prompt: int = option(1, "responses per evaluation prompt", minimum=1)
     eval_temperature: float = option(0.0, "sampling temperature (0: greedy)", minimum=0.0)
     eval_top_p: float = option(1.0, "nucleus sampling (1: off)", above=0.0, maximum=1.0)
+    eval_input_key: str | None = option(None, "field of the evaluation prompts (default: --input-key)")
+    eval_label_key: str | None = option(None, "field of the evaluation labels (default: --label-key)")
+    eval_rm_type: str | None = option(
+        None, "reward of the evaluation (default: that of the training)", choices=REWARD_NAMES
+    )
+    stop_eval_metric: str | None = option(
+        None, "end the run, saved, when this evaluation metric reaches --stop-eval-value, e.g. eval/dev/pass@1"
+    )
+    stop_eval_value: float | None = option(None, "value of --stop-eval-metric that ends the run")
     eval_max_response_len: int | None = option(
         None, "longest response (default: --rollout-max-response-len)", unit="tokens", minimum=1
     )
@@ -344,6 +354,19 @@ class Options:
     def label_key(self) -> str:
         """Field of the label; rows may lack it unless ``--label-key`` was given."""
         return self.data.label_key or "label"
+
+    @property
+    def eval_input_key(self) -> str:
+        return self.evaluation.eval_input_key or self.data.input_key
+
+    @property
+    def eval_label_key(self) -> str | None:
+        """Field of the evaluation labels that was asked for; None where rows may lack a label."""
+        return self.evaluation.eval_label_key or self.data.label_key
+
+    @property
+    def has_training_reward(self) -> bool:
+        return self.reward.rm_type is not None or self.reward.custom_rm_path is not None
 
     @property
     def eval_max_response_len(self) -> int:

@@ -36,9 +36,9 @@ def missing_faults(options: Options) -> list[str]:
         faults.append("--num-rollout or --num-epoch is missing: give the length of the run")
     if options.run.run_dir is None:
         faults.append("--run-dir is missing: name the folder for everything the run writes")
-    if options.reward.rm_type is None and options.reward.custom_rm_path is None:
-        if rewarded:
-            faults.append("--rm-type or --custom-rm-path is missing: name the reward (zero: no task reward)")
-        elif options.evaluation.eval_prompt_data:
-            faults.append("--rm-type or --custom-rm-path is missing: the evaluation needs it")
+    if rewarded and not options.has_training_reward:
+        faults.append("--rm-type or --custom-rm-path is missing: name the reward (zero: no task reward)")
+    evaluated = options.has_training_reward or options.evaluation.eval_rm_type is not None
+    if options.evaluation.eval_prompt_data and not evaluated and not rewarded:
+        faults.append("--eval-rm-type is missing: the evaluation needs a reward")
     return faults

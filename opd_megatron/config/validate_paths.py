@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from opd_megatron.config.architecture import read_hf_config
-from opd_megatron.config.checkpoint_paths import inspect_checkpoint, resolve_step
+from opd_megatron.config.checkpoint_paths import TRACKER, inspect_checkpoint, resolve_step
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import holds_checkpoint, starting_point
@@ -37,6 +37,7 @@ def path_faults(options: Options, check_prompts: PromptCheck | None) -> list[str
             *_prompt_faults(options, check_prompts),
             *_recorded_faults(options),
             *_target_faults(options),
+            *_earlier_run_faults(options),
         ]
     except OSError as error:  # no permission, a name too long, a broken disk
         return [f"{error.filename or 'a path'} cannot be read ({error.strerror})"]
@@ -118,15 +119,20 @@ def _teacher_faults(options: Options) -> Iterator[str]:
 def _prompt_faults(options: Options, check_prompts: PromptCheck | None) -> Iterator[str]:
     if check_prompts is None:
         return
-    data = options.data
-    labelled = options.objective.loss_type == "sft_loss" or options.reward.rm_type in _LABELLED_REWARDS
-    sets = [(f"--eval-prompt-data {name}", path) for name, path in options.evaluation.eval_prompt_data]
+    data, rewards = options.data, options.reward
+    sets: list[tuple[str, str, str, str | None]] = []
     if data.prompt_data is not None:
-        sets.insert(0, ("--prompt-data", data.prompt_data))
-    for flag, path in sets:
-        label_key = options.label_key if labelled else data.label_key
+        labelled = options.objective.loss_type == "sft_loss" or rewards.rm_type in _LABELLED_REWARDS
+        sets.append(
+            ("--prompt-data", data.prompt_data, data.input_key, options.label_key if labelled else data.label_key)
+        )
+    for name, path in options.evaluation.eval_prompt_data:
+        labelled = (options.evaluation.eval_rm_type or rewards.rm_type) in _LABELLED_REWARDS
+        key = options.eval_label_key or ("label" if labelled else None)
+        sets.append((f"--eval-prompt-data {name}", path, options.eval_input_key, key))
+    for flag, path, input_key, label_key in sets:
         found = check_prompts(
-            path, data.input_key, label_key, data.metadata_key, apply_chat_template=data.apply_chat_template
+            path, input_key, label_key, data.metadata_key, apply_chat_template=data.apply_chat_template
         )
         yield from (f"{flag}: {fault}" for fault in found)
 
@@ -168,6 +174,25 @@ def _target_faults(options: Options) -> Iterator[str]:
             for source, read in _folders_read(options)
             if Path(read).absolute() == Path(folder).absolute()
         )
+
+
+def _earlier_run_faults(options: Options) -> Iterator[str]:
+    """A run never writes over another: where one has been, it is resumed or another folder is named."""
+    if options.run.run_dir is None:
+        return
+    resumed = options.checkpoint.load
+    if resumed is not None and Path(resumed).absolute() == options.save_folder.absolute():
+        return
+    for flag, folder, traces in (
+        ("--run-dir", options.run_folder, ("metrics.jsonl", "checkpoints")),
+        ("--save", options.save_folder, (TRACKER,)),
+    ):
+        if any((folder / trace).exists() for trace in traces):
+            yield (
+                f"{flag} {folder} holds a run already: resume it with --load {options.save_folder}, "
+                "or choose another folder"
+            )
+            return
 
 
 def _folders_read(options: Options) -> list[tuple[str, str]]:

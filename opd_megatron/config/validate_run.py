@@ -191,7 +191,17 @@ def _reward_and_evaluation_faults(options: Options) -> Iterator[str]:
         yield "--rm-error-value has no effect without --rm-on-error value: add it"
     if evaluation.eval_interval is not None and not evaluation.eval_prompt_data:
         yield "--eval-interval has nothing to evaluate: give --eval-prompt-data NAME PATH"
+    if not evaluation.eval_prompt_data:
+        for name in ("eval_input_key", "eval_label_key", "eval_rm_type"):
+            if name in options.given:
+                yield f"--{name.replace('_', '-')} has nothing to evaluate: give --eval-prompt-data NAME PATH"
+    if (evaluation.stop_eval_metric is None) != (evaluation.stop_eval_value is None):
+        yield "--stop-eval-metric and --stop-eval-value go together: give both or neither"
     names = [name for name, _ in evaluation.eval_prompt_data]
+    if evaluation.stop_eval_metric is not None and not evaluation.stop_eval_metric.startswith(
+        tuple(f"eval/{name}/" for name in names)
+    ):
+        yield f"--stop-eval-metric {evaluation.stop_eval_metric} is of no evaluation set: see --eval-prompt-data"
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"--eval-prompt-data {name} is given twice: give each set a name of its own"
     if evaluation.eval_prompt_data and options.rollout.load_debug_rollout_data is not None:

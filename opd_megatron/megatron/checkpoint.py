@@ -13,6 +13,8 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,41 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from opd_megatron.config.checkpoint_paths import (
     HF_FOLDER,
     MANIFEST,
+    RELEASE,
     TRACKER,
     Step,
     resolve_step,
     step_folder_name,
 )
+from opd_megatron.config.errors import UserError
 from opd_megatron.megatron import cpu
-from opd_megatron.megatron.hf_weights import load_hf_weights
+from opd_megatron.megatron.hf_weights import hf_weights_dtype, load_hf_weights, write_hf_weights
 from opd_megatron.megatron.model import HiddenStateModel
-from opd_megatron.megatron.safe_checkpoint import SafeLoad, SynchronousSave
+from opd_megatron.megatron.safe_checkpoint import SafeLoad, SynchronousSave, read_metadata
 
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
+_WEIGHT_FILES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+)
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+"""How the keys of a model's weights begin in torch_dist; those of the optimizer's state begin otherwise."""
 
 
 def _barrier() -> None:
@@ -56,16 +74,65 @@ def _write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _temporary_name(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".tmp")
+
+
+def _empty_folder(folder: Path) -> Path:
+    """Make ``folder`` anew; what a process that died has left in it goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _replace_folder(temporary: Path, final: Path) -> None:
+    """Give a finished folder its name; the folder that has it so far goes when the new one is in place."""
+    replaced = final.with_name(final.name + ".replaced.tmp")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def copy_hf_files(source: Path, target: Path) -> None:
     """Copy config and tokenizer of a Hugging Face folder (every file but weights) through a temporary name."""
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = _empty_folder(_temporary_name(target))
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(path, temporary / path.name)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    _replace_folder(temporary, target)
+
+
+def write_hf_folder(tensors: Iterable[tuple[str, Tensor]], target: Path, hf_folder: Path) -> None:
+    """Write a Hugging Face folder: ``tensors``, and config and tokenizer of ``hf_folder``.
+
+    It is written under a name that ends in ``.tmp`` and takes the place of ``target`` when it is whole. The config
+    comes to name the data type of the weights, by which transformers chooses the one it loads.
+    """
+    target = target.resolve()
+    temporary = _temporary_name(target)
+    copy_hf_files(hf_folder, temporary)
+    _name_dtype(temporary / "config.json", write_hf_weights(tensors, temporary))
+    _replace_folder(temporary, target)
+
+
+def _name_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Set ``dtype``, or ``torch_dtype`` where transformers 4 wrote the config; one that is right stays as it is."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    if any(config.get(key) != name for key in keys):
+        config.update(dict.fromkeys(keys, name))
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _model_state(model: HiddenStateModel) -> dict[str, Any]:
@@ -118,11 +185,10 @@ def save_checkpoint(
     """
     root = Path(folder)
     final = root / step_folder_name(step)
-    temporary = root / (final.name + ".tmp")
+    temporary = _temporary_name(final)
     is_first = dist.get_rank() == 0
     if is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        _empty_folder(temporary)
     _barrier()
     if optimizer is None or scheduler is None:
         state: dict[str, Any] = {"model": _model_state(model)}
@@ -143,21 +209,42 @@ def _publish(temporary: Path, final: Path, root: Path, hf_folder: Path) -> None:
     _write_text(temporary / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
     if not (root / HF_FOLDER / "config.json").exists():
         copy_hf_files(hf_folder, root / HF_FOLDER)
-    replaced = root / (final.name + ".replaced.tmp")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    _sync_directory(root)
+    _replace_folder(temporary, final)
     _write_text(root / TRACKER, final.name.removeprefix("iter_").lstrip("0") or "0")
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
+def save_release(target: Path, model: HiddenStateModel, hf_folder: Path) -> None:
+    """Write weights, config and tokenizer as a checkpoint folder of their own; all ranks call it.
+
+    The whole folder takes the place of ``target`` when it is written, so that weights never stand beside the config of
+    other ones.
+    """
+    target = target.resolve()
+    temporary = _temporary_name(target)
+    if dist.get_rank() == 0:
+        _empty_folder(temporary)
+    save_checkpoint(temporary, RELEASE, model, hf_folder=hf_folder)
+    if dist.get_rank() == 0:
+        _replace_folder(temporary, target)
+    _barrier()
+
+
+def stored_dtype(source: Path) -> torch.dtype:
+    """Data type of the weights in a Hugging Face folder or in one torch_dist step folder.
+
+    Where they have several it is the smallest that holds them all.
+    """
+    if (source / "config.json").exists():
+        return hf_weights_dtype(source)
+    tensors = read_metadata(source).state_dict_metadata
+    dtypes = [
+        entry.properties.dtype
+        for name, entry in tensors.items()
+        if name.startswith(_MODEL_KEYS) and isinstance(entry, TensorStorageMetadata)
+    ]
+    if not dtypes:
+        raise UserError(f"{source} holds no weights of a model")
+    return reduce(torch.promote_types, dtypes)
 
 
 def load_weights(model: HiddenStateModel, path: str | Path, step: Step | None = None) -> None:

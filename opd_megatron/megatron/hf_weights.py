@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -17,12 +18,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.errors import UserError
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.weight_map import ParameterMap, global_name, parameter_maps
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPUTED = "rotary_emb.inv_freq"
+"""Old Llama checkpoints store these frequencies, which follow from the config."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SHOWN_FAULTS = 3
 
 
 class HFWeights:
@@ -40,15 +48,55 @@ class HFWeights:
             raise UserError(f"{folder} holds no safetensors weights ({SINGLE_NAME} or {INDEX_NAME})")
         self.files = files
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor ``name``, checked to have ``shape``."""
-        if name not in self.files:
-            raise UserError(f"{self.folder}: weight {name} is missing")
+    def tensor(self, name: str) -> Tensor:
+        """The tensor ``name``."""
         with safe_open(self.folder / self.files[name], framework="pt") as reader:
             tensor: Tensor = reader.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{self.folder}: weight {name} has shape {tuple(tensor.shape)}, the config says {shape}")
         return tensor
+
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Data type, as safetensors names it, and shape of each weight; only the heads of the files are read."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for file in sorted(set(self.files.values())):
+            with safe_open(self.folder / file, framework="pt") as reader:
+                for name in reader.keys():  # noqa: SIM118  the reader is no mapping
+                    part = reader.get_slice(name)
+                    found[name] = part.get_dtype(), tuple(part.get_shape())
+        return {name: header for name, header in found.items() if not name.endswith(_COMPUTED)}
+
+    def check(self, architecture: ModelArchitecture) -> None:
+        """Raise ``UserError`` unless the folder holds the weights of ``architecture`` and nothing else.
+
+        Every rank finds the same faults, although each reads only its own part of the model afterwards.
+        """
+        headers = self.headers()
+        rows = parameter_maps(architecture, architecture.vocab_size)
+        expected = {name: shape for row in rows for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)}
+        faults = [f"weight {name} is missing" for name in expected if name not in headers]
+        faults += [
+            f"weight {name} has shape {headers[name][1]}, the config says {shape}"
+            for name, shape in expected.items()
+            if name in headers and headers[name][1] != shape
+        ]
+        unknown = [name for name in headers if name not in expected]
+        if not faults and unknown == [_HEAD] and torch.equal(self.tensor(_HEAD), self.tensor(_EMBEDDING)):
+            return  # some checkpoints with tied weights store them under both names
+        faults += [f"weight {name} has no place in the model of the config" for name in unknown]
+        if faults:
+            more = f" and {len(faults) - _SHOWN_FAULTS} more such faults" if len(faults) > _SHOWN_FAULTS else ""
+            raise UserError(f"{self.folder}: {', '.join(faults[:_SHOWN_FAULTS])}{more}")
+
+
+def hf_weights_dtype(folder: str | Path) -> torch.dtype:
+    """Data type of the weights in a Hugging Face folder, whatever its config says: the smallest that holds them all."""
+    names = {dtype for dtype, _ in HFWeights(folder).headers().values()}
+    unsupported = sorted(names - set(_DTYPES))
+    if unsupported or not names:
+        raise UserError(
+            f"{folder}: weights of the type {', '.join(unsupported) or 'nothing'} are not supported: take a checkpoint "
+            f"in {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES.values())}"
+        )
+    return reduce(torch.promote_types, [_DTYPES[name] for name in sorted(names)])
 
 
 def model_maps(model: HiddenStateModel) -> list[ParameterMap]:
@@ -78,7 +126,7 @@ def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
         if source is None:
             tensors = row.random(model.architecture, seed, model.config.params_dtype)
         else:
-            tensors = [source.tensor(name, shape) for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)]
+            tensors = [source.tensor(name) for name in row.hf_names]
         shard = row.layout.shard(row.layout.merge(tensors), rank, size)
         for target in targets:
             if target is not None:
@@ -90,8 +138,10 @@ def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
 
 
 def load_hf_weights(model: HiddenStateModel, folder: str | Path) -> None:
-    """Fill this rank's parameters from a Hugging Face folder; raises ``UserError`` on missing or misshapen weights."""
-    _fill(model, HFWeights(folder), seed=0)
+    """Fill this rank's parameters from a Hugging Face folder; raises ``UserError`` if it holds another model's."""
+    source = HFWeights(folder)
+    source.check(model.architecture)
+    _fill(model, source, seed=0)
 
 
 def initialize_weights(model: HiddenStateModel, seed: int) -> None:
@@ -165,11 +215,17 @@ def _send_to_first_stage(
     return parts
 
 
-def write_hf_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = 4 * 2**30) -> None:
-    """Write a stream of tensors as safetensors files of at most about ``shard_bytes`` with an index."""
+def write_hf_weights(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = 4 * 2**30
+) -> torch.dtype:
+    """Write a stream of tensors as safetensors files of at most about ``shard_bytes`` with an index.
+
+    Returns the smallest data type that holds them all; raises ``ValueError`` if there are none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
+    dtype: torch.dtype | None = None
     total = pending_bytes = 0
 
     def flush() -> None:
@@ -183,13 +239,16 @@ def write_hf_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, sha
         size = tensor.numel() * tensor.element_size()
         if pending and pending_bytes + size > shard_bytes:
             flush()
+        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
         pending[name] = tensor.contiguous()
         pending_bytes += size
         total += size
     flush()
+    if dtype is None:
+        raise ValueError("there are no weights to write")
     if len(shards) == 1:
         (folder / "part-00000.safetensors").replace(folder / SINGLE_NAME)
-        return
+        return dtype
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -197,3 +256,4 @@ def write_hf_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, sha
         weight_map.update(dict.fromkeys(names, file_name))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return dtype

@@ -54,6 +54,11 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
+def read_metadata(folder: Path) -> dcp.Metadata:
+    """What a step folder says about its tensors; raises :class:`UnsafeCheckpointError`."""
+    return _SafeReader(folder).read_metadata()
+
+
 class _SafePlanner(strategies.MCoreLoadPlanner):  # type: ignore[misc]
     def load_bytes(self, read_item: Any, value: Any) -> None:
         loaded = torch.load(value, weights_only=True)

@@ -10,6 +10,7 @@ Shape legend: ``a`` query heads, ``g`` key/value heads, ``d`` head size, ``h`` h
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,9 @@ class ParameterMap:
             return torch.ones(shape)
         if self.init == "zeros":
             return torch.zeros(shape)
-        digest = int.from_bytes(name.encode(), "big") % (2**61 - 1)
-        generator = torch.Generator().manual_seed((digest * 1_000_003 + seed) % (2**63 - 1))
+        # torch's generator uses 32 bits of its seed, so the name must reach all of them.
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         return torch.randn(shape, generator=generator) * std
 
 

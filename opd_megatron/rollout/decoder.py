@@ -179,7 +179,11 @@ class Decoder:
 
 
 def _prompt_mask(cache: KeyValueCache) -> Tensor:
-    """``[B, 1, L, L]``: true where a prompt position may look. Padding looks at itself, so that it stays finite."""
+    """``[B, 1, L, L]``: true where a prompt position may look.
+
+    Padding looks at itself: kernels differ in what they return for a position that may look nowhere, and a NaN there
+    would spread through the cache.
+    """
     positions = torch.arange(cache.length, device=cache.pad_B.device)
     causal_LL = positions.unsqueeze(0) <= positions.unsqueeze(1)
     token_BL = positions >= cache.pad_B.unsqueeze(1)

@@ -103,15 +103,18 @@ def load_custom_generate(path: str) -> CustomGenerate:
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{flag} {path}: the module has no function {name}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
-def _check_custom(made: Any, sample: Sample, path: str) -> None:
-    """Raise ``ValueError`` unless ``made`` is this sample with a response that can be trained on."""
-    where = f"{path}, sample {sample.index}"
+def _checked(made: Any, index: int, group_index: int, path: str) -> Sample:
+    """What a custom function returned, if it is this sample with a response that can be trained on.
+
+    Raises ``ValueError`` if not.
+    """
+    where = f"{path}, sample {index}"
     if not isinstance(made, Sample):
         raise ValueError(f"{where}: returned a {type(made).__name__}, not a Sample")
-    if (made.index, made.group_index) != (sample.index, sample.group_index):
+    if (made.index, made.group_index) != (index, group_index):
         raise ValueError(f"{where}: index or group_index was changed")
     try:
         made.validate()
@@ -121,6 +124,7 @@ def _check_custom(made: Any, sample: Sample, path: str) -> None:
         raise ValueError(f"{where}: negative token ids")
     if made.rollout_log_probs is not None and not np.isfinite(made.rollout_log_probs[made.loss_mask]).all():
         raise ValueError(f"{where}: rollout_log_probs are not finite where loss_mask is 1")
+    return made
 
 
 class RolloutGenerator:
@@ -165,24 +169,25 @@ class RolloutGenerator:
     def _generate_custom(
         self, function: CustomGenerate, samples: Sequence[Sample], stream: tuple[int, ...]
     ) -> list[Sample]:
+        made = list(samples)
         fitting = []
-        for sample in samples:
+        for place, sample in enumerate(samples):
             sample.weight_version = self._engine.weight_version
             if self._max_prompt_len is not None and len(sample.prompt_tokens) > self._max_prompt_len:
                 sample.status = Status.PROMPT_TOO_LONG
             else:
-                fitting.append(sample)
-        engines = [SampleEngine(self._engine, (*stream, sample.index)) for sample in fitting]
-        answers = [function(sample, engine, self.sampling) for sample, engine in zip(fitting, engines, strict=True)]
+                fitting.append(place)
+        answers: list[Any] = [
+            function(samples[place], SampleEngine(self._engine, (*stream, place)), self.sampling) for place in fitting
+        ]
         if any(inspect.isawaitable(answer) for answer in answers):
             answers = asyncio.run(_gather(answers))
-        made = dict(enumerate(samples))
-        for sample, answer in zip(fitting, answers, strict=True):
-            _check_custom(answer, sample, self._custom_path or "")
-            if not answer.response and answer.response_length:
-                answer.response = self._tokenizer.decode(answer.response_tokens, skip_special_tokens=True)
-            made[sample.index] = answer
-        return [made[place] for place in range(len(samples))]
+        for place, answer in zip(fitting, answers, strict=True):
+            sample = _checked(answer, place, place // self._copies, self._custom_path or "")
+            if not sample.response and sample.response_length:
+                sample.response = self._tokenizer.decode(sample.response_tokens, skip_special_tokens=True)
+            made[place] = sample
+        return made
 
 
 async def _gather(answers: Sequence[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ class LocalEngine:
             group.sort(key=lambda place: len(requests[place].prompt_tokens))
             count = -(-len(group) // self._max_batch_size)
             bounds = [len(group) * part // count for part in range(count + 1)]
-            batches += [group[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+            batches += [group[start:end] for start, end in itertools.pairwise(bounds)]
         return batches
 
     def _run(self, decoder: Decoder, batch: Batch) -> list[Generation]:

@@ -98,10 +98,8 @@ def choose_by_inverse_cdf(log_probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     of probability zero is never chosen.
     """
     cumulative_BV = log_probs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
-    total_B1 = cumulative_BV[:, -1:]
-    # The product may round up to the total, which no entry exceeds.
-    below_total_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    target_B1 = torch.minimum(uniforms_B.unsqueeze(-1) * total_B1, below_total_B1)
+    # The largest uniform number, 1 - 2**-53, times any total rounds to less than the total: some entry exceeds it.
+    target_B1 = uniforms_B.unsqueeze(-1) * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
 
 

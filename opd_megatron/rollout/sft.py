@@ -25,8 +25,8 @@ def sft_samples(records: Sequence[Prompt], tokenizer: Any) -> list[Sample]:
         if not isinstance(record.label, str):
             found = "no label" if record.label is None else f"a label that is a {type(record.label).__name__}"
             raise UserError(
-                f"row {record.index} of the prompt data (counted from 0) has {found}: --loss-type sft_loss needs a string "
-                "to learn from (see --label-key)"
+                f"row {record.index} of the prompt data (counted from 0) has {found}: --loss-type sft_loss needs a "
+                "string to learn from (see --label-key)"
             )
         sample = new_sample(record, position, position)
         tokens = [*tokenizer.encode(record.label, add_special_tokens=False), tokenizer.eos_token_id]

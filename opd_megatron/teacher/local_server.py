@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import logging
 import os
+import random
 import shlex
 import signal
 import socket
@@ -40,11 +41,16 @@ _POLL = 0.25
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of the loopback interface that nobody listens on at this moment.
+
+    It lies below those that systems give to outgoing connections, one of which could take it before the server does.
+    """
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(20000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class Scorer(Protocol):
     """The part of the trainer that scores samples with its frozen teacher."""
 
-    def score(self, name: str, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]: ...
+    def score(
+        self, name: Literal["teacher"], samples: Sequence[Sample], *, keep_hidden: bool = False
+    ) -> list[np.ndarray]: ...
 
 
 class MegatronTeacher:

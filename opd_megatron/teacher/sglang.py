@@ -77,7 +77,7 @@ class SGLangTeacher:
         finally:
             abandon.set()
             for future in futures:
-                pass
+                future.cancel()
 
     def close(self) -> None:
         """Close the connections; requests that are still open are left to their time limit."""

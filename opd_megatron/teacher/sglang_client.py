@@ -66,6 +66,8 @@ class SGLangClient:
         self.max_retries = max_retries
         self._timeout = timeout
         self._backoff = backoff
+        # Not the module's generator, whose state belongs to the run's seed.
+        self._jitter = random.Random()
         self._session = requests.Session()
         # Neither proxies nor .netrc entries are meant for this server, and looking for them costs time per request.
         self._session.trust_env = False
@@ -102,7 +104,7 @@ class SGLangClient:
             except _Transient as error:
                 reason = error
             if attempt < self.max_retries:
-                pause = min(max(self._backoff * 2**attempt * random.uniform(0.5, 1.0), reason.pause), MAX_PAUSE)
+                pause = min(max(self._backoff * 2**attempt * self._jitter.uniform(0.5, 1.0), reason.pause), MAX_PAUSE)
                 logger.warning(
                     "teacher server %s: %s: %s; attempt %d of %d in %.1f s",
                     self.url, subject, reason, attempt + 2, self.max_retries + 1, pause,

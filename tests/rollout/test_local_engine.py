@@ -13,6 +13,7 @@ import torch
 
 from opd_megatron.rollout.engine import GenerateRequest, SamplingParams
 from opd_megatron.rollout.local import LocalEngine
+from opd_megatron.rollout.sampling import UniformStreams
 from opd_megatron.sample import Status
 from tests.rollout.models import (
     EOS,
@@ -53,7 +54,10 @@ def test_greedy_tokens_equal_transformers_generate(family: str) -> None:
     ends = 0
     for prompt, generation in zip(prompts, generations, strict=True):
         expected = model.generate(
-            torch.from_numpy(prompt)[None], do_sample=False, max_new_tokens=30, attention_mask=torch.ones(1, len(prompt))
+            torch.from_numpy(prompt)[None],
+            do_sample=False,
+            max_new_tokens=30,
+            attention_mask=torch.ones(1, len(prompt)),
         )[0, len(prompt) :]
         assert generation.tokens.tolist() == expected.tolist()
         ended = expected[-1] == 1
@@ -113,8 +117,41 @@ def test_requests_of_one_call_may_sample_differently(engine: LocalEngine) -> Non
     assert greedy.tokens.tolist() == alone[3], "the top token alone is greedy decoding"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_tokens_have_the_model_s_distribution(qwen3: Any, engine: LocalEngine, temperature: float) -> None:
+def _indifferent_model(**overrides: Any) -> Any:
+    """Every token is equally probable, so that a response shows its uniform numbers."""
+    model = reference_model(tiny_config("qwen2", **overrides))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+def test_every_token_takes_the_next_number_of_its_sample_s_stream() -> None:
+    engine = engine_with(_indifferent_model(max_position_embeddings=400))
+    sampling = SamplingParams(max_new_tokens=150, ignore_eos=True)
+    seeds = [(4, 0, 1), (4, 1, 0)]
+    prompts = _prompts([3, 8])
+    requests = [GenerateRequest(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    expected = (UniformStreams(seeds).draw([0, 1], 0, 150) * VOCAB_SIZE).astype(int)
+    assert [generation.tokens.tolist() for generation in engine.generate(requests)] == expected.tolist()
+
+
+def test_limits_hold_for_each_response_of_a_batch() -> None:
+    engine = engine_with(_indifferent_model(eos_token_id=list(range(1, 15))))
+    limits = [1, 3, 9, 4] * 10
+    requests = [
+        GenerateRequest(prompt, SamplingParams(max_new_tokens=limit), (place,))
+        for place, (prompt, limit) in enumerate(zip(_prompts([5] * 40), limits, strict=True))
+    ]
+    for limit, generation in zip(limits, engine.generate(requests), strict=True):
+        ends = [place for place, token in enumerate(generation.tokens) if 1 <= token < 15]
+        assert ends in ([], [len(generation.tokens) - 1])
+        assert generation.finish is (Status.COMPLETED if ends else Status.TRUNCATED)
+        assert len(generation.tokens) <= limit
+        assert ends or len(generation.tokens) == limit
+
+
+@pytest.mark.parametrize("temperature", [0.8, 1.0, 1.6])
+def test_tokens_have_the_model_s_distribution(qwen3: Any, temperature: float) -> None:
     prompt = _prompts([6])[0]
     draws = 4000
     sampling = SamplingParams(temperature=temperature, max_new_tokens=1)
@@ -137,16 +174,14 @@ def test_an_end_token_ends_a_response_and_stays_in_it(engine: LocalEngine) -> No
     sampling = SamplingParams(max_new_tokens=100)
     generations = engine.generate(_requests(_prompts([5] * 32), sampling))
     completed = [generation for generation in generations if generation.finish is Status.COMPLETED]
-    assert 0 < len(completed)
+    assert completed
     for generation in completed:
         assert generation.tokens[-1] == 1
         assert 1 not in generation.tokens[:-1]
         assert EOS not in generation.text
         assert len(generation.text) == sum(token > 2 for token in generation.tokens)
     ignoring = SamplingParams(max_new_tokens=100, ignore_eos=True)
-    for generation, other in zip(
-        generations, engine.generate(_requests(_prompts([5] * 32), ignoring)), strict=True
-    ):
+    for generation, other in zip(generations, engine.generate(_requests(_prompts([5] * 32), ignoring)), strict=True):
         assert len(other.tokens) == 100
         assert other.finish is Status.TRUNCATED
         assert other.tokens[: len(generation.tokens)].tolist() == generation.tokens.tolist()
@@ -227,9 +262,7 @@ def test_no_requests_give_no_generations(engine: LocalEngine) -> None:
     assert engine.generate([]) == []
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"), [([], "no tokens"), ([3, VOCAB_SIZE], "outside"), ([-1, 3], "outside")]
-)
+@pytest.mark.parametrize(("prompt", "message"), [([], "no tokens"), ([3, VOCAB_SIZE], "outside"), ([-1, 3], "outside")])
 def test_prompts_that_no_model_reads_are_refused(engine: LocalEngine, prompt: list[int], message: str) -> None:
     good = GenerateRequest(np.array([3, 4]), GREEDY)
     with pytest.raises(ValueError, match=f"request 1: .*{message}"):
@@ -263,7 +296,10 @@ def test_new_weights_replace_all_of_the_old(family: str, tied: bool) -> None:
     [
         (lambda weights: weights.pop("model.layers.1.self_attn.k_proj.weight"), "did not arrive: .*1.self_attn.k_proj"),
         (lambda weights: weights.update({"model.layers.9.mlp.up_proj.weight": torch.ones(1)}), "no parameter .*9.mlp"),
-        (lambda weights: weights.update({"model.norm.weight": torch.ones(31)}), r"model.norm.weight .*\(31,\).*\(32,\)"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(31)}),
+            r"model.norm.weight .*\(31,\).*\(32,\)",
+        ),
         (
             lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"] + 1}),
             "lm_head.weight arrived twice",

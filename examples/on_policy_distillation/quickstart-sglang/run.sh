@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The quickstart with the real SGLang server as the teacher: 60 steps that bring the reverse KL down at least 2x.
+# Teacher and weak student come from an earlier quickstart of the same seed if there is one, else they are trained here.
+#
+#   SEED=n               changes every seed (default 1)
+#   RUN_ROOT=DIR         where it all goes (default runs/quickstart-sglang; an earlier one there is replaced)
+#   QUICKSTART_ROOT=DIR  where to look for an earlier quickstart (default runs/quickstart)
+#   SGLANG_VENV=DIR      environment of the server (default .venv-sglang)
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../quickstart" && pwd)
+cd "$here/../../.."
+SEED=${SEED:-1}
+RUN_ROOT=${RUN_ROOT:-runs/quickstart-sglang}
+QUICKSTART_ROOT=${QUICKSTART_ROOT:-runs/quickstart}
+SGLANG_VENV=${SGLANG_VENV:-.venv-sglang}
+OPD_STEPS=${OPD_STEPS:-60}
+python=${PYTHON:-python}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+
+step() { printf '\n==> [%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
+
+source "$here/stages.sh"
+
+step "problems and models (seed $SEED)"
+prepare
+if [ "$(cat "$QUICKSTART_ROOT/.quickstart" 2>/dev/null)" = "seed $SEED" ] && [ -d "$QUICKSTART_ROOT/student_before_hf" ]; then
+  step "teacher and student: those of $QUICKSTART_ROOT"
+  cp -r "$QUICKSTART_ROOT/teacher_hf" "$QUICKSTART_ROOT/student_before_hf" "$RUN_ROOT/"
+else
+  step "teacher: supervised fine-tuning from random weights"
+  train_teacher
+  step "student: supervised fine-tuning, stopped while it is still weak"
+  train_student
+fi
+step "on-policy distillation: the student samples, a SGLang server scores"
+set_distil_command --opd-type sglang --opd-teacher-url '{url}' --opd-teacher-max-in-flight 16
+server="$SGLANG_VENV/bin/python tools/sglang_cpu/launch.py --model-path $RUN_ROOT/teacher_hf --port {port}"
+opd_started=$SECONDS
+"$python" -m opd_megatron.teacher.local_server --log "$RUN_ROOT/server.log" --server "$server" -- "${distil_command[@]}"
+opd_seconds=$((SECONDS - opd_started))
+step "what was learned: pass@1 and reverse KL on held-out problems"
+convert "$RUN_ROOT/opd/checkpoints" "$RUN_ROOT/student_after_hf"
+"$python" "$here/evaluate.py" --root "$RUN_ROOT" --seed "$SEED" --opd-seconds "$opd_seconds"

@@ -1,0 +1,125 @@
+"""A run that stops, by itself, by a signal or by a kill, goes on as if it had not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint
+from opd_megatron.observe.run_folder import read_metrics
+from tests.e2e.support import base_arguments, run_training
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in a torch_dist step folder: weights and optimizer state."""
+    loaded = dist_checkpointing.load_plain_tensors(str(folder))
+    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def assert_same_checkpoint(one: Path, two: Path) -> None:
+    first, second = tensors_of(one), tensors_of(two)
+    assert first.keys() == second.keys()
+    assert any("exp_avg" in name for name in first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_three_and_three_steps_are_six(
+    student: Path, teacher: Path, prompts: Path, tmp_path: Path, distributed: bool
+) -> None:
+    common: dict[str, Any] = {
+        "use_opd": True,
+        "opd_type": "megatron",
+        "opd_teacher_load": teacher,
+        "advantage_estimator": "grpo",
+        "rm_type": None,
+        "custom_rm_path": "tests.e2e.rewards:count_sevens",
+        "use_distributed_optimizer": distributed,
+        "num_rollout": 6,
+        "rollout_batch_size": 12,
+        "global_batch_size": 8,
+        "lr_warmup_iters": 4,
+    }
+    straight = run_training(student, prompts, tmp_path / "straight", **common, save_interval=3)
+    # The second run dies after its third rollout; what it wrote beyond its checkpoint is forgotten.
+    run_training(student, prompts, tmp_path / "parts", **common, save_interval=3)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    resumed = run_training(student, prompts, tmp_path / "parts", **common, load=checkpoints, ckpt_step=3)
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
+    for one, two in zip(straight, resumed, strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/lr", "opd/reverse_kl", "reward/mean"):
+            assert one[name] == two[name], (one["step"], name)
+    assert_same_checkpoint(tmp_path / "straight" / "checkpoints" / "iter_0000006", checkpoints / "iter_0000006")
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *arguments],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=ROOT,
+        )
+
+
+def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended with code {process.returncode}")
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run made no progress")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(student: Path, prompts: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(base_arguments(student, prompts, run, num_rollout=100_000), log)
+    try:
+        wait_for_step(process, run, 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+    assert inspect_checkpoint(run / "checkpoints").latest == steps[-1]
+    last = log.read_text().strip().splitlines()[-1]
+    assert "resume with: python" in last
+    assert f"--load {run / 'checkpoints'}" in last
+
+
+def test_kill_while_saving_leaves_the_previous_checkpoint_good(student: Path, prompts: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(base_arguments(student, prompts, run, num_rollout=100_000, save_interval=1), log)
+    try:
+        wait_for_step(process, run, 3)
+        deadline = time.monotonic() + 60
+        while not list((run / "checkpoints").glob("*.tmp")) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+        process.wait()
+    info = inspect_checkpoint(run / "checkpoints")
+    assert info.problem is None
+    assert isinstance(info.latest, int)
+    resumed = run_training(
+        student, prompts, run, num_rollout=info.latest + 2, load=run / "checkpoints", lr_decay_style="constant"
+    )
+    assert [line["step"] for line in resumed] == list(range(1, info.latest + 3))

@@ -1,0 +1,74 @@
+"""Convert a torch_dist checkpoint to a Hugging Face folder: safetensors, config and tokenizer.
+
+    python tools/convert_torch_dist_to_hf.py --load runs/demo/checkpoints --save demo_hf
+    torchrun --nproc-per-node 2 tools/convert_torch_dist_to_hf.py --tensor-model-parallel-size 2 ...
+
+The weights keep the data type that they have in the checkpoint, and the config comes to name it. The layout divides the
+memory of the conversion over the ranks and need not be that of the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint
+from opd_megatron.config.declare import option
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.options import ParallelOptions
+from opd_megatron.config.parse import parse_groups
+from opd_megatron.config.resolve import checkpoint_architecture
+from opd_megatron.megatron import checkpoint, tooling
+from opd_megatron.megatron.hf_weights import export_hf_weights, model_maps
+from opd_megatron.observe.progress import track
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Conversion"""
+
+    load: str = option("", "torch_dist folder to convert", metavar="DIR", required=True)
+    ckpt_step: int | None = option(None, "step of --load (default: its latest)", minimum=0)
+    save: str = option("", "Hugging Face folder to write", metavar="DIR", required=True)
+    overwrite: bool = option(False, "replace the model in --save")
+
+
+def is_model(folder: Path) -> bool:
+    """Whether ``folder`` holds a Hugging Face model and no other folder."""
+    return (folder / "config.json").is_file() and all(entry.is_file() for entry in folder.iterdir())
+
+
+def main(argv: Sequence[str]) -> None:
+    parsed = parse_groups(
+        argv,
+        {"conversion": ConversionOptions, "parallel": ParallelOptions},
+        prog="convert_torch_dist_to_hf.py",
+        description="Convert a torch_dist checkpoint to a Hugging Face folder.",
+    )
+    options, parallel = parsed[ConversionOptions], parsed[ParallelOptions]
+    source, target = tooling.weights_folder("--load", options.load, options.ckpt_step), Path(options.save)
+    info = inspect_checkpoint(source)
+    if info.kind != "torch_dist":
+        raise UserError(f"--load {source} is a Hugging Face folder already: name a torch_dist folder")
+    architecture = checkpoint_architecture(source, "--load")
+    assert info.hf_folder is not None  # the architecture was read from it
+    tooling.refuse_target(target, replaceable=is_model(target), overwrite=options.overwrite, what="a model")
+    dtype = checkpoint.stored_dtype(source)
+    is_first = tooling.join(parallel, architecture)
+    if is_first:
+        print(f"{source}: reading {architecture.family}, {architecture.num_layers} layers, {dtype}", flush=True)
+    model = tooling.load_model(source, architecture, parallel, dtype)
+    tensors = export_hf_weights(model)
+    if is_first:
+        total = sum(len(row.hf_names) for row in model_maps(model))
+        checkpoint.write_hf_folder(track(tensors, "writing weights", total), target, info.hf_folder)
+        print(f"{target}: written")
+    else:
+        deque(tensors, maxlen=0)  # the others take part until the first has everything
+
+
+if __name__ == "__main__":
+    sys.exit(tooling.run_tool(main))
