@@ -37,7 +37,7 @@ prepare_data() {
     done
 }
 
-# common_arguments NAME: fills ARGUMENTS with what both teacher modes share, for one GPU with 80 GB
+# common_arguments NAME: fills ARGUMENTS with what both teacher modes share; sizes are an estimate for one GPU with 80 GB
 common_arguments() {
     RUN_DIR=${RUN_DIR:-$REPOSITORY/runs/$1}
     source "$REPOSITORY/scripts/models/qwen3-0.6B.sh"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -136,7 +137,8 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def _model_state(model: HiddenStateModel) -> dict[str, Any]:
-    state: dict[str, Any] = model.sharded_state_dict(metadata=_OPTIMIZER_FORMAT)
+    # Megatron puts the process groups of the moment into the mapping, so it gets one of its own each time.
+    state: dict[str, Any] = model.sharded_state_dict(metadata=dict(_OPTIMIZER_FORMAT))
     return state
 
 
@@ -146,14 +148,21 @@ def _training_state(
     _allocate_moments(optimizer)
     state = _model_state(model)
     with cpu.cuda_type_names():
-        moments = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+        moments = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_OPTIMIZER_FORMAT))
     return {"model": state, "optimizer": moments, "scheduler": scheduler.state_dict()}
+
+
+def _nothing_to_do(inner: torch.optim.Optimizer, config: Any) -> None:
+    """The state was allocated by :func:`_allocate_moments`."""
 
 
 def _allocate_moments(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has not stepped yet its zero moments, so that there is something to save or load."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
+        if part.init_state_fn is None:
+            # Megatron has no such function for SGD but calls it when it loads.
+            part.init_state_fn = _nothing_to_do
         if inner is None or inner.state:
             continue
         for group in inner.param_groups:
@@ -253,12 +262,33 @@ def load_weights(model: HiddenStateModel, path: str | Path, step: Step | None = 
 
 
 def load_model_folder(model: HiddenStateModel, source: Path) -> None:
-    """Load weights from a Hugging Face folder or from one torch_dist step folder."""
+    """Load weights from a Hugging Face folder or from one torch_dist step folder.
+
+    Raises ``UserError`` if they are those of another model.
+    """
     if (source / "config.json").exists():
         load_hf_weights(model, source)
         return
-    state = dist_checkpointing.load({"model": _model_state(model)}, str(source), SafeLoad())
+    wanted = _model_state(model)
+    _check_stored(wanted, source, model.architecture.vocab_size)
+    state = dist_checkpointing.load({"model": wanted}, str(source), SafeLoad())
     model.load_state_dict(_tensors(state["model"]))
+
+
+def _check_stored(wanted: dict[str, Any], source: Path, vocab_size: int) -> None:
+    """Raise ``UserError`` unless the step folder has every weight in its shape; vocabularies may be padded otherwise."""
+    stored = read_metadata(source).state_dict_metadata
+    for tensor in wanted.values():
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        entry = stored.get(tensor.key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{source}: weight {tensor.key} is missing, which the model of the config has")
+        found, expected = tuple(entry.size), tuple(tensor.global_shape)
+        if tensor.allow_shape_mismatch and found[0] >= vocab_size:
+            expected = (found[0], *expected[1:])
+        if found != expected:
+            raise UserError(f"{source}: weight {tensor.key} has shape {found}, the config says {expected}")
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Any]:
@@ -281,8 +311,16 @@ def load_training_state(
     state = _training_state(model, optimizer, scheduler, is_loading=True)
     loaded = dist_checkpointing.load(state, str(source), SafeLoad())
     model.load_state_dict(_tensors(loaded["model"]))
+    _restore_first_step(loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     torch.set_rng_state(loaded["rng"])
     run_state: dict[str, Any] = loaded["run"]
     return run_state
+
+
+def _restore_first_step(state: dict[str, Any]) -> None:
+    """Put a step count of 0, which Megatron leaves out when it saves, back where torch's Adam wants one."""
+    moments: dict[Any, Any] = state.get("optimizer", state).get("state", {})
+    if "common_step" not in moments and any("exp_avg" in entry for entry in moments.values()):
+        moments["common_step"] = torch.tensor(0.0)

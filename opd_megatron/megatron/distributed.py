@@ -48,24 +48,37 @@ def free_port() -> int:
 
 
 def initialize(rendezvous: Rendezvous, parallel: ParallelOptions, *, seed: int) -> None:
-    """Join the process group, once, and build Megatron's groups for the layout of ``parallel``, anew at each call."""
+    """Join the process group, once, build Megatron's groups for the layout of ``parallel``, and seed this rank.
+
+    May be repeated: groups of another layout are replaced, those of the same layout stay.
+    """
     cpu.install()
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if cpu.has_cuda():
         torch.cuda.set_device(rendezvous.local_rank % torch.cuda.device_count())
     if not dist.is_initialized():
         _join(rendezvous, datetime.timedelta(minutes=parallel.distributed_timeout_minutes))
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
-    )
+    _build_groups(parallel)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _build_groups(parallel: ParallelOptions) -> None:
+    from megatron.core import parallel_state
+
+    layout = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel_state.model_parallel_is_initialized():
+        present = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if present == layout:
+            return
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        *layout, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))
+    )
 
 
 def _join(rendezvous: Rendezvous, timeout: datetime.timedelta) -> None:

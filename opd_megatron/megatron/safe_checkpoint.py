@@ -59,7 +59,7 @@ def read_metadata(folder: Path) -> dcp.Metadata:
     return _SafeReader(folder).read_metadata()
 
 
-class _SafePlanner(strategies.MCoreLoadPlanner):  # type: ignore[misc]
+class _SafePlanner(strategies.MCoreLoadPlanner):
     def load_bytes(self, read_item: Any, value: Any) -> None:
         loaded = torch.load(value, weights_only=True)
         name = read_item.dest_index.fqn
@@ -82,10 +82,12 @@ def _safe_parts() -> Iterator[None]:
         module.MCoreLoadPlanner, module._get_filesystem_reader = saved
 
 
-class SafeLoad(strategies.TorchDistLoadShardedStrategy):  # type: ignore[misc]
+class SafeLoad(strategies.TorchDistLoadShardedStrategy):
     """Megatron's load strategy with restricted unpickling; raises :class:`UnsafeCheckpointError`."""
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
+        # The load itself would wrap what the reader raises in an error about missing metadata.
+        read_metadata(Path(checkpoint_dir))
         with _safe_parts():
             return super().load(sharded_state_dict, checkpoint_dir)
 
@@ -98,7 +100,7 @@ class SafeLoad(strategies.TorchDistLoadShardedStrategy):  # type: ignore[misc]
             return super().load_sharded_metadata(checkpoint_dir)
 
 
-class SynchronousSave(strategies.TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class SynchronousSave(strategies.TorchDistSaveShardedStrategy):
     """Write this rank's shards in this process and sync them to disk."""
 
     def __init__(self) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step, inspect_checkpoint, resolve_step
@@ -138,8 +137,5 @@ def load_model(
         dtype=dtype,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
-    try:
-        checkpoint.load_model_folder(model, source)
-    except CheckpointingException as error:
-        raise UserError(f"{source} does not hold the model of its config ({error})") from error
+    checkpoint.load_model_folder(model, source)
     return model.requires_grad_(False).eval()

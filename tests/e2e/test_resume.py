@@ -15,6 +15,8 @@ import torch
 from megatron.core import dist_checkpointing
 
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
+from opd_megatron.config.options import ParallelOptions
+from opd_megatron.megatron import distributed
 from opd_megatron.observe.run_folder import read_metrics
 from tests.e2e.support import base_arguments, run_training
 
@@ -23,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor in a torch_dist step folder: weights and optimizer state."""
+    distributed.initialize(distributed.Rendezvous(), ParallelOptions(), seed=0)
     loaded = dist_checkpointing.load_plain_tensors(str(folder))
+    distributed.shutdown()
     return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 

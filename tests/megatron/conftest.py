@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 
-from opd_megatron.megatron import distributed
 from tests.megatron.support import FAMILIES, save_reference, tiny_config
 
 transformers.utils.logging.disable_progress_bar()
@@ -19,12 +18,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # said by Megatron-Core about its own calls
     for category in ("DeprecationWarning", "UserWarning"):
         config.addinivalue_line("filterwarnings", f"ignore::{category}:megatron")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _leave_process_group() -> Iterator[None]:
-    yield
-    distributed.shutdown()
 
 
 @pytest.fixture(autouse=True)

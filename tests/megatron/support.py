@@ -243,6 +243,18 @@ def step_gradients(trainer: MegatronTrainer, samples: Sequence[Sample]) -> tuple
     return metrics, {name: (before[name].double() - after[name].double()) / LINEAR_STEP for name in before}
 
 
+def optimizer_state(trainer: MegatronTrainer) -> dict[str, Tensor]:
+    """This rank's part of the optimizer: the weights it steps and their state, numbered in the optimizer's order."""
+    found: dict[str, Tensor] = {}
+    for part_number, part in enumerate(getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])):
+        weights = [weight for group in part.optimizer.param_groups for weight in group["params"]]
+        for number, weight in enumerate(weights):
+            state = {name: value for name, value in part.optimizer.state[weight].items() if torch.is_tensor(value)}
+            for name, tensor in ({"weight": weight} | state).items():
+                found[f"{part_number}.{number}.{name}"] = tensor.detach().clone()
+    return found
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """``max|found - expected| / max|expected|`` of one tensor."""
     scale = expected.abs().max().double().clamp(min=1e-30)
@@ -252,7 +264,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Both have the same names, and every tensor agrees relative to its largest entry."""
     assert found.keys() == expected.keys()
-    wrong = {name: error for name in expected if not (error := relative_error(found[name], expected[name])) <= tolerance}
+    wrong = {
+        name: error for name in expected if not (error := relative_error(found[name], expected[name])) <= tolerance
+    }
     assert not wrong, f"relative errors above {tolerance:.0e}: {wrong}"
 
 

@@ -51,7 +51,11 @@ def test_table_moves_are_inverse_to_each_other(tmp_path: Path, family: str, tied
 def test_a_shard_of_qkv_holds_whole_groups(folders: dict[str, Path]) -> None:
     """Rank r of two computes exactly the query heads of its key/value heads."""
     architecture = architecture_of(folders["qwen3"])
-    (row,) = [row for row in parameter_maps(architecture, 64) if row.megatron_name.endswith("0.self_attention.linear_qkv.weight")]
+    (row,) = [
+        row
+        for row in parameter_maps(architecture, 64)
+        if row.megatron_name.endswith("0.self_attention.linear_qkv.weight")
+    ]
     size = architecture.kv_channels
     q, k, v = (torch.arange(shape[0] * shape[1]).reshape(shape) + 10_000 * i for i, shape in enumerate(row.hf_shapes))
     shard = row.layout.shard(row.layout.merge([q, k, v]), 1, 2)
@@ -59,7 +63,11 @@ def test_a_shard_of_qkv_holds_whole_groups(folders: dict[str, Path]) -> None:
 
 
 def test_a_shard_of_the_feed_forward_holds_both_halves(folders: dict[str, Path]) -> None:
-    (row,) = [row for row in parameter_maps(architecture_of(folders["llama"]), 64) if "layers.0.mlp.linear_fc1.weight" in row.megatron_name]
+    (row,) = [
+        row
+        for row in parameter_maps(architecture_of(folders["llama"]), 64)
+        if "layers.0.mlp.linear_fc1.weight" in row.megatron_name
+    ]
     gate, up = (torch.randn(shape) for shape in row.hf_shapes)
     half = len(gate) // 2
     assert torch.equal(row.layout.shard(row.layout.merge([gate, up]), 0, 2), torch.cat([gate[:half], up[:half]]))

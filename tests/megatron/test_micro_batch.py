@@ -79,9 +79,7 @@ def test_log_probs_are_those_of_transformers(
     samples = make_samples(1)
     assert min(len(sample.prompt_tokens) for sample in samples) == 1
     assert min(sample.response_length for sample in samples) == 0
-    trainer = make_trainer(
-        folders["qwen2"], micro_batch_size=micro_batch_size, rollout_temperature=temperature
-    )
+    trainer = make_trainer(folders["qwen2"], micro_batch_size=micro_batch_size, rollout_temperature=temperature)
     found = trainer.score("student", samples)
     assert sorted(found) == list(range(len(samples)))
     model = load_reference(folders["qwen2"])

@@ -94,5 +94,6 @@ def two_ranks(models: Models) -> Path:
     file = models.root / "jobs.json"
     file.write_text(json.dumps(jobs))
     done = torchrun(ROOT / "tests" / "tools" / "ranks.py", file)
+    (models.root / "two_ranks.log").write_text(done.stdout + done.stderr)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return out

@@ -38,7 +38,8 @@ def write_model(
     **settings: Any,
 ) -> Path:
     """A random model with a tokenizer as transformers saves them."""
-    config = tiny_config(family, tie_word_embeddings=tied, vocab_size=vocab_size, **settings)
+    settings = {"initializer_range": 0.15, "tie_word_embeddings": tied, "vocab_size": vocab_size} | settings
+    config = tiny_config(family, **settings)
     reference_model(config, seed, dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     character_tokenizer().save_pretrained(folder)
     return folder

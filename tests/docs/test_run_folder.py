@@ -1,0 +1,105 @@
+"""docs/run_folder.md against what a real run writes: its files, its metrics, its summary."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_megatron.observe.run_folder import read_metrics
+from tests.docs.declared import PAGES, ROOT
+
+PAGE = ROOT / "docs" / "run_folder.md"
+METRIC = re.compile(r"`((?:rollout|reward|opd|train|eval|perf)/[\w/@]+)`")
+
+
+def make_model(folder: Path, seed: int) -> None:
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from opd_megatron.data.column_arithmetic import build_tokenizer
+
+    tokenizer = build_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of a run with a task reward, a Megatron teacher, a KL to the reference and an evaluation."""
+    root = tmp_path_factory.mktemp("documented")
+    make_model(root / "student", seed=0)
+    make_model(root / "teacher", seed=1)
+    (root / "prompts.jsonl").write_text('{"prompt": "1234+1234=", "label": "2468"}\n' * 4)
+    arguments = (
+        "--hf-checkpoint student --prompt-data prompts.jsonl --rm-type column_arithmetic --run-dir run "
+        "--rollout-batch-size 2 --n-samples-per-prompt 2 --num-rollout 1 --rollout-max-response-len 8 "
+        "--use-opd --opd-type megatron --opd-teacher-load teacher --use-kl-loss --kl-loss-coef 0.1 "
+        "--eval-prompt-data NAME prompts.jsonl --n-samples-per-eval-prompt 2"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments.split()],
+        cwd=root, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def metrics(run_folder: Path) -> list[dict]:
+    return read_metrics(run_folder / "metrics.jsonl")
+
+
+def test_the_metrics_of_a_run_are_those_of_the_page(metrics: list[dict]) -> None:
+    documented = set(METRIC.findall(PAGE.read_text(encoding="utf-8")))
+    emitted = {name for record in metrics for name in record} - {"step", "non_finite"}
+    assert documented == emitted
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_metrics_named_elsewhere_exist(page: Path, metrics: list[dict]) -> None:
+    emitted = {name for record in metrics for name in record}
+    assert set(METRIC.findall(page.read_text(encoding="utf-8"))) <= emitted
+
+
+def test_steps_are_numbered_as_the_page_says(run_folder: Path, metrics: list[dict]) -> None:
+    assert [record["step"] for record in metrics] == [0, 1]
+    assert all(name == "step" or name.startswith("eval/NAME/") for name in metrics[0])
+    assert {"rollout/tokens", "train/loss", "eval/NAME/pass@1"} <= metrics[1].keys()
+    assert [path.name for path in (run_folder / "samples").iterdir()] == ["rollout_000000.jsonl"]
+    assert (run_folder / "checkpoints" / "iter_0000001").is_dir()
+
+
+def test_the_files_of_a_run_are_those_of_the_page(run_folder: Path) -> None:
+    table = re.search(r"^\| path \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert table is not None
+    rows = re.findall(r"^\| (.*?) \|", table[1], re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`([^`]+)`", row)} - {"wandb_run_id"}
+    assert [name for name in documented if not (run_folder / name).exists()] == []
+    assert {entry.name for entry in run_folder.iterdir()} == {name.split("/")[0] for name in documented}
+
+
+def test_the_summary_has_the_fields_of_the_page(run_folder: Path) -> None:
+    row = re.search(r"^\| `summary\.json` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert row is not None
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert set(re.findall(r"`(\w+)`", row[1])) == summary.keys()
+    assert summary["rollouts"] == 1
+    assert summary["finished"] is True
+
+
+def test_a_checkpoint_looks_as_drawn(run_folder: Path) -> None:
+    drawn = re.search(r"```text\ncheckpoints/\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert drawn is not None
+    names = {line.split()[0].strip("/") for line in drawn[1].splitlines()}
+    there = {entry.name.replace("0001", "0050") for entry in (run_folder / "checkpoints").iterdir()}
+    assert names == there

@@ -1,0 +1,183 @@
+"""Every layout of two ranks says and learns what a single process does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.megatron.support import (
+    FAMILIES,
+    assert_equal_tensors,
+    assert_same_tensors,
+    load_reference,
+    make_samples,
+    reference_log_probs,
+    reference_logits,
+    relative_error,
+)
+from tests.parallel import work
+from tests.parallel.pool import WorkerPool
+
+pytestmark = pytest.mark.parallel
+
+TWO: dict[str, Any] = {"actor_num_gpus_per_node": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": TWO | {"tensor_model_parallel_size": 2},
+    "tp2-sp": TWO | {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": TWO | {"pipeline_model_parallel_size": 2},
+    "dp2": TWO,
+    "dp2-distributed-optimizer": TWO | {"use_distributed_optimizer": True},
+}
+Alone = Callable[..., Any]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def merged(parts: list[dict[Any, Any]]) -> dict[Any, Any]:
+    """One dictionary from those of all ranks; empty ones come from ranks that hold no results."""
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def reporting(parts: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """The metrics, which exactly one rank has."""
+    (found,) = [part for part in parts if all(part)]
+    return found
+
+
+def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, float]], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance), f"step {step}"
+
+
+def check_voices(parts: list[dict[str, Any]], folder: Path) -> None:
+    """Logits and log-probabilities are those of transformers, and the export is what was loaded."""
+    samples, model = make_samples(0), load_reference(folder)
+    log_probs, logits = (merged([part[name] for part in parts]) for name in ("log_probs", "logits"))
+    for place, sample in enumerate(samples):
+        with torch.no_grad():
+            expected = reference_log_probs(model, sample).numpy()
+            np.testing.assert_allclose(log_probs[place], expected, rtol=0, atol=1e-5)
+            if sample.response_length:
+                assert relative_error(torch.from_numpy(logits[place]), reference_logits(model, sample)) <= 1e-5
+    assert_equal_tensors(parts[0]["exported"], load_file(folder / "model.safetensors"))
+    assert not any(part["exported"] for part in parts[1:])
+
+
+@every_layout
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2-tied"])
+def test_a_loaded_model_is_that_of_transformers(
+    two: WorkerPool, folders: dict[str, Path], family: str, layout: str
+) -> None:
+    check_voices(two.run(work.voices, folders[family], LAYOUTS[layout]), folders[family])
+
+
+@every_layout
+@every_family
+@pytest.mark.parametrize("loss", work.LOSSES)
+def test_every_gradient_of_the_first_step_is_the_same(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], family: str, layout: str, loss: str
+) -> None:
+    parts = two.run(work.gradients, folders[family], LAYOUTS[layout], loss)
+    metrics, expected = alone(work.gradients, folders[family], (), loss)
+    assert_same_tensors(parts[0][1], expected, 1e-5)
+    assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
+
+
+@every_layout
+@every_family
+@pytest.mark.parametrize("loss", work.LOSSES)
+def test_the_first_ten_losses_are_the_same(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], family: str, layout: str, loss: str
+) -> None:
+    found = reporting(two.run(work.losses, folders[family], LAYOUTS[layout], loss))
+    expected = alone(work.losses, folders[family], (), loss)
+    assert len({round(metrics["train/loss"], 3) for metrics in expected}) > 5
+    assert_same_metrics(found, expected, 1e-4)
+
+
+@every_layout
+def test_distillation_from_a_megatron_teacher_is_the_same(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], layout: str
+) -> None:
+    """A larger teacher of another family in the student's layout, the exact KL, several optimizer steps."""
+    found = reporting(two.run(work.distillation, folders["qwen3"], LAYOUTS[layout], folders["teacher"]))
+    expected = alone(work.distillation, folders["qwen3"], (), folders["teacher"])
+    assert all(metrics["opd/reverse_kl_exact"] > 0.1 for metrics in expected)
+    assert_same_metrics(found, expected, 1e-4)
+
+
+@every_layout
+def test_bfloat16_runs_in_every_layout(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], layout: str
+) -> None:
+    flags = {"bf16": True, "accumulate_allreduce_grads_in_fp32": True}
+    found = reporting(two.run(work.losses, folders["qwen3"], LAYOUTS[layout] | flags, "sft", 3))
+    expected = alone(work.losses, folders["qwen3"], tuple(flags.items()), "sft", 3)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2)
+        assert mine["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=5e-2)
+    parts = two.run(work.voices, folders["qwen3"], LAYOUTS[layout] | flags)
+    stored = load_file(folders["qwen3"] / "model.safetensors")
+    assert_equal_tensors(parts[0]["exported"], {name: tensor.bfloat16() for name, tensor in stored.items()})
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2-distributed-optimizer"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_run_resumes_bit_for_bit_in_its_layout(
+    two: WorkerPool, tmp_path: Path, folders: dict[str, Path], layout: str, bf16: bool
+) -> None:
+    parts = two.run(work.resume, folders["qwen3"], LAYOUTS[layout] | {"bf16": bf16}, tmp_path)
+    assert parts == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("tp2", "pp2"), ("pp2", "dp2"), ("tp2-sp", None), ("pp2", None), (None, "tp2"), (None, "pp2")]
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2-tied"])
+def test_weights_written_in_one_layout_load_in_another(
+    two: WorkerPool,
+    alone: Alone,
+    tmp_path: Path,
+    folders: dict[str, Path],
+    family: str,
+    written: str | None,
+    read: str | None,
+) -> None:
+    folder = folders[family]
+    if written is None:
+        alone(work.save_weights, folder, (), tmp_path)
+    else:
+        two.run(work.save_weights, folder, LAYOUTS[written], tmp_path)
+    # the reader is built for other weights of the same shapes, so nothing can be left over from the folder
+    if read is None:
+        found = alone(work.load_and_export, folder, (), tmp_path)
+    else:
+        found = two.run(work.load_and_export, folder, LAYOUTS[read], tmp_path)[0]
+    assert_equal_tensors(found, load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_random_weights_do_not_depend_on_the_layout(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], layout: str
+) -> None:
+    found = two.run(work.random_start, folders["qwen2"], LAYOUTS[layout])[0]
+    assert_equal_tensors(found, alone(work.random_start, folders["qwen2"], ()))
+
+
+@pytest.mark.parametrize("chunk_elements", [2**26, 20])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("vocab_size", [16, 11, 7])
+def test_the_split_vocabulary_head_equals_the_dense_one(
+    two: WorkerPool, vocab_size: int, temperature: float, chunk_elements: int
+) -> None:
+    """Padding on the second rank; with 7 tokens that rank holds nothing else."""
+    for errors in two.run(work.vocab_head_errors, vocab_size, temperature, chunk_elements):
+        assert errors.pop("reverse_kl") < 1e-5
+        assert max(errors.values()) < 1e-10, errors

@@ -1,0 +1,183 @@
+"""What the ranks do in the layout tests; the single process does the same for comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from opd_megatron.config.options import ParallelOptions
+from opd_megatron.config.resolve import StartingPoint, resolve_step
+from opd_megatron.megatron import distributed, vocab_head
+from opd_megatron.megatron.checkpoint import save_checkpoint
+from opd_megatron.megatron.distributed import Rendezvous
+from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.sample import TeacherScores
+from tests.megatron.support import (
+    GRADIENT_FLAGS,
+    exported,
+    logits,
+    make_samples,
+    make_spec,
+    optimizer_state,
+    step_gradients,
+)
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "sft": {"loss_type": "sft_loss"},
+    "opd": {"use_opd": True, "opd_kl_coef": 0.7, "calculate_per_token_loss": True},
+}
+TRAINING: dict[str, Any] = {"lr": 2e-3, "lr_warmup_iters": 3, "lr_decay_style": "cosine", "num_rollouts": 12}
+STEPS = 10
+
+
+def _trainer(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> MegatronTrainer:
+    return MegatronTrainer(make_spec(folder, **flags), rendezvous)
+
+
+def voices(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """What a freshly loaded model says and exports."""
+    trainer = _trainer(rendezvous, folder, flags)
+    samples = make_samples(0)
+    return {
+        "log_probs": trainer.score("student", samples),
+        "logits": logits(trainer, samples) if parallel_state.is_pipeline_last_stage() else _join_in(trainer),
+        "exported": exported(trainer),
+    }
+
+
+def _join_in(trainer: MegatronTrainer) -> dict[int, Any]:
+    """Take the part of an earlier stage in :func:`tests.megatron.support.logits`, which has no results there."""
+    logits(trainer, make_samples(0))
+    return {}
+
+
+def gradients(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], loss: str
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics of the first step and every parameter's gradient."""
+    return step_gradients(_trainer(rendezvous, folder, flags | LOSSES[loss] | GRADIENT_FLAGS), make_samples(1))
+
+
+def losses(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], loss: str, steps: int = STEPS
+) -> list[dict[str, float]]:
+    """Metrics of the first steps on recorded rollouts."""
+    trainer = _trainer(rendezvous, folder, TRAINING | flags | LOSSES[loss])
+    return [trainer.train(make_samples(number)).metrics or {} for number in range(steps)]
+
+
+def distillation(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path
+) -> list[dict[str, float]]:
+    """Metrics of steps with a Megatron teacher, two optimizer steps per rollout, at a temperature other than 1."""
+    settings = TRAINING | flags | {"use_opd": True, "global_batch_size": 6, "rollout_temperature": 0.8}
+    trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **settings), rendezvous)
+    found = []
+    for number in range(3):
+        samples = make_samples(number)
+        scores = _everywhere(trainer.score("teacher", samples, keep_hidden=True))
+        old = _everywhere(trainer.score("student", samples))
+        for place, sample in enumerate(samples):
+            sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
+            sample.old_log_probs = old[place]
+        found.append(trainer.train(samples).metrics or {})
+    return found
+
+
+def _everywhere(part: dict[int, Any]) -> dict[int, Any]:
+    """What the controller does with the results of the ranks before it hands them on."""
+    parts: list[dict[int, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return {place: array for one in parts for place, array in one.items()}
+
+
+def save_weights(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path) -> None:
+    save_checkpoint(target, "release", _trainer(rendezvous, folder, flags).student, hf_folder=folder)
+
+
+def load_and_export(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path
+) -> dict[str, Tensor]:
+    start = StartingPoint("ref_load", resolve_step(source))
+    return exported(_trainer(rendezvous, folder, flags | {"start": start}))
+
+
+def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path) -> list[str]:
+    """What differs on this rank between four steps straight and two steps, a save, a resume and two steps."""
+    settings = TRAINING | flags | {"use_opd": True}
+    straight, first = _trainer(rendezvous, folder, settings), _trainer(rendezvous, folder, settings)
+    expected = [straight.train(make_samples(number)).metrics for number in range(4)]
+    for number in range(2):
+        first.train(make_samples(number))
+    first.save(target, 2, folder, {"rollouts": 2})
+    start = StartingPoint("load", resolve_step(target))
+    second = _trainer(rendezvous, folder, settings | {"start": start})
+    assert second.resume() == {"rollouts": 2}
+    found = [second.train(make_samples(number)).metrics for number in range(2, 4)]
+    pairs = {"weights": (exported(second), exported(straight))}
+    pairs["optimizer"] = (optimizer_state(second), optimizer_state(straight))
+    differing = [] if found == expected[2:] else ["metrics"]
+    for what, (mine, theirs) in pairs.items():
+        assert mine.keys() == theirs.keys()
+        differing += [f"{what} {name}" for name in mine if not torch.equal(mine[name], theirs[name])]
+    return differing
+
+
+def random_start(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[str, Tensor]:
+    """Seeded random weights as this layout draws them."""
+    return exported(_trainer(rendezvous, folder, flags | {"start": StartingPoint("random", folder), "seed": 3}))
+
+
+def vocab_head_errors(
+    rendezvous: Rendezvous, vocab_size: int, temperature: float, chunk_elements: int
+) -> dict[str, float]:
+    """Largest differences between the split head and dense float64 arithmetic: values and gradients."""
+    size = rendezvous.world_size
+    distributed.initialize(rendezvous, ParallelOptions(tensor_model_parallel_size=size), seed=0)
+    group = parallel_state.get_tensor_model_parallel_group()
+    generator = torch.Generator().manual_seed(0)
+    tokens, padded = 9, 16
+    hidden = torch.randn(tokens, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(padded, 6, dtype=torch.float64, generator=generator)
+    weight[vocab_size:] *= 50
+    weight.requires_grad_()
+    target = torch.randint(0, vocab_size, (tokens,), generator=generator)
+    factors = torch.randn(2, tokens, dtype=torch.float64, generator=generator)
+    dense = torch.log_softmax(hidden @ weight[:vocab_size].t() / temperature, dim=-1)
+    expected = dense.gather(1, target[:, None])[:, 0], -(dense.exp() * dense).sum(-1)
+    expected_gradients = torch.autograd.grad((factors * torch.stack(expected)).sum(), (hidden, weight))
+
+    mine = weight.detach().chunk(size)[rendezvous.rank].clone().requires_grad_()
+    before, vocab_head.CHUNK_ELEMENTS = vocab_head.CHUNK_ELEMENTS, chunk_elements
+    try:
+        found = vocab_head.token_log_probs(
+            hidden, mine, target, temperature=temperature, vocab_size=vocab_size, group=group
+        )
+        hidden_gradient, weight_gradient = torch.autograd.grad((factors * torch.stack(found)).sum(), (hidden, mine))
+        kl = vocab_head.reverse_kl(
+            hidden.detach().float(),
+            mine.detach().float(),
+            hidden.detach().float().flip(1),
+            mine.detach().float(),
+            temperature=temperature,
+            vocab_size=vocab_size,
+            group=group,
+        )
+    finally:
+        vocab_head.CHUNK_ELEMENTS = before
+    hidden_gradient = hidden_gradient.clone()
+    dist.all_reduce(hidden_gradient, group=group)
+    other = torch.log_softmax(hidden.flip(1) @ weight[:vocab_size].t() / temperature, dim=-1)
+    pairs = {
+        "log_probs": (found[0], expected[0]),
+        "entropy": (found[1], expected[1]),
+        "hidden gradient": (hidden_gradient, expected_gradients[0]),
+        "weight gradient": (weight_gradient, expected_gradients[1].chunk(size)[rendezvous.rank]),
+        "reverse_kl": (kl.double(), (dense.exp() * (dense - other)).sum(-1)),
+    }
+    return {name: float((left - right).abs().max()) for name, (left, right) in pairs.items()}

@@ -1,0 +1,96 @@
+"""Training against the real server: the same scores as the Megatron teacher, and a student that learns from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.sample import read_samples
+from tests.e2e.support import make_model, run_training, write_prompts
+from tests.sglang.conftest import Served
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "student", seed=1)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path / "prompts.jsonl", 40, seed=3)
+
+
+def opd(url: str, **more: Any) -> dict[str, Any]:
+    return {"use_opd": True, "opd_type": "sglang", "opd_teacher_url": url, "opd_teacher_max_in_flight": 16, **more}
+
+
+def test_distillation_from_the_server_brings_the_reverse_kl_down(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path
+) -> None:
+    metrics = run_training(
+        student,
+        prompts,
+        tmp_path / "run",
+        **opd(qwen.server.url),
+        advantage_estimator="none",
+        num_rollout=40,
+        rollout_batch_size=64,
+        n_samples_per_prompt=1,
+        micro_batch_size=64,
+        lr=3e-3,
+        lr_decay_style="constant",
+        adam_beta2=0.95,
+        calculate_per_token_loss=True,
+    )
+    sampled = [line["opd/reverse_kl"] for line in metrics]
+    assert np.mean(sampled[-5:]) < 0.65 * np.mean(sampled[:2])
+
+
+def test_task_reward_and_server_teacher_work_together(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path
+) -> None:
+    metrics = run_training(
+        student,
+        prompts,
+        tmp_path / "run",
+        **opd(qwen.server.url),
+        advantage_estimator="grpo",
+        rm_type=None,
+        custom_rm_path="tests.e2e.rewards:count_sevens",
+        eval_prompt_data=["held", prompts],
+        eval_rm_type="column_arithmetic",
+    )
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3]
+    for line in metrics[1:]:
+        assert line["reward/std"] > 0
+        assert line["train/task_advantage_abs_mean"] > 0
+        assert line["train/opd_advantage_abs_mean"] > 0
+
+
+def test_both_teachers_give_the_same_scores(qwen: Served, student: Path, prompts: Path, tmp_path: Path) -> None:
+    recorded = {}
+    for kind, teacher in (
+        ("sglang", opd(qwen.server.url)),
+        ("megatron", {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": qwen.folder}),
+    ):
+        pattern = tmp_path / f"{kind}_{{rollout_id}}.jsonl"
+        run_training(student, prompts, tmp_path / kind, **teacher, num_rollout=1, save_debug_rollout_data=pattern)
+        recorded[kind] = list(read_samples(tmp_path / f"{kind}_0.jsonl"))
+    for one, two in zip(recorded["sglang"], recorded["megatron"], strict=True):
+        assert one.teacher_scores is not None
+        assert two.teacher_scores is not None
+        np.testing.assert_array_equal(one.response_tokens, two.response_tokens)
+        np.testing.assert_allclose(one.teacher_scores.log_probs_T, two.teacher_scores.log_probs_T, atol=1e-4)
+
+
+def test_a_server_that_is_not_there_is_one_line_and_nothing_is_written(
+    student: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="127.0.0.1:9"):
+        run_training(student, prompts, tmp_path / "run", **opd("http://127.0.0.1:9", opd_teacher_max_retries=0))
+    assert not os.path.lexists(tmp_path / "run")
