@@ -33,6 +33,7 @@ from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.sample import Sample
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
+from opd_megatron.teacher.preflight import PROBE_TEXTS, encode
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 
@@ -213,7 +214,7 @@ def preflight(parts: Parts) -> list[str]:
         return []
     paths = options.checkpoint
     folders = [folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None]
-    texts = [record.prompt_text for record in (parts.prompts.records[:2] if parts.prompts else [])]
+    texts = [text for text in PROBE_TEXTS[:1] if parts.tokenizer.decode(encode(parts.tokenizer, text)) == text]
 
     def student_log_probs(tokens: np.ndarray) -> np.ndarray:
         sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])

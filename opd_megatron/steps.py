@@ -138,10 +138,10 @@ def learn(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) ->
         scores = [sample.teacher_scores for sample in samples]
         assert all(score is not None for score in scores)
         metrics |= reverse_kl_statistics(
-            [torch.from_numpy(array) for array in student],
-            [torch.from_numpy(score.log_probs_T) for score in scores if score is not None],
-            [torch.from_numpy(sample.loss_mask) for sample in samples],
-            [torch.from_numpy(score.valid_T) for score in scores if score is not None],
+            student,
+            [score.log_probs_T for score in scores if score is not None],
+            [sample.loss_mask for sample in samples],
+            [score.valid_T for score in scores if score is not None],
         )
 
 
@@ -156,14 +156,14 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     kls = None
     if objective.kl_coef > 0:
         kls = [
-            log_ratio(torch.from_numpy(sample.old_log_probs), torch.from_numpy(sample.ref_log_probs))
+            log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs))
             for sample in samples
         ]
     advantages = task_advantages(
         objective,
         [float(sample.reward or 0.0) for sample in samples],
         [sample.group_index for sample in samples],
-        [torch.from_numpy(sample.loss_mask) for sample in samples],
+        [sample.loss_mask for sample in samples],
         kls,
     )
     for sample, values in zip(samples, advantages, strict=True):

@@ -127,7 +127,7 @@ class RayTrainerGroup:
         return self._wait([actor.call.remote(method, *args, **kwargs) for actor in self._actors])
 
     def resume(self) -> dict[str, Any] | None:
-        return self._all("resume")[0]  # type: ignore[no-any-return]
+        return self._all("resume")[0]
 
     def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
         shared = ray.put(list(samples))

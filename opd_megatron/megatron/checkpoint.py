@@ -276,7 +276,7 @@ def load_model_folder(model: HiddenStateModel, source: Path) -> None:
 
 
 def _check_stored(wanted: dict[str, Any], source: Path, vocab_size: int) -> None:
-    """Raise ``UserError`` unless the step folder has every weight in its shape; vocabularies may be padded otherwise."""
+    """Raise ``UserError`` unless the step folder has every weight in its shape (padding of the vocabulary aside)."""
     stored = read_metadata(source).state_dict_metadata
     for tensor in wanted.values():
         if not isinstance(tensor, ShardedTensor):

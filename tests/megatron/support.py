@@ -288,7 +288,7 @@ def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName 
         local = rows_Nh @ model.head_weight().t()
         shards = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(shards, local, group=group)
-        return batch.split(torch.cat(shards, dim=1)[:, : model.architecture.vocab_size])
+        return batch.split(torch.cat(shards, dim=1)[:, : model.architecture.vocab_size].float())
 
     size = trainer.options.data_parallel_size
     share = rank_share(samples, parallel_state.get_data_parallel_rank(), size)

@@ -124,9 +124,7 @@ def test_a_step_can_be_saved_again(tmp_path: Path, folders: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_alone_serve_as_a_start_and_as_a_teacher(
-    tmp_path: Path, folders: dict[str, Path], family: str
-) -> None:
+def test_weights_alone_serve_as_a_start_and_as_a_teacher(tmp_path: Path, folders: dict[str, Path], family: str) -> None:
     trainer = make_trainer(folders[family])
     save_checkpoint(tmp_path, "release", trainer.student, hf_folder=folders[family])
     assert (tmp_path / TRACKER).read_text().strip() == "release"
@@ -204,7 +202,11 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) 
     done = subprocess.run(
         [sys.executable, "-c", _CUT_OFF, str(folders["qwen2"]), str(root)],
         cwd=repository,
-        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(path for path in sys.path if path)},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": ":".join(path for path in sys.path if path),
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -258,9 +260,7 @@ def saved(tmp_path: Path, folders: dict[str, Path]) -> Path:
     return tmp_path / "saved" / "iter_0000001"
 
 
-def test_metadata_that_asks_for_other_objects_is_refused(
-    tmp_path: Path, folders: dict[str, Path], saved: Path
-) -> None:
+def test_metadata_that_asks_for_other_objects_is_refused(tmp_path: Path, folders: dict[str, Path], saved: Path) -> None:
     trap = tmp_path / "executed"
     (saved / MANIFEST).unlink()
     (saved / ".metadata").write_bytes(pickle.dumps(_Trap(trap)))

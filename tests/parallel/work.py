@@ -71,9 +71,7 @@ def losses(
     return [trainer.train(make_samples(number)).metrics or {} for number in range(steps)]
 
 
-def distillation(
-    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path
-) -> list[dict[str, float]]:
+def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> list[dict[str, float]]:
     """Metrics of steps with a Megatron teacher, two optimizer steps per rollout, at a temperature other than 1."""
     settings = TRAINING | flags | {"use_opd": True, "global_batch_size": 6, "rollout_temperature": 0.8}
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **settings), rendezvous)
@@ -100,9 +98,7 @@ def save_weights(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], ta
     save_checkpoint(target, "release", _trainer(rendezvous, folder, flags).student, hf_folder=folder)
 
 
-def load_and_export(
-    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path
-) -> dict[str, Tensor]:
+def load_and_export(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path) -> dict[str, Tensor]:
     start = StartingPoint("ref_load", resolve_step(source))
     return exported(_trainer(rendezvous, folder, flags | {"start": start}))
 

@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, bool, int, torch.dtype]] = {
     "llama_untied": ("llama", False, ODD_VOCABULARY, torch.bfloat16),
     "llama_tied": ("llama", True, VOCAB_SIZE, torch.float32),
 }
-"""Family, tied embeddings, vocabulary and data type by name; Llama's rotary frequencies are scaled from 32 positions."""
+"""Family, tied embeddings, vocabulary and data type by name; Llama's original context is 32 positions."""
 
 
 def write_model(

@@ -77,7 +77,13 @@ def test_many_lines_keep_their_order_at_a_temperature(models: Models, tmp_path: 
     lines = token_lines(CASES["qwen2_untied"][2], lengths, seed=3)
     file = write_lines(tmp_path / "in.jsonl", lines)
     found = scored(
-        models.torch_dist["qwen2_untied"], file, tmp_path / "out.jsonl", "--temperature", "0.7", "--micro-batch-size", "4"
+        models.torch_dist["qwen2_untied"],
+        file,
+        tmp_path / "out.jsonl",
+        "--temperature",
+        "0.7",
+        "--micro-batch-size",
+        "4",
     )
     assert largest_difference(found, reference_log_probs(models.hf["qwen2_untied"], lines, 0.7)) < 1e-5
 
@@ -152,7 +158,7 @@ def test_damaged_weights_are_no_scores(tmp_path: Path) -> None:
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     file = write_lines(tmp_path / "in.jsonl", [[1, 2, 3]])
-    with pytest.raises(UserError, match="in.jsonl, line 1: log-probabilities that are not finite"):
+    with pytest.raises(UserError, match=r"in.jsonl, line 1: log-probabilities that are not finite"):
         scored(folder, file, tmp_path / "out.jsonl")
 
 
