@@ -90,16 +90,20 @@ class RayTrainerGroup:
             raise
 
     def _place(self, cluster: ClusterOptions) -> None:
-        gpus = 1 if cpu.has_cuda() or ray.cluster_resources().get("GPU", 0) else 0
+        available = ray.cluster_resources()
+        gpus = 1 if cpu.has_cuda() or available.get("GPU", 0) else 0
         bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
+        have = {name: available.get(name, 0.0) for name in bundle}
+        needed = (
+            f"--actor-num-nodes {cluster.actor_num_nodes} x --actor-num-gpus-per-node "
+            f"{cluster.actor_num_gpus_per_node} need {self._world_size} times {bundle}, the cluster has {have}"
+        )
+        if any(have[name] < self._world_size * amount for name, amount in bundle.items()):
+            raise UserError(needed)
         group = placement_group([bundle] * self._world_size, strategy="PACK")
         self._group = group
         if not group.wait(PLACEMENT_SECONDS):
-            have = {name: value for name, value in ray.cluster_resources().items() if name in bundle}
-            raise UserError(
-                f"--actor-num-nodes {cluster.actor_num_nodes} x --actor-num-gpus-per-node "
-                f"{cluster.actor_num_gpus_per_node} need {self._world_size} times {bundle}, the cluster has {have}"
-            )
+            raise UserError(f"{needed}, but others use it: nothing was free for {PLACEMENT_SECONDS:.0f} seconds")
         remote = ray.remote(_TrainerRank)
         self._actors = [
             remote.options(

@@ -306,5 +306,8 @@ def test_leftovers_of_a_crash_are_replaced(models: Models, tmp_path: Path) -> No
         (tmp_path / name / "config.json").write_text("{")
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     td = to_torch_dist(models.hf["qwen3_tied"], tmp_path / "td")
-    assert_same_weights(to_hf(td, tmp_path / "hf"), models.hf["qwen3_tied"])
+    assert sorted(path.name for path in td.iterdir()) == ["hf", "latest_checkpointed_iteration.txt", "release"]
+    back = to_hf(td, tmp_path / "hf")
+    assert_same_weights(back, models.hf["qwen3_tied"])
+    assert small_files(back) == small_files(models.hf["qwen3_tied"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "td"]
