@@ -229,9 +229,7 @@ def run(options: BenchmarkOptions, folder: Path) -> dict[str, Any]:
         for side in sides:
             side.close()
     summaries = {
-        name: summarize(steps[name])
-        | {"start_memory_mib": facts[name].pop("peak_memory_bytes") / 2**20}
-        | facts[name]
+        name: summarize(steps[name]) | {"start_memory_mib": facts[name].pop("peak_memory_bytes") / 2**20} | facts[name]
         for name in commands
     }
     return {

@@ -30,7 +30,7 @@ SETTINGS = {
 """What makes TRL fastest here (README.md says what else was tried); reported with the result."""
 
 
-class Turnstile(transformers.TrainerCallback):  # type: ignore[misc]
+class Turnstile(transformers.TrainerCallback):
     """Holds the trainer between steps until the driver asks for the next one."""
 
     def __init__(self, turns: Turns, prompt_tokens: int) -> None:

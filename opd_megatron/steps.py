@@ -155,10 +155,7 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
             sample.ref_log_probs = log_probs
     kls = None
     if objective.kl_coef > 0:
-        kls = [
-            log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs))
-            for sample in samples
-        ]
+        kls = [log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)) for sample in samples]
     advantages = task_advantages(
         objective,
         [float(sample.reward or 0.0) for sample in samples],

@@ -81,6 +81,10 @@ class Result:
 def run_train(arguments: Sequence[str], cwd: Path) -> Result:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=cwd, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return Result(done.returncode, done.stdout, done.stderr)

@@ -32,16 +32,36 @@ def saved(config: Any, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_qwen2(tied: bool, tmp_path: Path) -> None:
     config = Qwen2Config(
-        num_hidden_layers=3, hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2,
-        vocab_size=1001, max_position_embeddings=77, rms_norm_eps=1e-5, tie_word_embeddings=tied,
-        initializer_range=0.03, rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
+        num_hidden_layers=3,
+        hidden_size=48,
+        intermediate_size=80,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=1001,
+        max_position_embeddings=77,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        initializer_range=0.03,
+        rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
     )
     model = architecture_from_hf(saved(config, tmp_path))
     assert dataclasses.asdict(model) == {
-        "family": "qwen2", "num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 6,
-        "num_query_groups": 2, "kv_channels": 8, "vocab_size": 1001, "max_position_embeddings": 77,
-        "rotary_base": 12345.0, "norm_epsilon": 1e-5, "add_qkv_bias": True, "qk_layernorm": False,
-        "untie_embeddings_and_output_weights": not tied, "rope_scaling": None, "init_method_std": 0.03,
+        "family": "qwen2",
+        "num_layers": 3,
+        "hidden_size": 48,
+        "ffn_hidden_size": 80,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "vocab_size": 1001,
+        "max_position_embeddings": 77,
+        "rotary_base": 12345.0,
+        "norm_epsilon": 1e-5,
+        "add_qkv_bias": True,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": not tied,
+        "rope_scaling": None,
+        "init_method_std": 0.03,
     }
     assert model.padded_vocab_size(128, 1) == 1024
     assert model.padded_vocab_size(128, 3) == 1152
@@ -124,7 +144,8 @@ def test_options_given_alone_are_compared_one_by_one() -> None:
     ]
     assert found("--group-query-attention", num_key_value_heads=4) == ["--group-query-attention (config: False)"]
     assert found("--use-rope-scaling --rope-scaling-factor 8") == [
-        "--use-rope-scaling (config: False)", "--rope-scaling-factor 8.0 (config: None)"
+        "--use-rope-scaling (config: False)",
+        "--rope-scaling-factor 8.0 (config: None)",
     ]
     assert found("--use-rope-scaling --rope-scaling-factor 8", **SCALED) == ["--rope-scaling-factor 8.0 (config: 32.0)"]
 

@@ -30,7 +30,9 @@ def test_a_tree_of_steps(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step 7 is not in .* \(it has 5, 10, 12345678\)"):
         resolve_step(tree, 7)
     assert [step_folder_name(step) for step in (10, 12345678, "release")] == [
-        "iter_0000010", "iter_12345678", "release"
+        "iter_0000010",
+        "iter_12345678",
+        "release",
     ]
 
 

@@ -118,7 +118,10 @@ def test_bad_options_are_refused_before_torch_is_imported(folders: dict[str, Pat
     for line, expected in ((["--use-opd"], "2 []"), (arguments, "0 []")):
         done = subprocess.run(
             [sys.executable, "-c", program, str(ROOT / "train.py"), *line],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout.splitlines()[-1] == expected
 

@@ -39,9 +39,32 @@ def test_nothing_given_is_all_defaults() -> None:
 
 def test_values_take_their_declared_types() -> None:
     options = parse_options(
-        ["--lr", "1e-3", "--rollout-top-k", "-1", "--rollout-stop", "- end", "</s>", "--rollout-stop=--", "--use-opd",
-         "--use-opd", "--eval-prompt-data", "a", "p", "b", "q", "--eval-prompt-data", "c", "r", "--seed=7",
-         "--bf16=false", "--rm-error-value", "-.5", "--lr", "2e-3"]
+        [
+            "--lr",
+            "1e-3",
+            "--rollout-top-k",
+            "-1",
+            "--rollout-stop",
+            "- end",
+            "</s>",
+            "--rollout-stop=--",
+            "--use-opd",
+            "--use-opd",
+            "--eval-prompt-data",
+            "a",
+            "p",
+            "b",
+            "q",
+            "--eval-prompt-data",
+            "c",
+            "r",
+            "--seed=7",
+            "--bf16=false",
+            "--rm-error-value",
+            "-.5",
+            "--lr",
+            "2e-3",
+        ]
     )
     assert options.optimizer.lr == 2e-3
     assert options.rollout.rollout_top_k == -1
@@ -52,7 +75,14 @@ def test_values_take_their_declared_types() -> None:
     assert options.optimizer.bf16 is False
     assert options.reward.rm_error_value == -0.5
     assert options.given == {
-        "lr", "rollout_top_k", "rollout_stop", "use_opd", "eval_prompt_data", "seed", "bf16", "rm_error_value"
+        "lr",
+        "rollout_top_k",
+        "rollout_stop",
+        "use_opd",
+        "eval_prompt_data",
+        "seed",
+        "bf16",
+        "rm_error_value",
     }
 
 
@@ -63,13 +93,28 @@ def test_options_cannot_be_changed() -> None:
 
 def test_bounds() -> None:
     text = faults(
-        "--opd-teacher-timeout", "0", "--rollout-top-p", "1.01", "--adam-beta1", "1", "--micro-batch-size", "0",
-        "--attention-dropout", "0.1", "--rm-error-value", "-inf", "--num-layers", "1e3",
+        "--opd-teacher-timeout",
+        "0",
+        "--rollout-top-p",
+        "1.01",
+        "--adam-beta1",
+        "1",
+        "--micro-batch-size",
+        "0",
+        "--attention-dropout",
+        "0.1",
+        "--rm-error-value",
+        "-inf",
+        "--num-layers",
+        "1e3",
     )
     assert text.split("; ") == [
-        "--opd-teacher-timeout 0: must be above 0", "--rollout-top-p 1.01: must be at most 1",
-        "--adam-beta1 1: must be below 1", "--micro-batch-size 0: must be at least 1",
-        "--attention-dropout 0.1: must be at most 0", "--rm-error-value -inf: must be finite",
+        "--opd-teacher-timeout 0: must be above 0",
+        "--rollout-top-p 1.01: must be at most 1",
+        "--adam-beta1 1: must be below 1",
+        "--micro-batch-size 0: must be at least 1",
+        "--attention-dropout 0.1: must be at most 0",
+        "--rm-error-value -inf: must be finite",
         "--num-layers 1e3: must be a whole number",
     ]
     parse_options(["--rollout-top-p", "1", "--gamma", "0", "--adam-beta1", "0", "--seed", "9" * 400])

@@ -52,14 +52,17 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-teacher-url", "http://127.0.0.1:30000", "!secret"),
     ),
     "url without host": (
-        BASE + "--use-opd --opd-type sglang --opd-teacher-url http://:30000", ("--opd-teacher-url http://:30000",)
+        BASE + "--use-opd --opd-type sglang --opd-teacher-url http://:30000",
+        ("--opd-teacher-url http://:30000",),
     ),
     "opd without type": (BASE + "--use-opd", ("--use-opd needs --opd-type: choose sglang or megatron",)),
     "megatron without teacher": (
-        BASE + "--use-opd --opd-type megatron", ("--opd-type megatron needs --opd-teacher-load",)
+        BASE + "--use-opd --opd-type megatron",
+        ("--opd-type megatron needs --opd-teacher-load",),
     ),
     "sglang with load": (
-        SGLANG + "--opd-teacher-load $teacher", ("--opd-teacher-load goes with --opd-type megatron only",)
+        SGLANG + "--opd-teacher-load $teacher",
+        ("--opd-teacher-load goes with --opd-type megatron only",),
     ),
     "sglang without url": (BASE + "--use-opd --opd-type sglang", ("--opd-type sglang needs --opd-teacher-url",)),
     "sglang with two urls": (SGLANG + "--opd-teacher-url http://h:2", ("--opd-teacher-url takes exactly one",)),
@@ -69,8 +72,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "opd options without opd": (
         BASE + "--opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load nowhere --opd-allow-sampling-mismatch",
         (
-            "--opd-type has no effect without --use-opd", "--opd-kl-coef has no", "--opd-teacher-load has no",
-            "--opd-allow-sampling-mismatch has no", "!does not exist",
+            "--opd-type has no effect without --use-opd",
+            "--opd-kl-coef has no",
+            "--opd-teacher-load has no",
+            "--opd-allow-sampling-mismatch has no",
+            "!does not exist",
         ),
     ),
     "opd with sft": (MEGATRON + "--loss-type sft_loss", ("--use-opd does not go with --loss-type sft_loss",)),
@@ -103,7 +109,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "teacher file": (BASE + "--use-opd --opd-type megatron --opd-teacher-load $file", ("--opd-teacher-load", "a file")),
     "teacher step": (
-        MEGATRON + "--opd-teacher-ckpt-step 7", ("--opd-teacher-ckpt-step", "step 7 is not in", "(it has 5, 10)")
+        MEGATRON + "--opd-teacher-ckpt-step 7",
+        ("--opd-teacher-ckpt-step", "step 7 is not in", "(it has 5, 10)"),
     ),
     "step of an hf teacher": (
         BASE + "--use-opd --opd-type megatron --opd-teacher-load $teacher_hf --opd-teacher-ckpt-step 7",
@@ -129,19 +136,23 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "bad prompts": (BASE + "--prompt-data $bad_prompts", ("--prompt-data", "line 2", "line 3", "--input-key")),
     "no labels": (BASE + "--prompt-data $unlabelled", ("--prompt-data", "line 1", "--label-key")),
     "no evaluation prompts": (
-        BASE + "--eval-prompt-data dev $root/nowhere.jsonl", ("--eval-prompt-data dev", "no such file")
+        BASE + "--eval-prompt-data dev $root/nowhere.jsonl",
+        ("--eval-prompt-data dev", "no such file"),
     ),
     "no recorded rollouts": (
-        BASE + "--load-debug-rollout-data $root/data_{rollout_id}.jsonl", ("--load-debug-rollout-data", "data_")
+        BASE + "--load-debug-rollout-data $root/data_{rollout_id}.jsonl",
+        ("--load-debug-rollout-data", "data_"),
     ),
     "run dir is a file": (BASE + "--run-dir $file/run", ("--run-dir", "is a file")),
     "save over the teacher": (MEGATRON + "--save $teacher", ("--save", "--opd-teacher-load", "overwritten")),
     "global batch": (BASE + "--global-batch-size 3", ("--global-batch-size 3 does not divide the 4 samples",)),
     "micro batch": (
-        BASE + "--micro-batch-size 3", ("--micro-batch-size 3 x 1 data-parallel ranks", "choose a multiple of 3")
+        BASE + "--micro-batch-size 3",
+        ("--micro-batch-size 3 x 1 data-parallel ranks", "choose a multiple of 3"),
     ),
     "data parallel": (
-        BASE + "--actor-num-gpus-per-node 8", ("--micro-batch-size 1 x 8 data-parallel ranks", "--rollout-batch-size 4")
+        BASE + "--actor-num-gpus-per-node 8",
+        ("--micro-batch-size 1 x 8 data-parallel ranks", "--rollout-batch-size 4"),
     ),
     "world size": (
         BASE + "--tensor-model-parallel-size 2 --actor-num-gpus-per-node 3",
@@ -152,14 +163,16 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--tensor-model-parallel-size 4 does not divide the model's 2 query groups", "!heads"),
     ),
     "tensor parallel of three": (
-        BASE + "--tensor-model-parallel-size 5 --actor-num-gpus-per-node 5", ("4 attention heads", "48 feed-forward")
+        BASE + "--tensor-model-parallel-size 5 --actor-num-gpus-per-node 5",
+        ("4 attention heads", "48 feed-forward"),
     ),
     "pipeline parallel": (
         BASE + "--pipeline-model-parallel-size 3 --actor-num-gpus-per-node 3",
         ("--pipeline-model-parallel-size 3 does not divide the model's 4 layers",),
     ),
     "teacher layout": (
-        MEGATRON + "--pipeline-model-parallel-size 4 --actor-num-gpus-per-node 4", ("the teacher's 6 layers",)
+        MEGATRON + "--pipeline-model-parallel-size 4 --actor-num-gpus-per-node 4",
+        ("the teacher's 6 layers",),
     ),
     "sequence parallel": (BASE + "--sequence-parallel", ("--sequence-parallel needs --tensor-model-parallel-size",)),
     "recompute": (
@@ -167,33 +180,42 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--recompute-granularity full needs --recompute-method", "needs --recompute-num-layers"),
     ),
     "selective recompute": (
-        BASE + "--recompute-granularity selective --recompute-num-layers 1", ("--recompute-num-layers",)
+        BASE + "--recompute-granularity selective --recompute-num-layers 1",
+        ("--recompute-num-layers",),
     ),
     "model arguments": (
         BASE + "--num-layers 6 --hidden-size 64 --rotary-base 10000 --add-qkv-bias --vocab-size 100",
         (
-            "--num-layers 6 (config: 4)", "--hidden-size 64 (config: 32)", "--rotary-base 10000.0 (config: 1000000.0)",
-            "--add-qkv-bias (config: False)", "!--vocab-size",
+            "--num-layers 6 (config: 4)",
+            "--hidden-size 64 (config: 32)",
+            "--rotary-base 10000.0 (config: 1000000.0)",
+            "--add-qkv-bias (config: False)",
+            "!--vocab-size",
         ),
     ),
     "whole model arguments": (
-        BASE + WHOLE, ("--qk-layernorm is missing", "--kv-channels is missing", "--group-query-attention is missing")
+        BASE + WHOLE,
+        ("--qk-layernorm is missing", "--kv-channels is missing", "--group-query-attention is missing"),
     ),
     "unsupported model": (BASE + "--hf-checkpoint $llama", ("--hf-checkpoint", "hidden_act 'gelu'")),
     "other reference model": (BASE + "--ref-load $other", ("--ref-load", "hidden_size 64 (not 32)", "vocab_size 101")),
     "reference without weights": (
-        BASE + "--hf-checkpoint $config_only --use-kl-loss", ("--use-kl-loss needs a reference", "--ref-load")
+        BASE + "--hf-checkpoint $config_only --use-kl-loss",
+        ("--use-kl-loss needs a reference", "--ref-load"),
     ),
     "reward kl without reference": (
-        BASE + "--hf-checkpoint $config_only --kl-coef 0.1", ("--kl-coef needs a reference", "--ref-load")
+        BASE + "--hf-checkpoint $config_only --kl-coef 0.1",
+        ("--kl-coef needs a reference", "--ref-load"),
     ),
     "kl loss options": (
-        BASE + "--kl-loss-coef 0.1 --kl-loss-type k2", ("--kl-loss-coef has no effect", "--kl-loss-type has no effect")
+        BASE + "--kl-loss-coef 0.1 --kl-loss-type k2",
+        ("--kl-loss-coef has no effect", "--kl-loss-type has no effect"),
     ),
     "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
     "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),
     "learning rates": (
-        BASE + "--lr 1e-6 --min-lr 1e-5 --lr-warmup-init 1", ("--min-lr 1e-05 is above", "--lr-warmup-init 1 is above")
+        BASE + "--lr 1e-6 --min-lr 1e-5 --lr-warmup-init 1",
+        ("--min-lr 1e-05 is above", "--lr-warmup-init 1 is above"),
     ),
     "warm-up": (BASE + "--lr-warmup-iters 2", ("--lr-warmup-iters 2 must be shorter", "2 optimizer steps")),
     "two warm-ups": (BASE + "--lr-warmup-iters 1 --lr-warmup-fraction 0.1", ("--lr-warmup-fraction and",)),
@@ -203,29 +225,43 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reward of an error": (BASE + "--rm-error-value -1", ("--rm-error-value has no effect",)),
     "evaluation of nothing": (BASE + "--eval-interval 5", ("--eval-interval", "--eval-prompt-data")),
     "evaluation twice": (
-        BASE + "--eval-prompt-data dev $prompts --eval-prompt-data dev $prompts", ("--eval-prompt-data dev is given",)
+        BASE + "--eval-prompt-data dev $prompts --eval-prompt-data dev $prompts",
+        ("--eval-prompt-data dev is given",),
     ),
     "evaluation without engine": (
-        BASE + "--load-debug-rollout-data $recorded --eval-prompt-data dev $prompts", ("--eval-prompt-data needs",)
+        BASE + "--load-debug-rollout-data $recorded --eval-prompt-data dev $prompts",
+        ("--eval-prompt-data needs",),
     ),
     "template arguments without template": (
-        BASE + """--apply-chat-template-kwargs {"a":1}""", ("--apply-chat-template-kwargs has no effect",)
+        BASE + """--apply-chat-template-kwargs {"a":1}""",
+        ("--apply-chat-template-kwargs has no effect",),
     ),
     "one file for all rollouts": (BASE + "--save-debug-rollout-data data.jsonl", ("{rollout_id}",)),
     "epochs of nothing": (
-        "--hf-checkpoint $hf --load-debug-rollout-data $recorded --num-epoch 1", ("--num-epoch counts passes",)
+        "--hf-checkpoint $hf --load-debug-rollout-data $recorded --num-epoch 1",
+        ("--num-epoch counts passes",),
     ),
     "missing options": (
         "",
-        ("--hf-checkpoint", "--prompt-data", "--rollout-batch-size", "--num-rollout", "--num-epoch", "--run-dir",
-         "--rm-type", "--custom-rm-path"),
+        (
+            "--hf-checkpoint",
+            "--prompt-data",
+            "--rollout-batch-size",
+            "--num-rollout",
+            "--num-epoch",
+            "--run-dir",
+            "--rm-type",
+            "--custom-rm-path",
+        ),
     ),
     "missing for recorded": (
-        "--load-debug-rollout-data $recorded", ("--hf-checkpoint", "--run-dir", "!--prompt-data", "!--rm-type")
+        "--load-debug-rollout-data $recorded",
+        ("--hf-checkpoint", "--run-dir", "!--prompt-data", "!--rm-type"),
     ),
     "missing for sft": ("--loss-type sft_loss", ("--hf-checkpoint", "--prompt-data", "!--rm-type")),
     "missing for evaluated sft": (
-        "--loss-type sft_loss --eval-prompt-data dev $prompts", ("--rm-type", "the evaluation needs it")
+        "--loss-type sft_loss --eval-prompt-data dev $prompts",
+        ("--rm-type", "the evaluation needs it"),
     ),
     # The order of the stages: the later fault must not show.
     "values before opd": (BASE + "--use-opd --lr x", ("--lr x", "!--opd-type")),
@@ -242,9 +278,7 @@ def results(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     places = {name: tmp_path_factory.mktemp("case") for name in CASES}
 
     def run(name: str) -> Result:
-        words = [
-            Template(word).substitute(folders | {"run": places[name] / "run"}) for word in CASES[name][0].split()
-        ]
+        words = [Template(word).substitute(folders | {"run": places[name] / "run"}) for word in CASES[name][0].split()]
         return run_train(words, places[name])
 
     with ThreadPoolExecutor(2) as pool:

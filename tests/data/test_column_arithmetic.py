@@ -90,10 +90,20 @@ def test_the_held_out_tenth_is_fixed() -> None:
     share = np.mean([is_held_out(problem) for problem in problems])
     assert abs(share - 0.1) < 4 * (0.09 / 20000) ** 0.5
     assert [a for a in range(1000, 1060) if is_held_out(Problem(a, "+", 1936))] == [
-        1006, 1007, 1009, 1010, 1031, 1043, 1046,
+        1006,
+        1007,
+        1009,
+        1010,
+        1031,
+        1043,
+        1046,
     ]
     assert [a for a in range(5000, 5060) if is_held_out(Problem(a, "-", 1936))] == [
-        5005, 5018, 5025, 5029, 5048,
+        5005,
+        5018,
+        5025,
+        5029,
+        5048,
     ]
 
 

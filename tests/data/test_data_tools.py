@@ -59,7 +59,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_task_folder_is_complete(task: Path) -> None:
     assert sorted(item.name for item in task.iterdir()) == [
-        "dev.jsonl", "heldout.jsonl", "prompts.jsonl", "sft.jsonl", "tokenizer",
+        "dev.jsonl",
+        "heldout.jsonl",
+        "prompts.jsonl",
+        "sft.jsonl",
+        "tokenizer",
     ]
     rows = {name: read(task / f"{name}.jsonl") for name in ("sft", "prompts", "dev", "heldout")}
     assert {name: len(group) for name, group in rows.items()} == {"sft": 300, "prompts": 300, "dev": 40, "heldout": 60}
@@ -78,8 +82,13 @@ def test_the_task_folder_is_complete(task: Path) -> None:
 def test_the_task_loads_as_prompts(task: Path) -> None:
     tokenizer = load_tokenizer(task / "tokenizer")
     records = load_prompt_records(
-        str(task / "prompts.jsonl"), tokenizer=tokenizer, input_key="prompt", label_key=None, metadata_key="metadata",
-        apply_chat_template=False, chat_template_kwargs={},
+        str(task / "prompts.jsonl"),
+        tokenizer=tokenizer,
+        input_key="prompt",
+        label_key=None,
+        metadata_key="metadata",
+        apply_chat_template=False,
+        chat_template_kwargs={},
     )
     assert all(len(record.prompt_tokens) == 10 for record in records)
     assert tokenizer.decode(records[5].prompt_tokens) == records[5].prompt
@@ -127,8 +136,13 @@ def test_gsm8k_becomes_a_prompt_file(by_address: bool, tmp_path: Path) -> None:
     assert check_prompt_file(str(output), "prompt", "label", "metadata") == []
     tokenizer = train_bpe_tokenizer([row["question"] for row in GSM8K_ROWS], 300, tmp_path / "tokenizer")
     records = load_prompt_records(
-        str(output), tokenizer=tokenizer, input_key="prompt", label_key="label", metadata_key="metadata",
-        apply_chat_template=True, chat_template_kwargs={},
+        str(output),
+        tokenizer=tokenizer,
+        input_key="prompt",
+        label_key="label",
+        metadata_key="metadata",
+        apply_chat_template=True,
+        chat_template_kwargs={},
     )
     assert records[0].prompt_text.endswith("<|im_end|>\n<|im_start|>assistant\n")
 

@@ -192,9 +192,7 @@ def test_template_arguments_reach_the_template(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ 'b' if thinking else 'a' }}{{ '<s>' if add_generation_prompt }}"
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     for arguments, text in (({}, "a<s>"), ({"thinking": True}, "b<s>"), ({"add_generation_prompt": False}, "a")):
-        (record,) = load(
-            tmp_path / "rows.jsonl", tokenizer, apply_chat_template=True, chat_template_kwargs=arguments
-        )
+        (record,) = load(tmp_path / "rows.jsonl", tokenizer, apply_chat_template=True, chat_template_kwargs=arguments)
         assert record.prompt_text == text
 
 

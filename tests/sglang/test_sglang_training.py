@@ -91,6 +91,6 @@ def test_both_teachers_give_the_same_scores(qwen: Served, student: Path, prompts
 def test_a_server_that_is_not_there_is_one_line_and_nothing_is_written(
     student: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="127.0.0.1:9"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         run_training(student, prompts, tmp_path / "run", **opd("http://127.0.0.1:9", opd_teacher_max_retries=0))
     assert not os.path.lexists(tmp_path / "run")
