@@ -9,6 +9,7 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any
 
+from opd_megatron.config.checks import mask_url
 from opd_megatron.config.options import Options
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,15 @@ class Interrupt:
 
 
 def resume_command(options: Options, argv: list[str]) -> str:
-    """The command of this process with ``--load`` set to the folder of its checkpoints."""
+    """The command of this process with ``--load`` set to the folder of its checkpoints and no ``--ckpt-step``.
+
+    Secrets in the teacher's address are masked, so that address has to be given anew.
+    """
+    replaced = ("--load", "--ckpt-step")
     command = ["python", *argv]
     kept = [
-        word
+        mask_url(word) if "://" in word else word
         for place, word in enumerate(command)
-        if not (word == "--load" or word.startswith("--load=") or command[place - 1] == "--load")
+        if word.partition("=")[0] not in replaced and command[place - 1] not in replaced
     ]
     return shlex.join([*kept, "--load", str(options.save_folder)])

@@ -63,7 +63,7 @@ def train(
     parts: Parts, done: int, folder: RunFolder, metrics: MetricLogger, progress: Progress, interrupt: Interrupt
 ) -> dict[str, Any]:
     """All remaining rollouts. Step 0 of the metrics is the first evaluation, step k what follows rollout k."""
-    last: dict[str, Any] = {}
+    last: dict[str, Any] = folder.read_metrics()[-1] if done and folder.read_metrics() else {}
     if done == 0 and parts.evaluation_sets and not parts.options.evaluation.skip_eval_before_train:
         last = metrics.log(0, steps.evaluate_all(parts, 0))
     for step in range(done + 1, parts.num_rollouts + 1):
@@ -78,12 +78,14 @@ def train(
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
             steps.learn(parts, samples, found)
-        stopping = interrupt.signal is not None
+        if step == done + 1:
+            steps.check_engine(parts.options, found)
         is_last = step == parts.num_rollouts
         if parts.evaluation_sets and steps.due(step, parts.options.evaluation.eval_interval, is_last):
             with progress.phase("evaluate"):
                 found |= steps.evaluate_all(parts, step)
-        stopping = stopping or steps.goal_reached(parts.options, found)
+        interrupted = interrupt.signal is not None and not is_last
+        stopping = interrupted or steps.goal_reached(parts.options, found)
         if steps.due(step, parts.options.checkpoint.save_interval, is_last or stopping):
             with progress.phase("save"):
                 save(parts, step)
@@ -92,6 +94,8 @@ def train(
         last = {**last, **metrics.log(step, found)}
         if stopping:
             break
+    else:
+        interrupt.signal = None  # one that came during the last step stopped nothing
     return last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, read_samples, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
+
+logger = logging.getLogger(__name__)
 
 
 def due(step: int, interval: int | None, is_last: bool) -> bool:
@@ -179,6 +182,19 @@ def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dic
     if not len(gap):
         return {}
     return {"rollout/train_logprob_gap": float(gap.mean()), "rollout/train_logprob_gap_max": float(gap.max())}
+
+
+def check_engine(options: Options, metrics: dict[str, float]) -> None:
+    """Warn if the engine that sampled does not speak with the weights that are trained."""
+    limit = 0.1 if options.optimizer.bf16 else 1e-3
+    gap = metrics.get("rollout/train_logprob_gap", 0.0)
+    if gap > limit:
+        logger.warning(
+            "engine and trainer differ by %.2g in mean log-probability (more than %g): they may hold other weights, "
+            "see docs/troubleshooting.md",
+            gap,
+            limit,
+        )
 
 
 def evaluate_all(parts: Parts, step: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.parse import parse_groups
 from opd_megatron.config.resolve import checkpoint_architecture
+from opd_megatron.config.validate_paths import holds_only_a_model
 from opd_megatron.megatron import checkpoint, tooling
 from opd_megatron.megatron.hf_weights import export_hf_weights, model_maps
 from opd_megatron.observe.progress import track
@@ -34,11 +35,6 @@ class ConversionOptions:
     ckpt_step: int | None = option(None, "step of --load (default: its latest)", minimum=0)
     save: str = option("", "Hugging Face folder to write", metavar="DIR", required=True)
     overwrite: bool = option(False, "replace the model in --save")
-
-
-def is_model(folder: Path) -> bool:
-    """Whether ``folder`` holds a Hugging Face model and no other folder."""
-    return (folder / "config.json").is_file() and all(entry.is_file() for entry in folder.iterdir())
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--load {source} is a Hugging Face folder already: name a torch_dist folder")
     architecture = checkpoint_architecture(source, "--load")
     assert info.hf_folder is not None  # the architecture was read from it
-    tooling.refuse_target(target, replaceable=is_model(target), overwrite=options.overwrite, what="a model")
+    tooling.refuse_target(target, replaceable=holds_only_a_model(target), overwrite=options.overwrite, what="a model")
     dtype = checkpoint.stored_dtype(source)
     is_first = tooling.join(parallel, architecture)
     if is_first:

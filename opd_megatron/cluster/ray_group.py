@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from opd_megatron.cluster.group import merge_arrays, merge_results
-from opd_megatron.config.errors import UserError
+from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.distributed import Rendezvous, free_port
@@ -24,7 +24,7 @@ from opd_megatron.sample import Sample
 PLACEMENT_SECONDS = 120.0
 
 
-class TrainerError(RuntimeError):
+class TrainerError(RunError):
     """A rank of the trainer failed; the message names it and its error."""
 
 
@@ -117,15 +117,16 @@ class RayTrainerGroup:
     def _wait(self, references: list[Any]) -> list[Any]:
         """Results of one call per rank. The first failure ends every rank: the others would wait for it forever."""
         pending = list(references)
+        results: dict[Any, Any] = {}
         while pending:
             done, pending = ray.wait(pending, num_returns=1)
             try:
-                ray.get(done)
+                results[done[0]] = ray.get(done[0])
             except ray.exceptions.RayError as error:
                 rank = references.index(done[0])
                 self.close()
                 raise _readable(rank, error) from error
-        return list(ray.get(references))
+        return [results[reference] for reference in references]
 
     def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return self._wait([actor.call.remote(method, *args, **kwargs) for actor in self._actors])

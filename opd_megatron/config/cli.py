@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from opd_megatron.config.errors import UserError
+from opd_megatron.config.errors import RunError, UserError
 
 
 def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call ``main`` with the arguments and return the exit code.
 
-    A :class:`UserError` becomes one line ``error: ...``, the last of the output, and exit code 2; any other exception
-    is a fault of the program and keeps its traceback.
+    A :class:`UserError` becomes one line ``error: ...``, the last of the output, and exit code 2, a
+    :class:`RunError` the same with exit code 1; any other exception is a fault of the program and keeps its traceback.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
-    except UserError as error:
+    except (UserError, RunError) as error:
         sys.stdout.flush()
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, UserError) else 1

@@ -1,8 +1,15 @@
-"""The one exception that means: the user's input is wrong."""
+"""Exceptions that a user sees as one line: wrong input, and what outside the program ended a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+class RunError(RuntimeError):
+    """Something outside the program ended a run: a teacher, a reward function, a rank. Programs exit with code 1.
+
+    The message is one line that names what failed.
+    """
 
 
 class UserError(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,6 +77,8 @@ def student_architecture(options: Options) -> ModelArchitecture:
     found = disagreements(options.given, options.model, architecture)
     if found:
         raise UserError(f"MODEL_ARGS disagree with --hf-checkpoint {folder}: {', '.join(found)}")
+    if options.model.init_method_std is not None:
+        architecture = dataclasses.replace(architecture, init_method_std=options.model.init_method_std)
     return architecture
 
 

@@ -38,6 +38,7 @@ def path_faults(options: Options, check_prompts: PromptCheck | None) -> list[str
             *_recorded_faults(options),
             *_target_faults(options),
             *_earlier_run_faults(options),
+            *_save_hf_faults(options),
         ]
     except OSError as error:  # no permission, a name too long, a broken disk
         return [f"{error.filename or 'a path'} cannot be read ({error.strerror})"]
@@ -174,6 +175,24 @@ def _target_faults(options: Options) -> Iterator[str]:
             for source, read in _folders_read(options)
             if Path(read).absolute() == Path(folder).absolute()
         )
+
+
+def _save_hf_faults(options: Options) -> Iterator[str]:
+    """``--save-hf`` replaces its folder: it may hold an earlier export and nothing else."""
+    named = options.checkpoint.save_hf
+    if named is None or options.run.run_dir is None:
+        return
+    folder = Path(named)
+    kept = [options.run_folder, options.save_folder, *(Path(read) for _, read in _folders_read(options))]
+    if any(folder.absolute() in (path.absolute(), *path.absolute().parents) for path in kept):
+        yield f"--save-hf {named} holds other folders of this run, which it would replace: choose a folder of its own"
+    elif ROLLOUT_ID not in named and folder.is_dir() and any(folder.iterdir()) and not holds_only_a_model(folder):
+        yield f"--save-hf {named} holds other files, which it would replace: choose a folder of its own"
+
+
+def holds_only_a_model(folder: Path) -> bool:
+    """Whether ``folder`` is a plain Hugging Face model folder, without folders in it."""
+    return (folder / "config.json").is_file() and all(entry.is_file() for entry in folder.iterdir())
 
 
 def _earlier_run_faults(options: Options) -> Iterator[str]:

@@ -139,10 +139,19 @@ def _objective_faults(options: Options) -> Iterator[str]:
             "--use-kl-loss": objective.use_kl_loss,
             "--kl-coef": objective.kl_coef > 0,
             "--entropy-coef": objective.entropy_coef > 0,
+            "--n-samples-per-prompt": options.rollout.n_samples_per_prompt > 1,
+            "--advantage-estimator": "advantage_estimator" in given,
+            "--normalize-advantages": objective.normalize_advantages,
         }
         for flag in (flag for flag, used in unused.items() if used):
             yield f"{flag} has no effect with --loss-type sft_loss: leave it out"
         return
+    if objective.use_kl_loss and objective.kl_loss_coef == 0:
+        yield "--use-kl-loss has no effect with --kl-loss-coef 0, its default: give a coefficient"
+    if "gamma" in given and objective.advantage_estimator != "reinforce_plus_plus":
+        yield "--gamma belongs to --advantage-estimator reinforce_plus_plus: leave it out"
+    if objective.disable_grpo_std_normalization and objective.advantage_estimator != "grpo":
+        yield "--disable-grpo-std-normalization belongs to --advantage-estimator grpo: leave it out"
     if objective.advantage_estimator == "none" and objective.kl_coef > 0:
         yield "--kl-coef is part of the task reward, which --advantage-estimator none ignores: use --use-kl-loss"
     if needs_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
@@ -198,14 +207,20 @@ def _reward_and_evaluation_faults(options: Options) -> Iterator[str]:
     if (evaluation.stop_eval_metric is None) != (evaluation.stop_eval_value is None):
         yield "--stop-eval-metric and --stop-eval-value go together: give both or neither"
     names = [name for name, _ in evaluation.eval_prompt_data]
-    if evaluation.stop_eval_metric is not None and not evaluation.stop_eval_metric.startswith(
-        tuple(f"eval/{name}/" for name in names)
-    ):
-        yield f"--stop-eval-metric {evaluation.stop_eval_metric} is of no evaluation set: see --eval-prompt-data"
+    measured = [f"eval/{name}/{metric}" for name in names for metric in _evaluation_metrics(options)]
+    if evaluation.stop_eval_metric is not None and evaluation.stop_eval_metric not in measured:
+        known = ", ".join(measured) or "none without --eval-prompt-data"
+        yield f"--stop-eval-metric {evaluation.stop_eval_metric} is not measured (there are {known})"
     for name in dict.fromkeys(name for name in names if names.count(name) > 1):
         yield f"--eval-prompt-data {name} is given twice: give each set a name of its own"
     if evaluation.eval_prompt_data and options.rollout.load_debug_rollout_data is not None:
         yield "--eval-prompt-data needs the rollout engine, which --load-debug-rollout-data leaves out"
+
+
+def _evaluation_metrics(options: Options) -> list[str]:
+    """Metrics of an evaluation set that a run can wait for."""
+    powers = range(options.evaluation.n_samples_per_eval_prompt.bit_length())
+    return [*(f"pass@{2**power}" for power in powers), "reward_mean", "response_length_mean", "truncated_frac"]
 
 
 def _logging_faults(options: Options) -> Iterator[str]:

@@ -126,6 +126,10 @@ def write_hf_folder(tensors: Iterable[tuple[str, Tensor]], target: Path, hf_fold
     _replace_folder(temporary, target)
 
 
+_EXTRA_STATE = "_extra_state"
+"""Ending of what Transformer Engine's layers store beside parameters; without fp8 there is nothing in it."""
+
+
 def _name_dtype(path: Path, dtype: torch.dtype) -> None:
     """Set ``dtype``, or ``torch_dtype`` where transformers 4 wrote the config; one that is right stays as it is."""
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -139,7 +143,7 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
 def _model_state(model: HiddenStateModel) -> dict[str, Any]:
     # Megatron puts the process groups of the moment into the mapping, so it gets one of its own each time.
     state: dict[str, Any] = model.sharded_state_dict(metadata=dict(_OPTIMIZER_FORMAT))
-    return state
+    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
 
 
 def _training_state(
@@ -272,7 +276,7 @@ def load_model_folder(model: HiddenStateModel, source: Path) -> None:
     wanted = _model_state(model)
     _check_stored(wanted, source, model.architecture.vocab_size)
     state = dist_checkpointing.load({"model": wanted}, str(source), SafeLoad())
-    model.load_state_dict(_tensors(state["model"]))
+    _load_parameters(model, state["model"])
 
 
 def _check_stored(wanted: dict[str, Any], source: Path, vocab_size: int) -> None:
@@ -291,9 +295,13 @@ def _check_stored(wanted: dict[str, Any], source: Path, vocab_size: int) -> None
             raise UserError(f"{source}: weight {tensor.key} has shape {found}, the config says {expected}")
 
 
-def _tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a loaded model state, without the layers' extra state, which is empty here."""
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+def _load_parameters(model: HiddenStateModel, state: dict[str, Any]) -> None:
+    """Load the parameters of a model state; raises ``ValueError`` if one is missing or foreign."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    faults = model.load_state_dict(tensors, strict=False)
+    missing = [name for name in faults.missing_keys if not name.endswith(_EXTRA_STATE)]
+    if missing or faults.unexpected_keys:
+        raise ValueError(f"the checkpoint lacks {missing} and has {faults.unexpected_keys} too many")
 
 
 def has_training_state(source: Path) -> bool:
@@ -310,7 +318,7 @@ def load_training_state(
     """Resume from a step folder that :func:`save_checkpoint` wrote in the same layout; returns its ``run_state``."""
     state = _training_state(model, optimizer, scheduler, is_loading=True)
     loaded = dist_checkpointing.load(state, str(source), SafeLoad())
-    model.load_state_dict(_tensors(loaded["model"]))
+    _load_parameters(model, loaded["model"])
     _restore_first_step(loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])

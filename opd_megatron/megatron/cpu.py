@@ -120,8 +120,12 @@ def _keep_adam_step() -> None:
 
 
 def install() -> None:
-    """Prepare this process for Megatron-Core; safe to repeat, and nothing on a machine with CUDA."""
-    if has_cuda() or getattr(install, "done", False):
+    """Prepare this process for Megatron-Core; safe to repeat. With CUDA only the optimizer's fault is mended."""
+    if getattr(install, "done", False):
+        return
+    install.done = True  # type: ignore[attr-defined]
+    _keep_adam_step()
+    if has_cuda():
         return
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
@@ -141,5 +145,3 @@ def install() -> None:
     for name in _MODULES_WITH_LITERAL_DEVICES:
         module: Any = importlib.import_module(name)
         module.torch = view
-    _keep_adam_step()
-    install.done = True  # type: ignore[attr-defined]

@@ -18,8 +18,17 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import torch as strategies
 from torch.distributed.checkpoint._traverse import set_element
 
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED_NAMES = {
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
@@ -35,7 +44,8 @@ class UnsafeCheckpointError(RuntimeError):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        allowed = module in _ALLOWED_MODULES or (module, name) in _ALLOWED_NAMES
+        # A dotted name would reach through a class or module to anything, so only whole names are compared.
+        allowed = (module, name) in _ALLOWED_NAMES
         if not allowed and module == "torch":
             allowed = isinstance(getattr(torch, name, None), (torch.dtype, torch.layout, torch.memory_format))
         if not allowed:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step
+from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
@@ -146,7 +147,7 @@ class MegatronTrainer:
         return {place: array for part in results for place, array in part.items()} if self.reports else {}
 
     def train(self, samples: Sequence[Sample]) -> TrainResult:
-        """Take the optimizer steps of one rollout; raises ``FloatingPointError`` if a gradient is not finite."""
+        """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite."""
         per_step: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         size = self.options.global_batch_size
@@ -180,7 +181,7 @@ class MegatronTrainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         gradient_norm = optimizer_step(self.optimizer)
         if not math.isfinite(gradient_norm):
-            raise FloatingPointError(
+            raise RunError(
                 f"the gradient norm is {gradient_norm}; nothing was saved since the last checkpoint. "
                 "Lower --lr, or see docs/troubleshooting.md"
             )

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from opd_megatron.config.errors import UserError
+from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.sample import Sample
 
 PROMPT_HEAD = 60
 """Characters of a prompt that an error message quotes."""
 
 
-class RewardError(RuntimeError):
+class RewardError(RunError):
     """A reward could not be computed; the message names the sample."""
 
 

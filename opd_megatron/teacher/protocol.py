@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from opd_megatron.config.errors import RunError
 from opd_megatron.sample import Sample, TeacherScores
 
 
-class TeacherError(RuntimeError):
+class TeacherError(RunError):
     """A teacher could not score a sample. The message names the teacher and the sample; no score is made up."""
 
 

@@ -261,7 +261,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "missing for sft": ("--loss-type sft_loss", ("--hf-checkpoint", "--prompt-data", "!--rm-type")),
     "missing for evaluated sft": (
         "--loss-type sft_loss --eval-prompt-data dev $prompts",
-        ("--rm-type", "the evaluation needs it"),
+        ("--eval-rm-type", "the evaluation needs a reward"),
     ),
     # The order of the stages: the later fault must not show.
     "values before opd": (BASE + "--use-opd --lr x", ("--lr x", "!--opd-type")),

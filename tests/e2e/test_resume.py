@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from megatron.core import dist_checkpointing
 
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.options import ParallelOptions
+from opd_megatron.config.parse import parse_options
+from opd_megatron.interrupt import resume_command
 from opd_megatron.megatron import distributed
 from opd_megatron.observe.run_folder import read_metrics
 from tests.e2e.support import base_arguments, run_training
@@ -57,10 +61,13 @@ def test_three_and_three_steps_are_six(
         "lr_warmup_iters": 4,
     }
     straight = run_training(student, prompts, tmp_path / "straight", **common, save_interval=3)
-    # The second run dies after its third rollout; what it wrote beyond its checkpoint is forgotten.
+    # The second run goes back to its third rollout; what it wrote beyond that is forgotten.
     run_training(student, prompts, tmp_path / "parts", **common, save_interval=3)
     checkpoints = tmp_path / "parts" / "checkpoints"
-    resumed = run_training(student, prompts, tmp_path / "parts", **common, load=checkpoints, ckpt_step=3)
+    shutil.rmtree(checkpoints / "iter_0000006")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("3")
+    resumed = run_training(student, prompts, tmp_path / "parts", **common, load=checkpoints)
+    assert json.loads((tmp_path / "parts" / "summary.json").read_text())["rollouts"] == 6
     assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
     for one, two in zip(straight, resumed, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/lr", "opd/reverse_kl", "reward/mean"):
@@ -127,3 +134,20 @@ def test_kill_while_saving_leaves_the_previous_checkpoint_good(student: Path, pr
         student, prompts, run, num_rollout=info.latest + 2, load=run / "checkpoints", lr_decay_style="constant"
     )
     assert [line["step"] for line in resumed] == list(range(1, info.latest + 3))
+
+
+def test_resume_command_names_the_new_checkpoint_and_no_secret(tmp_path: Path) -> None:
+    arguments = [
+        "--run-dir",
+        str(tmp_path),
+        "--load",
+        "old",
+        "--ckpt-step=3",
+        "--opd-teacher-url",
+        "http://me:pw@host:1",
+    ]
+    command = resume_command(parse_options(["--run-dir", str(tmp_path)]), ["train.py", *arguments])
+    assert command.endswith(f"--load {tmp_path / 'checkpoints'}")
+    assert "--ckpt-step" not in command
+    assert "old" not in command
+    assert "pw" not in command

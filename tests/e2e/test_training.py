@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.config.parse import parse_options
 from opd_megatron.data.tokenizer import train_bpe_tokenizer
 from opd_megatron.sample import read_samples
-from tests.e2e.support import base_arguments, make_model, run_training, write_prompts
+from tests.e2e.support import make_model, run_training, write_prompts
 
 
 def opd(teacher: Path, **more: Any) -> dict[str, Any]:
@@ -235,8 +236,8 @@ def test_run_folder_holds_what_it_promises(student: Path, teacher: Path, prompts
         assert (run / name).is_file(), name
     assert list((run / "tensorboard").iterdir())
     assert list((run / "samples").iterdir())
-    assert base_arguments(student, prompts, run)  # the configuration can be read again
-    assert "opd_type: megatron" in (run / "config.yaml").read_text()
+    again = parse_options(["--config", str(run / "config.yaml")])
+    assert (again.opd.opd_type, again.opd.opd_teacher_load) == ("megatron", str(teacher))
 
 
 def test_empty_and_long_prompts_are_counted(student: Path, tmp_path: Path) -> None:
@@ -248,3 +249,13 @@ def test_empty_and_long_prompts_are_counted(student: Path, tmp_path: Path) -> No
     )
     assert all(line["rollout/prompt_too_long_frac"] == 1 / 8 for line in metrics)
     assert all(np.isfinite(line["train/loss"]) for line in metrics)
+
+
+def test_hugging_face_export_replaces_no_foreign_folder(student: Path, prompts: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "models"
+    precious.mkdir()
+    (precious / "notes.txt").write_text("mine")
+    for target in (precious, tmp_path):
+        with pytest.raises(UserError, match="--save-hf"):
+            run_training(student, prompts, tmp_path / "run", save_hf=target)
+    assert (precious / "notes.txt").read_text() == "mine"

@@ -16,7 +16,8 @@ QUICKSTART_ROOT=${QUICKSTART_ROOT:-runs/quickstart}
 SGLANG_VENV=${SGLANG_VENV:-.venv-sglang}
 OPD_STEPS=${OPD_STEPS:-60}
 python=${PYTHON:-python}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+# waiting threads sleep: spinning ones bring a busy machine to a standstill
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n==> [%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 

@@ -11,7 +11,8 @@ cd "$here/../../.."
 SEED=${SEED:-1}
 RUN_ROOT=${RUN_ROOT:-runs/quickstart}
 python=${PYTHON:-python}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+# waiting threads sleep: spinning ones bring a busy machine to a standstill
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n==> [%s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 
