@@ -260,6 +260,15 @@ def saved(tmp_path: Path, folders: dict[str, Path]) -> Path:
     return tmp_path / "saved" / "iter_0000001"
 
 
+def test_metadata_cannot_reach_through_an_allowed_module(folders: dict[str, Path], saved: Path) -> None:
+    module, name = b"torch.distributed.checkpoint.filesystem", b"os.getcwd"
+    call = b"\x80\x04\x8c" + bytes([len(module)]) + module + b"\x8c" + bytes([len(name)]) + name + b"\x93)R."
+    (saved / MANIFEST).unlink()
+    (saved / ".metadata").write_bytes(call)
+    with pytest.raises(UnsafeCheckpointError, match="refusing to load"):
+        load_weights(make_trainer(folders["qwen2"]).student, saved)
+
+
 def test_metadata_that_asks_for_other_objects_is_refused(tmp_path: Path, folders: dict[str, Path], saved: Path) -> None:
     trap = tmp_path / "executed"
     (saved / MANIFEST).unlink()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from opd_megatron.config.errors import RunError
 from opd_megatron.megatron import vocab_head
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import Sample, TeacherScores
