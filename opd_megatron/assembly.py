@@ -210,8 +210,13 @@ def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeache
 def preflight(parts: Parts) -> list[str]:
     """Ask the teacher what must hold before the first step; returns warnings, raises ``UserError`` or TeacherError."""
     options, teacher = parts.options, parts.teacher
+    notes = []
+    objective = options.objective
+    rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"
+    if rewarded and objective.advantage_estimator == "grpo" and options.rollout.n_samples_per_prompt == 1:
+        notes.append("grpo with one sample per prompt: every group's advantage is 0, the task reward teaches nothing")
     if teacher is None:
-        return []
+        return notes
     paths = options.checkpoint
     folders = [folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None]
     texts = [text for text in PROBE_TEXTS[:1] if parts.tokenizer.decode(encode(parts.tokenizer, text)) == text]
@@ -222,7 +227,7 @@ def preflight(parts: Parts) -> list[str]:
 
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
     if isinstance(teacher, SGLangTeacher):
-        return preflight_sglang(
+        return notes + preflight_sglang(
             teacher,
             parts.tokenizer,
             rollout_temperature=options.rollout.rollout_temperature,
@@ -232,7 +237,7 @@ def preflight(parts: Parts) -> list[str]:
             known_texts=texts,
             student_log_probs=student_log_probs if same_temperature else None,
         )
-    return preflight_megatron(
+    return notes + preflight_megatron(
         teacher,
         parts.tokenizer,
         _teacher_tokenizer(str(options.opd.opd_teacher_load)),

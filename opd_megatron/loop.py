@@ -78,6 +78,8 @@ def train(
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
             steps.learn(parts, samples, found)
+        if not trained_tokens(samples):
+            logger.warning("rollout %d has no token to train on: are the prompts too long?", rollout_id)
         if step == done + 1:
             steps.check_engine(parts.options, found)
         is_last = step == parts.num_rollouts

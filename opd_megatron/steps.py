@@ -13,7 +13,7 @@ import torch
 from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import needs_reference
+from opd_megatron.config.resolve import needs_reference, student_architecture
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.objectives.advantages import task_advantages
 from opd_megatron.objectives.log_probs import log_ratio
@@ -62,7 +62,10 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
 def _recorded_samples(options: Options, path: Path) -> list[Sample]:
     if not path.is_file():
         raise UserError(f"--load-debug-rollout-data: {path} does not exist")
-    samples = list(read_samples(path))
+    try:
+        samples = list(read_samples(path))
+    except ValueError as error:
+        raise UserError(f"--load-debug-rollout-data: {error}") from error
     if len(samples) != options.samples_per_rollout:
         raise UserError(
             f"--load-debug-rollout-data: {path} has {len(samples)} samples, --rollout-batch-size times "
@@ -70,7 +73,33 @@ def _recorded_samples(options: Options, path: Path) -> list[Sample]:
         )
     if options.opd.use_opd and any(sample.teacher_scores is None for sample in samples):
         raise UserError(f"--load-debug-rollout-data: {path} has samples without teacher scores, which --use-opd needs")
+    for sample in samples:
+        fault = _recorded_fault(sample, options)
+        if fault:
+            raise UserError(f"--load-debug-rollout-data: {path}, sample {sample.index}: {fault}")
     return samples
+
+
+def _recorded_fault(sample: Sample, options: Options) -> str | None:
+    """What makes a recorded sample unfit for this run, or None."""
+    if not isinstance(sample.reward, int | float | None):
+        return "the reward is not a number"
+    if not len(sample.prompt_tokens):
+        return "the prompt has no tokens"
+    if len(sample.tokens) and (
+        sample.tokens.min() < 0 or sample.tokens.max() >= student_architecture(options).vocab_size
+    ):
+        return "a token is not in the student's vocabulary"
+    scores = sample.teacher_scores
+    if scores is None or not options.opd.use_opd:
+        return None
+    scored = scores.log_probs_T[scores.valid_T]
+    if np.isnan(scored).any() or (scored > 1e-3).any():
+        return "the teacher's scores are no log-probabilities"
+    wanted = options.rollout.rollout_temperature
+    if scores.temperature != wanted and not options.opd.opd_allow_sampling_mismatch:
+        return f"the teacher scored at temperature {scores.temperature:g}, --rollout-temperature is {wanted:g}"
+    return None
 
 
 def reward(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -> None:

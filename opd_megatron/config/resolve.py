@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from opd_megatron.config.architecture import (
     ModelArchitecture,
@@ -110,6 +111,31 @@ def weight_differences(options: Options, student: ModelArchitecture) -> list[str
         if found:
             faults.append(f"{flag} {folder} is another model than --hf-checkpoint: {', '.join(found)}")
     return faults
+
+
+def optimizer_layout(options: Options) -> dict[str, str | int | bool]:
+    """The options that decide what an optimizer's state looks like; a resumed run must have the same."""
+    return {
+        "--optimizer": options.optimizer.optimizer,
+        "--bf16": options.optimizer.bf16,
+        "--use-distributed-optimizer": options.optimizer.use_distributed_optimizer,
+        "--tensor-model-parallel-size": options.parallel.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": options.parallel.pipeline_model_parallel_size,
+        "ranks": options.world_size,
+    }
+
+
+def check_optimizer_layout(options: Options, saved: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` if a checkpoint's optimizer was saved with other options than this run has."""
+    wanted = optimizer_layout(options)
+    changed = [
+        f"{name} {saved[name]} (now {wanted[name]})" for name in wanted if name in saved and saved[name] != wanted[name]
+    ]
+    if changed:
+        raise UserError(
+            f"--load {options.checkpoint.load}: its optimizer was saved with {', '.join(changed)}: resume with the "
+            "same, or begin anew from its weights with --ref-load"
+        )
 
 
 def schedule_steps(options: Options, num_rollouts: int) -> tuple[int, int]:

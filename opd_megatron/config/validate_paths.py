@@ -163,7 +163,7 @@ def _target_faults(options: Options) -> Iterator[str]:
     for flag, folder in folders:
         if folder is None:
             continue
-        existing = Path(folder).absolute()
+        existing = Path(folder).resolve()
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
         if not existing.is_dir():
@@ -173,7 +173,7 @@ def _target_faults(options: Options) -> Iterator[str]:
         yield from (
             f"{flag} {folder} is also {source}, which would be overwritten: choose another folder"
             for source, read in _folders_read(options)
-            if Path(read).absolute() == Path(folder).absolute()
+            if Path(read).resolve() == Path(folder).resolve()
         )
 
 
@@ -184,7 +184,7 @@ def _save_hf_faults(options: Options) -> Iterator[str]:
         return
     folder = Path(named)
     kept = [options.run_folder, options.save_folder, *(Path(read) for _, read in _folders_read(options))]
-    if any(folder.absolute() in (path.absolute(), *path.absolute().parents) for path in kept):
+    if any(folder.resolve() in (path.resolve(), *path.resolve().parents) for path in kept):
         yield f"--save-hf {named} holds other folders of this run, which it would replace: choose a folder of its own"
     elif ROLLOUT_ID not in named and folder.is_dir() and any(folder.iterdir()) and not holds_only_a_model(folder):
         yield f"--save-hf {named} holds other files, which it would replace: choose a folder of its own"
@@ -200,7 +200,7 @@ def _earlier_run_faults(options: Options) -> Iterator[str]:
     if options.run.run_dir is None:
         return
     resumed = options.checkpoint.load
-    if resumed is not None and Path(resumed).absolute() == options.save_folder.absolute():
+    if resumed is not None and Path(resumed).resolve() == options.save_folder.resolve():
         return
     for flag, folder, traces in (
         ("--run-dir", options.run_folder, ("metrics.jsonl", "checkpoints")),

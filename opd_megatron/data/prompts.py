@@ -71,6 +71,8 @@ def _row_fault(
         return f"no field {input_key!r} for --input-key (fields: {names})"
     if label_key is not None and label_key not in fields:
         return f"no field {label_key!r} for --label-key (fields: {names})"
+    if label_key is not None and fields[label_key] is None:
+        return f"field {label_key!r} for --label-key is null"
     metadata = fields.get(metadata_key)
     if metadata is not None and not isinstance(metadata, dict):
         return f"field {metadata_key!r} is not a mapping (--metadata-key names another)"

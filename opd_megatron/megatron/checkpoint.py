@@ -309,6 +309,12 @@ def has_training_state(source: Path) -> bool:
     return (source / "common.pt").exists() and "run" in dist_checkpointing.load_common_state_dict(str(source))
 
 
+def saved_layout(source: Path) -> dict[str, Any]:
+    """The options that shaped the optimizer state in a step folder with a training state."""
+    layout: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(source))["run"].get("layout", {})
+    return layout
+
+
 def load_training_state(
     source: Path,
     model: HiddenStateModel,

@@ -23,7 +23,7 @@ from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step
 from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import StartingPoint, schedule_steps
+from opd_megatron.config.resolve import StartingPoint, check_optimizer_layout, optimizer_layout, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
@@ -110,9 +110,13 @@ class MegatronTrainer:
         return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
     def resume(self) -> dict[str, Any] | None:
-        """Restore optimizer, schedule and random state if the run starts from a trainer's checkpoint."""
+        """Restore optimizer, schedule and random state if the run starts from a trainer's checkpoint.
+
+        Raises ``UserError`` if its optimizer was saved under other options.
+        """
         if self.spec.start.source != "load" or not checkpoint.has_training_state(self.spec.start.folder):
             return None
+        check_optimizer_layout(self.options, checkpoint.saved_layout(self.spec.start.folder))
         return checkpoint.load_training_state(self.spec.start.folder, self.student, self.optimizer, self.scheduler)
 
     def _steps(self, samples: Sequence[Sample]) -> list[list[tuple[int, ...]]]:
@@ -255,7 +259,7 @@ class MegatronTrainer:
             hf_folder=hf_folder,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            run_state=run_state,
+            run_state={**run_state, "layout": optimizer_layout(self.options)},
         )
 
     def close(self) -> None:

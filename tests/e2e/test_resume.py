@@ -17,6 +17,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.parse import parse_options
 from opd_megatron.interrupt import resume_command
@@ -151,3 +152,12 @@ def test_resume_command_names_the_new_checkpoint_and_no_secret(tmp_path: Path) -
     assert "--ckpt-step" not in command
     assert "old" not in command
     assert "pw" not in command
+
+
+def test_an_optimizer_of_another_kind_is_one_line(student: Path, prompts: Path, tmp_path: Path) -> None:
+    run_training(student, prompts, tmp_path / "run", num_rollout=1)
+    for change in ({"optimizer": "sgd"}, {"bf16": True}, {"use_distributed_optimizer": True}):
+        with pytest.raises(UserError, match="its optimizer was saved with"):
+            run_training(
+                student, prompts, tmp_path / "run", num_rollout=2, load=tmp_path / "run" / "checkpoints", **change
+            )

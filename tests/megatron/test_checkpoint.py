@@ -71,7 +71,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, folders: dict[str, 
     run_state = {"rollouts": 3, "prompts": {"epoch": 1, "position": 5}}
     first.save(tmp_path, 3, folder, run_state)
     second, found_state = _resumed(folder, tmp_path, **flags)
-    assert found_state == run_state
+    assert found_state.items() >= run_state.items()
     assert_equal_tensors(optimizer_state(second), optimizer_state(first))
     assert _learn(second, range(3, 6)) == expected[3:]
     assert_equal_tensors(exported(second), exported(straight))
@@ -228,7 +228,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint_good(
     info = inspect_checkpoint(root / moment)
     assert (info.latest, info.problem) == (1, None)
     resumed, state = _resumed(folders["qwen2"], root / moment)
-    assert state == {"rollouts": 1}
+    assert state["rollouts"] == 1
     expected, _ = _resumed(folders["qwen2"], root / "nothing" / "iter_0000001")
     assert_equal_tensors(exported(resumed), exported(expected))
     # what the dead process left behind is in nobody's way

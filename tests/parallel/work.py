@@ -113,7 +113,9 @@ def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: 
     first.save(target, 2, folder, {"rollouts": 2})
     start = StartingPoint("load", resolve_step(target))
     second = _trainer(rendezvous, folder, settings | {"start": start})
-    assert second.resume() == {"rollouts": 2}
+    state = second.resume()
+    assert state is not None
+    assert state["rollouts"] == 2
     found = [second.train(make_samples(number)).metrics for number in range(2, 4)]
     pairs = {"weights": (exported(second), exported(straight))}
     pairs["optimizer"] = (optimizer_state(second), optimizer_state(straight))
