@@ -32,8 +32,17 @@ HERE = Path(__file__).resolve().parent
 OURS, TRL = "opd_megatron", "TRL"
 Step = dict[str, Any]
 
+# Threads that wait for each other by spinning take a step from under one second to many when anything else runs on
+# the machine. The environment's own choice wins.
+WAIT_POLICY = {"OMP_WAIT_POLICY": "passive"}
+
 # hidden, ffn, layers, query heads, key/value heads, head size: those of examples/on_policy_distillation/quickstart
 SHAPES = {"teacher": (128, 384, 4, 4, 4, 32), "student": (96, 288, 2, 4, 2, 24)}
+
+
+def even(value: int) -> str | None:
+    """What is wrong with an odd number: TRL takes the prompts in two micro-batches."""
+    return "must be even" if value % 2 else None
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class BenchmarkOptions:
     steps: int = option(20, "measured steps of each side", minimum=1)
     warmup: int = option(3, "steps of each side that are not measured", minimum=0)
     threads: int = option(2, "threads of each side", minimum=1)
-    prompts: int = option(128, "prompts of a step", minimum=1)
+    prompts: int = option(128, "prompts of a step (an even number)", minimum=2, check=even)
     new_tokens: int = option(44, "length of every response", unit="tokens", minimum=1)
     opd_exact_kl_interval: int = option(
         1, "how often this project measures the exact KL beside the sampled one (0: never)", minimum=0
@@ -59,7 +68,7 @@ class Side:
         self.name = name
         self._log = log
         # Libraries read the count when they load; the sides set torch's own as well.
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        environment = WAIT_POLICY | os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
@@ -176,6 +185,7 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
+        "wait_policy": (WAIT_POLICY | os.environ)["OMP_WAIT_POLICY"],
     }
 
 
@@ -189,7 +199,8 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{sizes['prompts']} prompts x 1 response of {sizes['new_tokens']} tokens, one optimizer step, float32, "
         f"{sizes['threads']} threads, median of {sizes['steps']} steps after {sizes['warmup']}",
-        f"{host['processor']}, {host['cores']} cores, load {host['load_average']:.1f}, Python {host['python']}",
+        f"{host['processor']}, {host['cores']} cores, load {host['load_average']:.1f}, Python {host['python']}, "
+        f"OMP_WAIT_POLICY={host['wait_policy']}",
         f"{'':14}{'s/step':>8}{'quartiles':>16}{'CPU s/step':>12}{'tokens/s':>10}{'peak MiB':>10}{'at start':>10}",
     ]
     for name, side in result["sides"].items():

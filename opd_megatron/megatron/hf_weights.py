@@ -231,7 +231,9 @@ def write_hf_weights(
     def flush() -> None:
         nonlocal pending, pending_bytes
         if pending:
-            save_file(pending, folder / f"part-{len(shards):05d}.safetensors", metadata={"format": "pt"})
+            part = folder / f"part-{len(shards):05d}.safetensors"
+            save_file(pending, part, metadata={"format": "pt"})
+            part.chmod(0o644)  # safetensors makes its files for the owner alone
             shards.append(list(pending))
             pending, pending_bytes = {}, 0
 

@@ -11,10 +11,15 @@ COMMON_ARGS=(
 )
 
 prepare() {
+  if ! [[ $SEED =~ ^[0-9]+$ ]]; then
+    echo "error: SEED=$SEED: must be a whole number" >&2
+    exit 2
+  fi
   if [ -e "$RUN_ROOT" ] && [ ! -e "$RUN_ROOT/.quickstart" ]; then
     echo "error: $RUN_ROOT exists and is not a quickstart's folder: choose another RUN_ROOT" >&2
     exit 2
   fi
+  [ ! -e "$RUN_ROOT" ] || echo "replacing the quickstart in $RUN_ROOT ($(cat "$RUN_ROOT/.quickstart"))"
   rm -rf "$RUN_ROOT"
   mkdir -p "$RUN_ROOT"
   echo "seed $SEED" >"$RUN_ROOT/.quickstart"
