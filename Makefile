@@ -11,7 +11,7 @@ EXAMPLES := examples/on_policy_distillation
 
 # what a target starts finds this environment's programs first
 # on a machine with GPUs too: what these targets prove is the CPU path
-IN_VENV := CUDA_VISIBLE_DEVICES= PYTHON="$(CURDIR)/$(VENV)/bin/python" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+IN_VENV := CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=PASSIVE PYTHON="$(CURDIR)/$(VENV)/bin/python" PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # the command line's SEED=n reaches the quickstarts; without it their own default holds
 ifdef SEED
 export SEED

@@ -22,7 +22,7 @@ def test_our_messages_and_others_warnings_once_each(capsys):
     configure_logging()
     logging.getLogger("opd_megatron.loop").info("step done")
     logging.getLogger("opd_megatron.loop").debug("detail")
-    logging.getLogger("ray").info("chatter")
-    logging.getLogger("ray.core").warning("low memory")
+    logging.getLogger("another").info("chatter")
+    logging.getLogger("another.core").warning("low memory")
     lines = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["step done", "ray.core: low memory"]
+    assert lines == ["step done", "another.core: low memory"]
