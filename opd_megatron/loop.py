@@ -63,7 +63,8 @@ def train(
     parts: Parts, done: int, folder: RunFolder, metrics: MetricLogger, progress: Progress, interrupt: Interrupt
 ) -> dict[str, Any]:
     """All remaining rollouts. Step 0 of the metrics is the first evaluation, step k what follows rollout k."""
-    last: dict[str, Any] = folder.read_metrics()[-1] if done and folder.read_metrics() else {}
+    earlier = folder.read_metrics() if done else []
+    last: dict[str, Any] = earlier[-1] if earlier else {}
     if done == 0 and parts.evaluation_sets and not parts.options.evaluation.skip_eval_before_train:
         last = metrics.log(0, steps.evaluate_all(parts, 0))
     for step in range(done + 1, parts.num_rollouts + 1):
