@@ -36,7 +36,16 @@ class OpdOptions:
         4, "repetitions of a request after a refused connection, time-out, 429 or 5xx", minimum=0
     )
     opd_exact_kl_interval: int = option(
-        1, "measure opd/reverse_kl_exact this often (Megatron teacher; 0: never)", unit="rollouts", minimum=0
+        1,
+        "measure opd/reverse_kl_exact this often (Megatron teacher; 0: only where --opd-baseline needs it)",
+        unit="rollouts",
+        minimum=0,
+    )
+    opd_baseline: str = option(
+        "none",
+        "subtracted from the term at each position, which leaves its expected gradient: kl, the exact reverse KL; "
+        "optimal, the baseline of least variance (Megatron teacher)",
+        choices=("none", "kl", "optimal"),
     )
     opd_allow_sampling_mismatch: bool = option(
         False, "accept a sampling law whose expectation is not over the student's distribution at temperature 1"

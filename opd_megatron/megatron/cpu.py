@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from opd_megatron.megatron import cpu_products
+
 _MODULES_WITH_LITERAL_DEVICES = (
     "megatron.core.utils",
     "megatron.core.pipeline_parallel.schedules",
@@ -127,6 +129,7 @@ def install() -> None:
     _keep_adam_step()
     if has_cuda():
         return
+    cpu_products.install()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = _no_op()

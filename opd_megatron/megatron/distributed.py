@@ -75,10 +75,20 @@ def _build_groups(parallel: ParallelOptions) -> None:
         )
         if present == layout:
             return
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
     parallel_state.initialize_model_parallel(
         *layout, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))
     )
+
+
+def _destroy_groups() -> None:
+    """Forget Megatron's groups and end them: it leaves most alive, each with threads and sockets of its own."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _join(rendezvous: Rendezvous, timeout: datetime.timedelta) -> None:

@@ -73,7 +73,16 @@ def losses(
 
 def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> list[dict[str, float]]:
     """Metrics of steps with a Megatron teacher, two optimizer steps per rollout, at a temperature other than 1."""
-    settings = TRAINING | flags | {"use_opd": True, "global_batch_size": 6, "rollout_temperature": 0.8}
+    settings = (
+        TRAINING
+        | flags
+        | {
+            "use_opd": True,
+            "opd_baseline": "optimal",
+            "global_batch_size": 6,
+            "rollout_temperature": 0.8,
+        }
+    )
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **settings), rendezvous)
     found = []
     for number in range(3):
