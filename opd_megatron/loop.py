@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from opd_megatron import steps
 from opd_megatron.assembly import Parts, assemble, preflight
 from opd_megatron.config.dump import dump_yaml
+from opd_megatron.config.errors import refuse
 from opd_megatron.config.options import Options
+from opd_megatron.config.validate_paths import earlier_run_faults
 from opd_megatron.interrupt import Interrupt
 from opd_megatron.observe.log import configure_logging
 from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
 from opd_megatron.observe.progress import Progress
 from opd_megatron.observe.run_folder import RunFolder
+from opd_megatron.run_lock import run_lock
 from opd_megatron.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -31,7 +35,10 @@ def run(options: Options) -> None:
     """
     configure_logging()
     started = time.perf_counter()
-    with assemble(options) as parts:
+    with ExitStack() as stack:
+        stack.enter_context(run_lock(options.run_folder))
+        refuse(list(earlier_run_faults(options)))  # another run may have come and gone since the options were judged
+        parts = stack.enter_context(assemble(options))
         state = parts.trainer.resume()
         done = restore(parts, state)
         for warning in preflight(parts):

@@ -37,7 +37,7 @@ def path_faults(options: Options, check_prompts: PromptCheck | None) -> list[str
             *_prompt_faults(options, check_prompts),
             *_recorded_faults(options),
             *_target_faults(options),
-            *_earlier_run_faults(options),
+            *earlier_run_faults(options),
             *_save_hf_faults(options),
         ]
     except OSError as error:  # no permission, a name too long, a broken disk
@@ -195,7 +195,7 @@ def holds_only_a_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and all(entry.is_file() for entry in folder.iterdir())
 
 
-def _earlier_run_faults(options: Options) -> Iterator[str]:
+def earlier_run_faults(options: Options) -> Iterator[str]:
     """A run never writes over another: where one has been, it is resumed or another folder is named."""
     if options.run.run_dir is None:
         return
