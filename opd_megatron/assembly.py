@@ -24,6 +24,7 @@ from opd_megatron.config.resolve import (
     student_architecture,
     teacher_architecture,
 )
+from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
@@ -215,6 +216,9 @@ def preflight(parts: Parts) -> list[str]:
     rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"
     if rewarded and objective.advantage_estimator == "grpo" and options.rollout.n_samples_per_prompt == 1:
         notes.append("grpo with one sample per prompt: every group's advantage is 0, the task reward teaches nothing")
+    idle = idle_opd_options(options)
+    if idle:
+        notes.append(f"distillation is off: {', '.join(idle)} of the --config file have no effect without --use-opd")
     if teacher is None:
         return notes
     paths = options.checkpoint

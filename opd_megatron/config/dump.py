@@ -47,7 +47,7 @@ def derived(options: Options) -> dict[str, Any]:
         "start": {"source": start.source, "folder": str(start.folder)},
         "student": dataclasses.asdict(student_architecture(options)),
     }
-    if options.opd.opd_teacher_load is not None:
+    if options.teacher_folder is not None:
         values["teacher"] = dataclasses.asdict(teacher_architecture(options))
     return values
 

@@ -304,7 +304,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """All groups. ``given`` names the options that a command line or a file set explicitly."""
+    """All groups.
+
+    ``given`` names the options that a command line or a file set explicitly, ``typed`` those of the command line.
+    """
 
     opd: OpdOptions = field(default_factory=OpdOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -320,6 +323,7 @@ class Options:
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     run: RunOptions = field(default_factory=RunOptions)
     given: frozenset[str] = frozenset()
+    typed: frozenset[str] = frozenset()
 
     @property
     def world_size(self) -> int:
@@ -372,6 +376,11 @@ class Options:
     def eval_max_response_len(self) -> int:
         """Longest response of an evaluation in tokens."""
         return self.evaluation.eval_max_response_len or self.rollout.rollout_max_response_len
+
+    @property
+    def teacher_folder(self) -> str | None:
+        """``--opd-teacher-load`` where it has an effect."""
+        return self.opd.opd_teacher_load if self.opd.use_opd else None
 
     @property
     def run_folder(self) -> Path:

@@ -101,7 +101,7 @@ def _weight_faults(options: Options) -> Iterator[str]:
 
 
 def _teacher_faults(options: Options) -> Iterator[str]:
-    folder, step = options.opd.opd_teacher_load, options.opd.opd_teacher_ckpt_step
+    folder, step = options.teacher_folder, options.opd.opd_teacher_ckpt_step
     if folder is None:
         return
     fault = _missing("--opd-teacher-load", folder)
@@ -219,6 +219,6 @@ def _folders_read(options: Options) -> list[tuple[str, str]]:
     folders = (
         ("--hf-checkpoint", options.checkpoint.hf_checkpoint),
         ("--ref-load", options.checkpoint.ref_load),
-        ("--opd-teacher-load", options.opd.opd_teacher_load),
+        ("--opd-teacher-load", options.teacher_folder),
     )
     return [(flag, folder) for flag, folder in folders if folder is not None]

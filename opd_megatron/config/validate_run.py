@@ -83,7 +83,7 @@ def _model_faults(options: Options) -> Iterator[str]:
             yield from weight_differences(options, student)
         except UserError as error:
             yield str(error)
-    if options.opd.opd_teacher_load is not None:
+    if options.teacher_folder is not None:
         try:
             yield from layout_faults_of_model(options, teacher_architecture(options), "teacher")
         except UserError as error:

@@ -148,6 +148,21 @@ def test_the_command_line_wins_over_the_file(folders: dict[str, Path], tmp_path:
     assert "opd_kl_coef" not in options.given
 
 
+def test_the_command_line_switches_the_distillation_of_a_file_off(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("use_opd: true\nopd_type: megatron\nopd_teacher_load: nowhere\nopd_kl_coef: 2\n")
+    line = f"{BASE} --config {tmp_path}/run.yaml --dry-run"
+    assert run_train(words(line, folders, tmp_path), tmp_path).code == 2
+    off = run_train(words(f"{line} --use-opd=false", folders, tmp_path), tmp_path)
+    assert (off.code, off.err) == (0, "")
+    assert yaml.safe_load(off.out)["opd"]["use_opd"] is False
+    (tmp_path / "dump.yaml").write_text(off.out)
+    again = run_train(["--config", str(tmp_path / "dump.yaml"), "--dry-run"], tmp_path)
+    assert (again.code, again.out) == (0, off.out)
+    typed = run_train(words(f"{line} --use-opd=false --opd-kl-coef 3", folders, tmp_path), tmp_path)
+    assert typed.code == 2
+    assert typed.last_line == "error: --opd-kl-coef has no effect without --use-opd: add it"
+
+
 def test_where_the_student_starts(folders: dict[str, Path], tmp_path: Path) -> None:
     cases = {
         "--load $checkpoint --ref-load $release": ("load", "checkpoint/iter_0000010"),
