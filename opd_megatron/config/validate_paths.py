@@ -11,7 +11,7 @@ from opd_megatron.config.architecture import read_hf_config
 from opd_megatron.config.checkpoint_paths import TRACKER, inspect_checkpoint, resolve_step
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import holds_checkpoint, starting_point
+from opd_megatron.config.resolve import holds_checkpoint, starting_point, teacher_folder
 
 ROLLOUT_ID = "{rollout_id}"
 
@@ -101,7 +101,7 @@ def _weight_faults(options: Options) -> Iterator[str]:
 
 
 def _teacher_faults(options: Options) -> Iterator[str]:
-    folder, step = options.teacher_folder, options.opd.opd_teacher_ckpt_step
+    folder, step = teacher_folder(options), options.opd.opd_teacher_ckpt_step
     if folder is None:
         return
     fault = _missing("--opd-teacher-load", folder)
@@ -219,6 +219,6 @@ def _folders_read(options: Options) -> list[tuple[str, str]]:
     folders = (
         ("--hf-checkpoint", options.checkpoint.hf_checkpoint),
         ("--ref-load", options.checkpoint.ref_load),
-        ("--opd-teacher-load", options.teacher_folder),
+        ("--opd-teacher-load", teacher_folder(options)),
     )
     return [(flag, folder) for flag, folder in folders if folder is not None]
