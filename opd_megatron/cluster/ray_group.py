@@ -17,9 +17,10 @@ from opd_megatron.cluster.group import merge_arrays, merge_results
 from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron import cpu
-from opd_megatron.megatron.distributed import Rendezvous, free_port
+from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, peak_memory_bytes
 from opd_megatron.sample import Sample
+from opd_megatron.system import free_port
 
 PLACEMENT_SECONDS = 120.0
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd_megatron.observe.run_folder import RunFolder, read_metrics, replacing
+from opd_megatron.observe.run_folder import RunFolder, read_metrics
+from opd_megatron.system import replacing
 
 
 def lines_of(folder: RunFolder) -> list[dict]:
