@@ -96,12 +96,14 @@ def train(
                 found |= steps.evaluate_all(parts, step)
         interrupted = interrupt.signal is not None and not is_last
         stopping = interrupted or steps.goal_reached(parts.options, found)
+        found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
+        found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
+        # The line comes before the checkpoint: a resumed run forgets lines that have no checkpoint, but could not make
+        # up for one that is missing.
+        last = {**last, **metrics.log(step, found)}
         if steps.due(step, parts.options.checkpoint.save_interval, is_last or stopping):
             with progress.phase("save"):
                 save(parts, step)
-        found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
-        found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
-        last = {**last, **metrics.log(step, found)}
         if stopping:
             break
     else:

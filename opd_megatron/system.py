@@ -15,11 +15,11 @@ from typing import IO, Any
 def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of ``path`` that takes its name when the block ends well and vanishes when not.
 
-    A reader, or a process killed at any moment, sees the old file or the new one and never a part of it. Missing
-    folders are created.
+    Whenever the process is killed, a reader sees the old file or the new one and never a part of it, and what is left
+    of the temporary file goes with the next write. Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
