@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.cluster.group import TrainerGroup, start_trainer_group
@@ -208,9 +210,33 @@ def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeache
     return possible
 
 
-def preflight(parts: Parts) -> list[str]:
-    """Ask the teacher what must hold before the first step; returns warnings, raises ``UserError`` or TeacherError."""
+def _finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
+    """Pass the student's first weights on; raises ``UserError`` at one that holds NaN or infinity."""
+    broken = None
+    for name, tensor in tensors:  # to the end, because all ranks take part
+        if broken is None and not bool(tensor.isfinite().all()):
+            broken = name
+        yield name, tensor
+    if broken is not None:
+        raise UserError(f"{source}: parameter {broken} holds NaN or infinity: the student's weights are damaged")
+
+
+def _first_weights(parts: Parts, done: int) -> None:
+    """Give the engine, where there is one, the weights that the first rollout is sampled with, and look at them."""
+    tensors = _finite(parts.trainer.export_weights(), starting_point(parts.options).folder)
+    if parts.engine is not None:
+        parts.engine.update_weights(tensors, str(done))
+    else:
+        deque(tensors, maxlen=0)
+
+
+def preflight(parts: Parts, done: int) -> list[str]:
+    """Find out what must hold before the step after ``done`` rollouts: of the student's weights and of the teacher.
+
+    Returns warnings, raises ``UserError`` or TeacherError.
+    """
     options, teacher = parts.options, parts.teacher
+    _first_weights(parts, done)
     notes = []
     objective = options.objective
     rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"

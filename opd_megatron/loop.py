@@ -41,7 +41,7 @@ def run(options: Options) -> None:
         parts = stack.enter_context(assemble(options))
         state = parts.trainer.resume()
         done = restore(parts, state)
-        for warning in preflight(parts):
+        for warning in preflight(parts, done):
             logger.warning("%s", warning)
         folder = RunFolder(options.run_folder)
         folder.write_config(dump_yaml(options))

@@ -15,6 +15,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference, student_architecture
 from opd_megatron.megatron.checkpoint import write_hf_folder
+from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import task_advantages
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.opd import reverse_kl_statistics
@@ -271,7 +272,8 @@ def goal_reached(options: Options, metrics: dict[str, float]) -> bool:
 
 def write_hf(parts: Parts, target: Path) -> None:
     """Write the student as a Hugging Face folder, which appears whole or not at all."""
-    write_hf_folder(parts.trainer.export_weights(), target, parts.hf_folder)
+    with writing(target):
+        write_hf_folder(parts.trainer.export_weights(), target, parts.hf_folder)
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:
