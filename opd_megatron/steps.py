@@ -87,10 +87,11 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
         return "the reward is not a number"
     if not len(sample.prompt_tokens):
         return "the prompt has no tokens"
-    if len(sample.tokens) and (
-        sample.tokens.min() < 0 or sample.tokens.max() >= student_architecture(options).vocab_size
-    ):
+    student = student_architecture(options)
+    if len(sample.tokens) and (sample.tokens.min() < 0 or sample.tokens.max() >= student.vocab_size):
         return "a token is not in the student's vocabulary"
+    if len(sample.tokens) > student.max_position_embeddings:
+        return f"it has {len(sample.tokens)} tokens, the student {student.max_position_embeddings} positions"
     scores = sample.teacher_scores
     if scores is None or not options.opd.use_opd:
         return None
