@@ -30,8 +30,10 @@ class OpdOptions:
         check=checks.http_url,
         show=checks.mask_url,
     )
-    opd_teacher_max_in_flight: int = option(8, "requests to the teacher server at a time", minimum=1)
-    opd_teacher_timeout: float = option(120.0, "time limit of one request to the teacher", unit="seconds", above=0.0)
+    opd_teacher_max_in_flight: int = option(8, "requests to the teacher server at a time", minimum=1, maximum=65536)
+    opd_teacher_timeout: float = option(
+        120.0, "time limit of one request to the teacher", unit="seconds", above=0.0, maximum=checks.LONGEST_WAIT
+    )
     opd_teacher_max_retries: int = option(
         4, "repetitions of a request after a refused connection, time-out, 429 or 5xx", minimum=0
     )
@@ -78,7 +80,7 @@ class ModelOptions:
     vocab_size: int | None = option(None, "vocabulary size before padding", minimum=1)
     max_position_embeddings: int | None = option(None, "longest sequence of the model", unit="tokens", minimum=1)
     make_vocab_size_divisible_by: int = option(
-        128, "pad the vocabulary to a multiple of this times the tensor-parallel size", minimum=1
+        128, "pad the vocabulary to a multiple of this times the tensor-parallel size", minimum=1, maximum=65536
     )
     init_method_std: float | None = option(
         None, "standard deviation of random initial weights (default: the config's)", above=0.0
@@ -99,7 +101,9 @@ class ParallelOptions:
         None, "how --recompute-granularity full chooses layers", choices=("uniform", "block")
     )
     recompute_num_layers: int | None = option(None, "layers per recomputed unit or recomputed layers", minimum=1)
-    distributed_timeout_minutes: float = option(10.0, "limit of one collective operation", unit="minutes", above=0.0)
+    distributed_timeout_minutes: float = option(
+        10.0, "limit of one collective operation", unit="minutes", above=0.0, maximum=checks.LONGEST_WAIT
+    )
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,9 @@ class RewardOptions:
         metavar="MODULE:FUNCTION",
         check=checks.import_path,
     )
-    rm_timeout: float = option(10.0, "time limit of one call of math-verify", unit="seconds", above=0.0)
+    rm_timeout: float = option(
+        10.0, "time limit of one call of math-verify", unit="seconds", above=0.0, maximum=checks.LONGEST_WAIT
+    )
     rm_on_error: str = option(
         "stop", "when a reward function raises: stop, or count it and give --rm-error-value", choices=("stop", "value")
     )
@@ -313,7 +319,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """All groups. ``given`` names the options that a command line or a file set explicitly."""
+    """All groups.
+
+    ``given`` names the options that a command line or a file set explicitly, ``typed`` those of the command line.
+    """
 
     opd: OpdOptions = field(default_factory=OpdOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -329,6 +338,7 @@ class Options:
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     run: RunOptions = field(default_factory=RunOptions)
     given: frozenset[str] = frozenset()
+    typed: frozenset[str] = frozenset()
 
     @property
     def world_size(self) -> int:

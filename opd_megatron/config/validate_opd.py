@@ -17,9 +17,10 @@ _MEGATRON_ONLY = ("opd_teacher_load", "opd_teacher_ckpt_step", "opd_exact_kl_int
 
 def opd_faults(options: Options) -> list[str]:
     """Every fault of the ``--opd-*`` options among themselves and with the sampling options."""
-    opd, given = options.opd, options.given
+    opd = options.opd
     if not opd.use_opd:
-        names = [item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd" and item.name in given]
+        # those of a file may stay where the command line switches distillation off
+        names = [name for name in idle_opd_options(options) if name in options.typed]
         faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in names]
         if options.objective.loss_type == "policy_loss" and options.objective.advantage_estimator == "none":
             faults.append("--advantage-estimator none leaves nothing to learn from: add --use-opd or name an estimator")
@@ -36,6 +37,14 @@ def opd_faults(options: Options) -> list[str]:
     if not opd.opd_allow_sampling_mismatch:
         faults += _sampling_faults(options)
     return faults
+
+
+def idle_opd_options(options: Options) -> list[str]:
+    """Names of the ``opd_*`` options that are given and have no effect, because ``use_opd`` is off."""
+    if options.opd.use_opd:
+        return []
+    names = [item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd"]
+    return [name for name in names if name in options.given]
 
 
 def _flag(name: str) -> str:

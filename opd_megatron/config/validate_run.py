@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 from opd_megatron.config.architecture import ModelArchitecture
@@ -14,6 +15,7 @@ from opd_megatron.config.resolve import (
     schedule_steps,
     student_architecture,
     teacher_architecture,
+    teacher_folder,
     weight_differences,
 )
 from opd_megatron.config.validate_paths import ROLLOUT_ID
@@ -83,7 +85,7 @@ def _model_faults(options: Options) -> Iterator[str]:
             yield from weight_differences(options, student)
         except UserError as error:
             yield str(error)
-    if options.opd.opd_teacher_load is not None:
+    if teacher_folder(options) is not None:
         try:
             yield from layout_faults_of_model(options, teacher_architecture(options), "teacher")
         except UserError as error:
@@ -229,3 +231,5 @@ def _logging_faults(options: Options) -> Iterator[str]:
         # A folder named wandb, which W&B leaves where it ran, is found as a package without an origin.
         if found is None or found.origin is None:
             yield "--use-wandb: the package wandb is not installed: pip install wandb, or leave the flag out"
+        elif not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+            yield "--use-wandb: W&B needs its key in WANDB_API_KEY (or WANDB_MODE=offline): set it in the environment"

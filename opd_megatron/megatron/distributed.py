@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +36,6 @@ class Rendezvous:
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         )
-
-
-def free_port() -> int:
-    """A TCP port on this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def initialize(rendezvous: Rendezvous, parallel: ParallelOptions, *, seed: int) -> None:
