@@ -1,0 +1,75 @@
+"""Mixtures of experts say and learn the same wherever the experts are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.megatron.support import assert_equal_tensors, assert_same_tensors, save_reference, tiny_config
+from tests.parallel import work
+from tests.parallel.pool import WorkerPool
+from tests.parallel.test_layouts import assert_same_metrics, check_voices, reporting
+
+pytestmark = pytest.mark.parallel
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EP2 = {"expert_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2": (2, EP2),
+    "tp2": (2, TP2),
+    "tp2-ep2-etp1": (2, TP2 | EP2 | {"expert_tensor_parallel_size": 1}),
+    "pp2": (2, PP2),
+    "tp2-ep2": (4, TP2 | EP2),
+    "ep2-dp2": (4, EP2 | {"use_distributed_optimizer": True}),
+    "pp2-ep2": (4, PP2 | EP2),
+}
+BALANCED = {"moe_aux_loss_coeff": 0.3, "moe_router_load_balancing_type": "seq_aux_loss"}
+Alone = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Qwen3 mixture, and a Qwen2 one with a shared expert and a dense layer."""
+    root = tmp_path_factory.mktemp("mixtures")
+    return {family: save_reference(root / family, tiny_config(family)) for family in ("qwen3_moe", "qwen2_moe")}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def ranks(layout: str, two: WorkerPool, four: WorkerPool) -> WorkerPool:
+    return two if LAYOUTS[layout][0] == 2 else four
+
+
+@pytest.fixture
+def flags(layout: str) -> dict[str, Any]:
+    size, found = LAYOUTS[layout]
+    return found | {"actor_num_gpus_per_node": size}
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_a_loaded_mixture_is_that_of_transformers(
+    ranks: WorkerPool, flags: dict[str, Any], mixtures: dict[str, Path], family: str
+) -> None:
+    check_voices(ranks.run(work.voices, mixtures[family], flags), mixtures[family])
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
+def test_every_gradient_and_metric_is_that_of_one_process(
+    ranks: WorkerPool, alone: Alone, flags: dict[str, Any], mixtures: dict[str, Path], family: str, balanced: bool
+) -> None:
+    settings = BALANCED if balanced else {}
+    parts = ranks.run(work.gradients, mixtures[family], flags | settings, "opd")
+    metrics, expected = alone(work.gradients, mixtures[family], tuple(settings.items()), "opd")
+    assert_same_tensors(parts[0][1], expected, 1e-5)
+    assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
+    assert ("train/load_balancing_loss" in metrics) == balanced
