@@ -73,3 +73,34 @@ def test_every_gradient_and_metric_is_that_of_one_process(
     assert_same_tensors(parts[0][1], expected, 1e-5)
     assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
     assert ("train/load_balancing_loss" in metrics) == balanced
+
+
+RESUMED = {
+    "ep2": (2, EP2),
+    "ep2-dp2-distributed-optimizer": (4, EP2 | {"use_distributed_optimizer": True}),
+    "tp2-ep2-bf16": (4, TP2 | EP2 | {"bf16": True}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_with_experts_resumes_bit_for_bit(
+    two: WorkerPool, four: WorkerPool, tmp_path: Path, mixtures: dict[str, Path], name: str
+) -> None:
+    size, layout = RESUMED[name]
+    flags = layout | BALANCED | {"actor_num_gpus_per_node": size}
+    assert (two if size == 2 else four).run(work.resume, mixtures["qwen3_moe"], flags, tmp_path) == [[]] * size
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_weights_of_experts_pass_between_layouts(
+    two: WorkerPool, four: WorkerPool, alone: Alone, tmp_path: Path, mixtures: dict[str, Path], family: str
+) -> None:
+    """Saved with experts cut and spread, loaded with them whole on other ranks, saved again, loaded by one process."""
+    folder = mixtures[family]
+    stored = load_file(folder / "model.safetensors")
+    cut = TP2 | EP2 | {"actor_num_gpus_per_node": 4}
+    four.run(work.save_weights, folder, cut, tmp_path / "cut")
+    whole = TP2 | EP2 | {"expert_tensor_parallel_size": 1, "actor_num_gpus_per_node": 2}
+    assert_equal_tensors(two.run(work.load_and_export, folder, whole, tmp_path / "cut")[0], stored)
+    two.run(work.save_weights, folder, whole, tmp_path / "whole")
+    assert_equal_tensors(alone(work.load_and_export, folder, (), tmp_path / "whole"), stored)
