@@ -91,6 +91,14 @@ def test_a_run_with_experts_resumes_bit_for_bit(
     assert (two if size == 2 else four).run(work.resume, mixtures["qwen3_moe"], flags, tmp_path) == [[]] * size
 
 
+def test_a_run_with_experts_resumes_from_before_its_first_step(
+    two: WorkerPool, tmp_path: Path, mixtures: dict[str, Path]
+) -> None:
+    flags = EP2 | {"actor_num_gpus_per_node": 2}
+    for found, expected in two.run(work.first_step_after_resume, mixtures["qwen3_moe"], flags, tmp_path):
+        assert found == expected
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
 def test_weights_of_experts_pass_between_layouts(
     two: WorkerPool, four: WorkerPool, alone: Alone, tmp_path: Path, mixtures: dict[str, Path], family: str

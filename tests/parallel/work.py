@@ -126,6 +126,19 @@ def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: 
     return differing
 
 
+def first_step_after_resume(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path
+) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Metrics of the first step, straight and of a run that resumes from a checkpoint made before it."""
+    settings = TRAINING | flags | {"use_opd": True}
+    straight = _trainer(rendezvous, folder, settings)
+    straight.save(target, 0, folder, {})
+    expected = straight.train(make_samples(0)).metrics
+    resumed = _trainer(rendezvous, folder, settings | {"start": StartingPoint("load", resolve_step(target))})
+    resumed.resume()
+    return resumed.train(make_samples(0)).metrics, expected
+
+
 def random_start(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[str, Tensor]:
     """Seeded random weights as this layout draws them."""
     return exported(_trainer(rendezvous, folder, flags | {"start": StartingPoint("random", folder), "seed": 3}))
