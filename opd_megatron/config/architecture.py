@@ -38,8 +38,8 @@ class RopeScaling:
 class ModelArchitecture:
     """A decoder-only transformer with RMSNorm, SwiGLU and rotary positions.
 
-    ``kv_channels`` is the size of one head; ``vocab_size`` is unpadded. ``ffn_hidden_size`` is that of the dense layers;
-    ``mixture`` describes the layers with experts, if there are any.
+    ``kv_channels`` is the size of one head; ``vocab_size`` is unpadded. ``ffn_hidden_size`` is that of the dense
+    layers; ``mixture`` describes the layers with experts, if there are any.
     """
 
     family: str

@@ -155,5 +155,7 @@ def mixture_from_hf(config: Mapping[str, Any], source: str) -> MixtureOfExperts 
 def as_options(mixture: MixtureOfExperts | None) -> dict[str, Any]:
     """What MODEL_ARGS would have to say about ``mixture``; without one, nothing."""
     if mixture is None:
-        return {name: False if name in ("moe_router_pre_softmax", "moe_shared_expert_gate") else None for name in FIELDS}
+        return {
+            name: False if name in ("moe_router_pre_softmax", "moe_shared_expert_gate") else None for name in FIELDS
+        }
     return {name: getattr(mixture, name) for name in FIELDS}

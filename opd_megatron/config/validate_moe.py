@@ -35,13 +35,15 @@ def expert_model_faults(parallel: ParallelOptions, model: ModelArchitecture, own
     if mixture.num_experts % experts:
         yield f"--expert-model-parallel-size {experts} does not divide the {owner}'s {mixture.num_experts} experts"
     if mixture.moe_ffn_hidden_size % tensor:
-        flag = "--expert-tensor-parallel-size" if parallel.expert_tensor_parallel_size else "--tensor-model-parallel-size"
+        flag = (
+            "--expert-tensor-parallel-size" if parallel.expert_tensor_parallel_size else "--tensor-model-parallel-size"
+        )
         channels = mixture.moe_ffn_hidden_size
         yield f"{flag} {tensor} does not divide the {owner}'s {channels} feed-forward channels of an expert"
-    shared = mixture.moe_shared_expert_intermediate_size or 0
-    if shared % parallel.tensor_model_parallel_size:
-        size = parallel.tensor_model_parallel_size
-        yield f"--tensor-model-parallel-size {size} does not divide the {owner}'s {shared} channels of the shared expert"
+    shared, size = mixture.moe_shared_expert_intermediate_size or 0, parallel.tensor_model_parallel_size
+    if shared % size:
+        what = f"{shared} feed-forward channels of the shared expert"
+        yield f"--tensor-model-parallel-size {size} does not divide the {owner}'s {what}"
 
 
 def expert_option_faults(options: Options, student: ModelArchitecture) -> Iterator[str]:

@@ -166,7 +166,9 @@ def _dispatch_tokens_on_cpu() -> None:
 
     mappings._gather_along_first_dim = gather_any
     mappings._reduce_scatter_along_first_dim = reduce_scatter_any
-    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher").MoEAlltoAllTokenDispatcher
+    dispatcher: Any = importlib.import_module(
+        "megatron.core.transformer.moe.token_dispatcher"
+    ).MoEAlltoAllTokenDispatcher
     dispatcher.cuda_dtoh_stream = contextlib.nullcontext()
     dispatcher._maybe_dtoh_and_synchronize = counts_to_host
 

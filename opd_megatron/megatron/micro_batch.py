@@ -3,7 +3,8 @@
 Sequences are padded on the right to the longest of the micro-batch. The model reads all tokens but the last, and only
 the positions that predict a response token reach the vocabulary head.
 
-Shape legend: ``b`` samples, ``s`` padded length, ``n`` sequences (here the samples), ``N`` response tokens of the micro-batch, sample after sample.
+Shape legend: ``b`` samples, ``s`` padded length, ``n`` sequences (here the samples), ``N`` response tokens of the
+micro-batch, sample after sample.
 """
 
 from __future__ import annotations

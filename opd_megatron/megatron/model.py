@@ -34,7 +34,7 @@ class HiddenStateModel(GPTModel):
     architecture: ModelArchitecture
 
     def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        """Hand ``padding_mask`` to the layers as it is: for the routers it is ``[b, s, n]`` (see ``moe.ExpertRouter``)."""
+        """Hand ``padding_mask`` to the layers as it is: routers expect ``[b, s, n]`` (see ``moe.ExpertRouter``)."""
         *inputs, _ = super()._preprocess(*args, **kwargs)
         return *inputs, padding_mask
 

@@ -164,8 +164,8 @@ class GroupedRowLinear(GroupedLinear):
 def mark_expert_weights(model: torch.nn.Module) -> None:
     """Tell Megatron which weights are those of experts.
 
-    ``allreduce`` off means that the gradient is summed over the ranks with the same experts only. Every rank that counts
-    an expert's gradient norm has another part of it, hence the mark of a shard.
+    ``allreduce`` off means that the gradient is summed over the ranks with the same experts only. Every rank that
+    counts an expert's gradient norm has another part of it, hence the mark of a shard.
     """
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
@@ -190,12 +190,13 @@ class LoadBalancing:
 def balance_loss(scores_NE: Tensor, routing_map_NE: Tensor, member_NG: Tensor, topk: int, group: Any = None) -> Tensor:
     """Auxiliary loss ``[G]`` of each group of tokens; this rank's share of it where ``group`` splits the tokens.
 
-    ``L = E / (k T^2) * sum_e c_e sum_t p_te`` over the ``T`` tokens of the group, with ``c_e`` the tokens sent to expert
-    e and ``p_te`` the softmax over all experts: 1 if all experts get the same. The gradient goes through ``p`` alone. It
-    is the load balancing loss of the Switch Transformer (arXiv 2101.03961, eq. 4 to 6) for k experts per token.
+    ``L = E / (k T^2) * sum_e c_e sum_t p_te`` over the ``T`` tokens of the group, with ``c_e`` the tokens sent to
+    expert e and ``p_te`` the softmax over all experts: 1 if all experts get the same. The gradient goes through ``p``
+    alone. It is the load balancing loss of the Switch Transformer (arXiv 2101.03961, eq. 4 to 6) for k experts per
+    token.
 
-    ``scores_NE`` are the softmax, ``routing_map_NE`` and ``member_NG`` bool; tokens of no group are left out, and a group
-    without tokens has the loss 0.
+    ``scores_NE`` are the softmax, ``routing_map_NE`` and ``member_NG`` bool; tokens of no group are left out, and a
+    group without tokens has the loss 0.
     """
     members = member_NG.to(scores_NE.dtype)
     counts_GE = members.t() @ routing_map_NE.to(scores_NE.dtype)

@@ -187,7 +187,7 @@ def parameter_maps(architecture: ModelArchitecture, padded_vocab_size: int) -> l
                     _REPLICATED,
                     "ones",
                 )
-        maps += _feed_forward(a, layer)
+        maps.extend(_feed_forward(a, layer))
     maps.append(ParameterMap("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), _REPLICATED, "ones"))
     if a.untie_embeddings_and_output_weights:
         maps.append(ParameterMap("output_layer.weight", ("lm_head.weight",), ((a.vocab_size, h),), vocabulary))
