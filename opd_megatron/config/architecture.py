@@ -222,7 +222,7 @@ def _must_be_said(name: str, theirs: Any, model: ModelOptions) -> bool:
         return bool(theirs * model.num_attention_heads != model.hidden_size)
     if name == "moe_layer_freq":
         return theirs is not None and not all(theirs)
-    return theirs is True or (theirs is not None and name in FIELDS)
+    return theirs is True or (name in FIELDS and theirs not in (None, False))
 
 
 def _as_model_options(architecture: ModelArchitecture) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.megatron.support import assert_equal_tensors, assert_same_tensors, save_reference, tiny_config
+from tests.megatron.support import VOCAB_SIZE, assert_equal_tensors, assert_same_tensors, save_reference, tiny_config
 from tests.parallel import work
 from tests.parallel.pool import WorkerPool
 from tests.parallel.test_layouts import assert_same_metrics, check_voices, reporting
+from tests.tools.models import largest_difference, read_log_probs, token_lines, write_lines
+from tests.tools.models import reference_log_probs as reference_scores
 
 pytestmark = pytest.mark.parallel
 
@@ -73,6 +75,24 @@ def test_every_gradient_and_metric_is_that_of_one_process(
     assert_same_tensors(parts[0][1], expected, 1e-5)
     assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
     assert ("train/load_balancing_loss" in metrics) == balanced
+
+
+def test_the_tools_spread_experts(two: WorkerPool, four: WorkerPool, tmp_path: Path, mixtures: dict[str, Path]) -> None:
+    """Both conversions are bit-equal, and scores are those of transformers, also where ranks have unequal shares."""
+    source, converted, back = mixtures["qwen2_moe"], tmp_path / "torch_dist", tmp_path / "hf"
+    ep, tp = ["--expert-model-parallel-size", "2"], ["--tensor-model-parallel-size", "2"]
+    two.run(work.run_tool, "convert_hf_to_torch_dist", ["--hf-checkpoint", str(source), "--save", str(converted), *ep])
+    four.run(work.run_tool, "convert_torch_dist_to_hf", ["--load", str(converted), "--save", str(back), *ep, *tp])
+    assert_equal_tensors(load_file(back / "model.safetensors"), load_file(source / "model.safetensors"))
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    lines = token_lines(VOCAB_SIZE, (9, 1, 30))
+    expected = reference_scores(source, lines)
+    arguments = ["--load", str(converted), "--input", str(write_lines(tmp_path / "tokens.jsonl", lines)), *ep]
+    for pool, more in ((two, []), (four, tp), (four, [*tp, "--sequence-parallel"])):
+        output = tmp_path / "scores.jsonl"
+        pool.run(work.run_tool, "score", [*arguments, *more, "--output", str(output), "--micro-batch-size", "1"])
+        assert largest_difference(read_log_probs(output), expected) <= 1e-5
+        output.unlink()
 
 
 RESUMED = {

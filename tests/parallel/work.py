@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -137,6 +139,15 @@ def first_step_after_resume(
     resumed = _trainer(rendezvous, folder, settings | {"start": StartingPoint("load", resolve_step(target))})
     resumed.resume()
     return resumed.train(make_samples(0)).metrics, expected
+
+
+def run_tool(rendezvous: Rendezvous, tool: str, arguments: list[str]) -> None:
+    """A program of ``tools`` as ``torchrun`` would start it on this rank, in the process group of the pool."""
+    distributed.initialize(rendezvous, ParallelOptions(), seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", rendezvous.rank), ("WORLD_SIZE", rendezvous.world_size)):
+            patch.setenv(name, str(value))
+        importlib.import_module(f"tools.{tool}").main(arguments)
 
 
 def random_start(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[str, Tensor]:
