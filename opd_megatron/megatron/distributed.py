@@ -58,17 +58,24 @@ def initialize(rendezvous: Rendezvous, parallel: ParallelOptions, *, seed: int) 
 def _build_groups(parallel: ParallelOptions) -> None:
     from megatron.core import parallel_state
 
-    layout = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layout = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+    }
     if parallel_state.model_parallel_is_initialized():
-        present = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
+        present = {
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+            "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+        }
         if present == layout:
             return
         _destroy_groups()
     parallel_state.initialize_model_parallel(
-        *layout, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))
+        **layout, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))
     )
 
 

@@ -30,6 +30,7 @@ from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.micro_batch import MicroBatch, plan, rank_share
 from opd_megatron.megatron.model import HiddenStateModel, build_model
+from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
@@ -84,6 +85,7 @@ class MegatronTrainer:
             initialize_weights(self.student, self.options.training.seed)
         else:
             checkpoint.load_model_folder(self.student, spec.start.folder)
+        set_load_balancing(self.student, self.options)
         self.wrapped = wrap_model(self.student, self.options.optimizer)
         self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
         decay, warmup = schedule_steps(self.options, spec.num_rollouts)
@@ -97,6 +99,7 @@ class MegatronTrainer:
             self.options.parallel,
             dtype=torch.bfloat16 if self.options.optimizer.bf16 else torch.float32,
             make_vocab_size_divisible_by=self.options.model.make_vocab_size_divisible_by,
+            router_dtype=self.options.model.moe_router_dtype,
         )
 
     def _load_frozen(self, spec: FrozenModel) -> HiddenStateModel:
@@ -190,7 +193,7 @@ class MegatronTrainer:
                 "Lower --lr, or see docs/troubleshooting.md"
             )
         self.scheduler.step(increment=1)
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.student)}
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         log_probs = {place: array for part in results for place, array in part[1].items()} if self.reports else {}
