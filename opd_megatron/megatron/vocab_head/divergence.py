@@ -188,7 +188,7 @@ def record_divergence(
     """
 
     def of_rows(hidden_Mh: Tensor, ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Tensor:
-        ids_MK = ids_MK.long().masked_fill(log_probs_MK == -torch.inf, -1)
+        ids_MK = ids_MK.masked_fill(log_probs_MK == -torch.inf, -1)
         student_MK, rest_M, _ = selected_log_probs(
             hidden_Mh, weight_Vh, ids_MK, temperature=temperature, vocab_size=vocab_size, group=group
         )

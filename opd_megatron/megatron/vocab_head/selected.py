@@ -21,23 +21,16 @@ from opd_megatron.megatron.vocab_head.shard import (
 )
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """Where the listed ids ``[N, K]`` lie: column on this rank, whether it is held here, whether it is a token at all.
+def _columns(ids_RK: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Columns of this rank for the listed ids, and which of them it holds; the others' may be any column."""
+    column_RK = ids_RK.long() - shard.first
+    held_RK = (column_RK >= 0) & (column_RK < shard.columns)
+    return column_RK.clamp(0, shard.columns - 1), held_RK
 
-    Ids that are not held here have some column of this rank, so that they can index it.
-    """
 
-    column_NK: Tensor
-    held_NK: Tensor
-    present_NK: Tensor
-
-    @classmethod
-    def of(cls, ids_NK: Tensor, shard: VocabShard) -> _Listed:
-        column_NK = ids_NK.long() - shard.first
-        held_NK = (column_NK >= 0) & (column_NK < shard.columns)
-        present_NK = (ids_NK >= 0) & (ids_NK < shard.vocab_size)
-        return cls(column_NK.clamp(0, max(0, shard.columns - 1)), held_NK, present_NK)
+def _present(ids_NK: Tensor, shard: VocabShard) -> Tensor:
+    """Which of the listed ids are tokens at all."""
+    return (ids_NK >= 0) & (ids_NK < shard.vocab_size)
 
 
 def _rest_sums(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,18 +55,18 @@ class _Statistics:
     entropy_N: Tensor
 
 
-def _statistics(picked_NK: Tensor, rest_2N: Tensor, listed: _Listed, shard: VocabShard) -> _Statistics:
+def _statistics(picked_NK: Tensor, rest_2N: Tensor, present_NK: Tensor, shard: VocabShard) -> _Statistics:
     """Join the ranks' logits of listed tokens and their sums over the rest.
 
     ``H = sum_k -p_k log p_k + p_rest (log Z - mean logit of the rest)``.
     """
-    picked_NK = shard.sum(picked_NK).masked_fill(~listed.present_NK, -torch.inf)
+    picked_NK = shard.sum(picked_NK).masked_fill(~present_NK, -torch.inf)
     log_sum_GN, mean_GN = shard.gather(rest_2N).unbind(1)
     rest_N = log_sum_over_ranks(log_sum_GN)
     log_normalizer_N = torch.logaddexp(torch.logsumexp(picked_NK, 1), rest_N)
     log_probs_NK = picked_NK - log_normalizer_N[:, None]
     share_GN = torch.exp(log_sum_GN - log_normalizer_N)
-    listed_N = (log_probs_NK.exp() * log_probs_NK.masked_fill(~listed.present_NK, 0.0)).sum(1)
+    listed_N = (log_probs_NK.exp() * log_probs_NK.masked_fill(~present_NK, 0.0)).sum(1)
     entropy_N = (share_GN * (log_normalizer_N - mean_GN)).sum(0) - listed_N
     return _Statistics(log_probs_NK, rest_N, log_normalizer_N, entropy_N)
 
@@ -95,7 +88,7 @@ class _BackwardTerms:
     slope_N: Tensor | None
 
     @classmethod
-    def of(cls, grads: tuple[Tensor | None, ...], found: _Statistics, listed: _Listed) -> _BackwardTerms:
+    def of(cls, grads: tuple[Tensor | None, ...], found: _Statistics, present_NK: Tensor) -> _BackwardTerms:
         """From the gradients of log-probabilities ``g_k``, rest ``g_r`` and entropy ``e``, with ``G = g_r + sum g_k``:
 
         ``d/dl_k = g_k - G p_k - e p_k (log p_k + H)`` at listed tokens and, with the rest's own softmax
@@ -103,7 +96,7 @@ class _BackwardTerms:
         gradients themselves however small ``p_rest`` is.
         """
         has_rest_N = torch.isfinite(found.rest_log_sum_N)
-        grad_NK = torch.where(listed.present_NK, _weighted(grads[0], found.log_probs_NK), 0.0)
+        grad_NK = torch.where(present_NK, _weighted(grads[0], found.log_probs_NK), 0.0)
         grad_rest_N = torch.where(has_rest_N, _weighted(grads[1], found.entropy_N), 0.0)
         total_N = grad_NK.sum(1) + grad_rest_N
         probs_NK = found.log_probs_NK.exp()
@@ -115,7 +108,7 @@ class _BackwardTerms:
         if grads[2] is None:
             return cls(listed_NK, shift_N, constant_N, None)
         slope_N = grads[2].to(constant_N.dtype) * log_rest_N.exp()
-        surprise_NK = found.log_probs_NK.masked_fill(~listed.present_NK, 0.0) + found.entropy_N[:, None]
+        surprise_NK = found.log_probs_NK.masked_fill(~present_NK, 0.0) + found.entropy_N[:, None]
         listed_NK = listed_NK - grads[2][:, None] * probs_NK * surprise_NK
         constant_N = constant_N - slope_N * (shift_N - found.log_normalizer_N + found.entropy_N)
         return cls(listed_NK, shift_N, constant_N, slope_N)
@@ -140,7 +133,6 @@ class _SelectedLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, ids_NK: Tensor, temperature: float, shard: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
-        listed = _Listed.of(ids_NK, shard)
         dtype = statistics_dtype(hidden_Nh)
         picked_NK = hidden_Nh.new_zeros(ids_NK.shape, dtype=dtype)
         rest_2N = hidden_Nh.new_zeros((2, len(ids_NK)), dtype=dtype)
@@ -151,11 +143,11 @@ class _SelectedLogProbs(torch.autograd.Function):
             write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], temperature)
             for block in blocks(logits_CV):
                 rows = slice(part.start + block.start, part.start + block.stop)
-                column_RK, held_RK = listed.column_NK[rows], listed.held_NK[rows]
+                column_RK, held_RK = _columns(ids_NK[rows], shard)
                 picked_NK[rows] = torch.where(held_RK, logits_CV[block].gather(1, column_RK), 0.0)
                 mask_columns(logits_CV[block], column_RK, held_RK)
                 rest_2N[0, rows], rest_2N[1, rows] = _rest_sums(logits_CV[block])
-        found = _statistics(picked_NK, rest_2N, listed, shard)
+        found = _statistics(picked_NK, rest_2N, _present(ids_NK, shard), shard)
         ctx.save_for_backward(
             hidden_Nh,
             weight_Vh,
@@ -173,8 +165,7 @@ class _SelectedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_Nh, weight_Vh, ids_NK, *statistics = ctx.saved_tensors
         shard: VocabShard = ctx.shard
-        listed = _Listed.of(ids_NK, shard)
-        terms = _BackwardTerms.of(grads, _Statistics(*statistics), listed)
+        terms = _BackwardTerms.of(grads, _Statistics(*statistics), _present(ids_NK, shard))
         gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
         buffer = shard.buffer(hidden_Nh)
         for part in shard.chunks(*hidden_Nh.shape[:1], hidden_Nh.device):
@@ -182,7 +173,7 @@ class _SelectedLogProbs(torch.autograd.Function):
             write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], ctx.temperature)
             for block in blocks(logits_CV):
                 rows = slice(part.start + block.start, part.start + block.stop)
-                terms.write(logits_CV[block], rows, listed.column_NK[rows], listed.held_NK[rows], 1 / ctx.temperature)
+                terms.write(logits_CV[block], rows, *_columns(ids_NK[rows], shard), 1 / ctx.temperature)
             gradients.add(part, logits_CV)
         return gradients.hidden_Nh, gradients.weight_Vh, None, None, None
 
