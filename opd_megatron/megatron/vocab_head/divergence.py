@@ -146,10 +146,9 @@ def full_divergence(
     teacher's weight that another rank's student columns need are sent there in each call and kept until backward.
     Tokens where ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient.
 
-    Extra memory: both sides' logits of a chunk in float32, for inputs of fewer bits a third time in half of it.
-    The gradient of hidden rows is this rank's part, as in
-    :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`. Raises ``ValueError`` if one of the weights
-    has too few rows for ``vocab_size``.
+    Extra memory: both sides' logits of a chunk in float32. For inputs of fewer bits, and for the gradient of hidden
+    rows over several ranks, see :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`. Raises
+    ``ValueError`` if one of the weights has too few rows for ``vocab_size``.
     """
     shard = VocabShard.of(student_weight_Vh, vocab_size, group)
     teacher = align(teacher_weight_Vk, shard)

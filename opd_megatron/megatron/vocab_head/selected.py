@@ -195,7 +195,8 @@ def selected_log_probs(
     ``-inf`` where every token is listed. The mass of the rest is summed up itself and not as one minus that of the
     others, so it and its gradient are exact where it is small.
 
-    Extra memory: a chunk's logits in float32 and, for inputs of fewer bits, once more in those.
+    Extra memory: a chunk's logits in float32 and, for inputs of fewer bits, once more in those; in backward such inputs
+    also have the weight's gradient in float32, in which the chunks' parts are added up.
 
     With several ranks the gradient of ``hidden_Nh`` is this rank's part of the sum: ``hidden_Nh`` must come out of a
     mapping whose backward adds the parts up (Megatron's copy to, or gather from, the parallel region). ``group`` is the
