@@ -154,6 +154,10 @@ class OptimizerOptions:
     bf16: bool = option(False, "train in bfloat16 with float32 master weights (default: float32)")
     accumulate_allreduce_grads_in_fp32: bool = option(False, "gradients in float32 with --bf16")
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over data-parallel ranks")
+    overlap_grad_reduce: bool = option(False, "sum gradients over the ranks while the backward pass goes on")
+    overlap_param_gather: bool = option(
+        False, "gather the distributed optimizer's weights while the next forward pass goes on"
+    )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,13 @@ from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weigh
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, build_model
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
-from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
+from opd_megatron.megatron.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gather_weights,
+    optimizer_step,
+    wrap_model,
+)
 from opd_megatron.megatron.vocab_head import kl_and_baseline
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
@@ -280,10 +286,12 @@ class MegatronTrainer:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
+        gather_weights(self.wrapped)
         return export_hf_weights(self.student)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues."""
+        gather_weights(self.wrapped)
         checkpoint.save_checkpoint(
             folder,
             step,

@@ -65,6 +65,16 @@ def gradients(
     return step_gradients(_trainer(rendezvous, folder, flags | LOSSES[loss] | GRADIENT_FLAGS), make_samples(1))
 
 
+def step_and_scores(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Tensor], dict[int, Any]]:
+    """Metrics and gradients of a step with every term at a temperature other than 1, and the log-probabilities before."""
+    terms: dict[str, Any] = {"entropy_coef": 0.01, "rollout_temperature": 0.8, "calculate_per_token_loss": True}
+    trainer = _trainer(rendezvous, folder, flags | LOSSES["opd"] | GRADIENT_FLAGS | terms)
+    scores = trainer.score("student", make_samples(1))
+    return *step_gradients(trainer, make_samples(1)), scores
+
+
 def losses(
     rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], loss: str, steps: int = STEPS
 ) -> list[dict[str, float]]:
