@@ -68,7 +68,7 @@ def gradients(
 def step_and_scores(
     rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[int, Any]]:
-    """Metrics and gradients of a step with every term at a temperature other than 1, and the log-probabilities before."""
+    """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it."""
     terms: dict[str, Any] = {"entropy_coef": 0.01, "rollout_temperature": 0.8, "calculate_per_token_loss": True}
     trainer = _trainer(rendezvous, folder, flags | LOSSES["opd"] | GRADIENT_FLAGS | terms)
     scores = trainer.score("student", make_samples(1))
