@@ -251,6 +251,37 @@ def test_empty_and_long_prompts_are_counted(student: Path, tmp_path: Path) -> No
     assert all(np.isfinite(line["train/loss"]) for line in metrics)
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_plus_plus", "none"])
+def test_a_rollout_without_a_token_changes_nothing(
+    student: Path, teacher: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, estimator: str
+) -> None:
+    metrics = run_training(
+        student,
+        prompts,
+        tmp_path / "run",
+        **opd(teacher),
+        advantage_estimator=estimator,
+        normalize_advantages=True,
+        rollout_max_prompt_len=1,
+        weight_decay=0.0,
+        save_hf=tmp_path / "hf",
+    )
+    assert [line["rollout/empty_frac"] for line in metrics] == [1.0] * 3
+    assert "has no token to train on" in caplog.text
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, tensor in load_file(student / "model.safetensors").items():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_one_prompt_serves_a_larger_batch_and_an_evaluation(student: Path, tmp_path: Path) -> None:
+    one = write_prompts(tmp_path / "one.jsonl", 1, seed=4)
+    sets = {"eval_prompt_data": ["one", one], "eval_rm_type": "column_arithmetic"}
+    metrics = run_training(student, one, tmp_path / "run", **sets, num_rollout=2)
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert metrics[2]["eval/one/pass@1"] in (0.0, 1.0)
+    assert "eval/one/pass@1_se" not in metrics[2]
+
+
 def test_hugging_face_export_replaces_no_foreign_folder(student: Path, prompts: Path, tmp_path: Path) -> None:
     precious = tmp_path / "models"
     precious.mkdir()
