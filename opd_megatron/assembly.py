@@ -208,6 +208,8 @@ def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeache
     if not isinstance(teacher, MegatronTeacher):
         return False
     possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
+    if not possible and options.opd.opd_baseline != "none":
+        raise UserError(f"--opd-baseline {options.opd.opd_baseline} needs a teacher with the student's vocabulary size")
     if not possible and options.opd.opd_exact_kl_interval:
         logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
     return possible

@@ -126,8 +126,9 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
     if parts.teacher is None:
         return
     if isinstance(parts.teacher, MegatronTeacher):
-        interval = parts.options.opd.opd_exact_kl_interval
-        parts.teacher.keep_hidden = interval > 0 and rollout_id % interval == 0 and parts.exact_kl_possible
+        opd = parts.options.opd
+        measured = opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
+        parts.teacher.keep_hidden = (measured or opd.opd_baseline != "none") and parts.exact_kl_possible
     for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
         sample.teacher_scores = scores
         sample.validate()

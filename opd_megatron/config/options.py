@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.mixture import MixtureOptions
 
 REWARD_NAMES = ("math", "gsm8k", "exact", "zero", "column_arithmetic")
 """Rewards that options can name."""
@@ -38,7 +39,16 @@ class OpdOptions:
         4, "repetitions of a request after a refused connection, time-out, 429 or 5xx", minimum=0
     )
     opd_exact_kl_interval: int = option(
-        1, "measure opd/reverse_kl_exact this often (Megatron teacher; 0: never)", unit="rollouts", minimum=0
+        1,
+        "measure opd/reverse_kl_exact this often (Megatron teacher; 0: only where --opd-baseline needs it)",
+        unit="rollouts",
+        minimum=0,
+    )
+    opd_baseline: str = option(
+        "none",
+        "subtracted from the term at each position, which leaves its expected gradient: kl, the exact reverse KL; "
+        "optimal, the baseline of least variance (Megatron teacher)",
+        choices=("none", "kl", "optimal"),
     )
     opd_allow_sampling_mismatch: bool = option(
         False, "accept a sampling law whose expectation is not over the student's distribution at temperature 1"
@@ -46,7 +56,7 @@ class OpdOptions:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(MixtureOptions):
     """Model architecture (MODEL_ARGS; all may be left out where the checkpoint folder has a config)"""
 
     num_layers: int | None = option(None, "transformer layers", minimum=1)
@@ -86,6 +96,10 @@ class ParallelOptions:
 
     tensor_model_parallel_size: int = option(1, "tensor-parallel ranks", minimum=1)
     pipeline_model_parallel_size: int = option(1, "pipeline-parallel ranks", minimum=1)
+    expert_model_parallel_size: int = option(1, "ranks over which the experts of a layer are spread", minimum=1)
+    expert_tensor_parallel_size: int | None = option(
+        None, "tensor-parallel ranks of one expert (default: --tensor-model-parallel-size)", minimum=1
+    )
     sequence_parallel: bool = option(False, "split the activations between tensor-parallel regions by sequence")
     recompute_granularity: str | None = option(None, "recompute activations in backward", choices=("full", "selective"))
     recompute_method: str | None = option(
@@ -95,6 +109,16 @@ class ParallelOptions:
     distributed_timeout_minutes: float = option(
         10.0, "limit of one collective operation", unit="minutes", above=0.0, maximum=checks.LONGEST_WAIT
     )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor-parallel ranks of one expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of the experts of a pipeline stage."""
+        return self.expert_tensor_size * self.expert_model_parallel_size
 
 
 @dataclass(frozen=True)

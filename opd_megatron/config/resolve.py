@@ -126,6 +126,8 @@ def optimizer_layout(options: Options) -> dict[str, str | int | bool]:
         "--use-distributed-optimizer": options.optimizer.use_distributed_optimizer,
         "--tensor-model-parallel-size": options.parallel.tensor_model_parallel_size,
         "--pipeline-model-parallel-size": options.parallel.pipeline_model_parallel_size,
+        "--expert-model-parallel-size": options.parallel.expert_model_parallel_size,
+        "--expert-tensor-parallel-size": options.parallel.expert_tensor_size,
         "ranks": options.world_size,
     }
 

@@ -12,7 +12,7 @@ _SGLANG_ONLY = (
     "opd_teacher_timeout",
     "opd_teacher_max_retries",
 )
-_MEGATRON_ONLY = ("opd_teacher_load", "opd_teacher_ckpt_step", "opd_exact_kl_interval")
+_MEGATRON_ONLY = ("opd_teacher_load", "opd_teacher_ckpt_step", "opd_exact_kl_interval", "opd_baseline")
 
 
 def opd_faults(options: Options) -> list[str]:
@@ -59,6 +59,9 @@ def _megatron_faults(options: Options) -> list[str]:
     faults = []
     if options.opd.opd_teacher_load is None:
         faults.append("--opd-type megatron needs --opd-teacher-load: name the teacher's checkpoint folder")
+    baseline = options.opd.opd_baseline
+    if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
+        faults.append(f"--opd-baseline {baseline} needs the teacher itself: recorded rollouts hold its scores only")
     return faults + _misplaced(options, _SGLANG_ONLY, "sglang")
 
 

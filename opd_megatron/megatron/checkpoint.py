@@ -331,7 +331,11 @@ def load_training_state(
 
 
 def _restore_first_step(state: dict[str, Any]) -> None:
-    """Put a step count of 0, which Megatron leaves out when it saves, back where torch's Adam wants one."""
-    moments: dict[Any, Any] = state.get("optimizer", state).get("state", {})
-    if "common_step" not in moments and any("exp_avg" in entry for entry in moments.values()):
-        moments["common_step"] = torch.tensor(0.0)
+    """Put a step count of 0, which Megatron leaves out when it saves, back where torch's Adam wants one.
+
+    Where experts are spread over ranks their weights have an optimizer of their own, and the states are numbered.
+    """
+    for part in [part for key, part in state.items() if isinstance(key, int)] or [state]:
+        moments: dict[Any, Any] = part.get("optimizer", part).get("state", {})
+        if "common_step" not in moments and any("exp_avg" in entry for entry in moments.values()):
+            moments["common_step"] = torch.tensor(0.0)

@@ -75,6 +75,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         SGLANG + "--opd-teacher-load $teacher",
         ("--opd-teacher-load goes with --opd-type megatron only",),
     ),
+    "sglang with a baseline": (SGLANG + "--opd-baseline kl", ("--opd-baseline goes with --opd-type megatron only",)),
+    "baseline from a recording": (
+        MEGATRON + "--opd-baseline kl --load-debug-rollout-data $run/{rollout_id}.jsonl",
+        ("--opd-baseline kl needs the teacher itself",),
+    ),
     "sglang without url": (BASE + "--use-opd --opd-type sglang", ("--opd-type sglang needs --opd-teacher-url",)),
     "sglang with two urls": (SGLANG + "--opd-teacher-url http://h:2", ("--opd-teacher-url takes exactly one",)),
     "sglang with step": (SGLANG + "--opd-teacher-ckpt-step 5", ("--opd-teacher-ckpt-step goes with",)),
