@@ -64,17 +64,28 @@ def test_a_loaded_mixture_is_that_of_transformers(
     check_voices(ranks.run(work.voices, mixtures[family], flags), mixtures[family])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
-@pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen3_moe", {}),
+        ("qwen3_moe", BALANCED),
+        ("qwen2_moe", BALANCED | {"moe_router_load_balancing_type": "aux_loss", "micro_batch_size": 1}),
+    ],
+    ids=["plain", "sequences-balanced", "micro-batches-balanced"],
+)
 def test_every_gradient_and_metric_is_that_of_one_process(
-    ranks: WorkerPool, alone: Alone, flags: dict[str, Any], mixtures: dict[str, Path], family: str, balanced: bool
+    ranks: WorkerPool,
+    alone: Alone,
+    flags: dict[str, Any],
+    mixtures: dict[str, Path],
+    family: str,
+    settings: dict[str, Any],
 ) -> None:
-    settings = BALANCED if balanced else {}
     parts = ranks.run(work.gradients, mixtures[family], flags | settings, "opd")
     metrics, expected = alone(work.gradients, mixtures[family], tuple(settings.items()), "opd")
     assert_same_tensors(parts[0][1], expected, 1e-5)
     assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
-    assert ("train/load_balancing_loss" in metrics) == balanced
+    assert ("train/load_balancing_loss" in metrics) == bool(settings)
 
 
 def test_the_tools_spread_experts(two: WorkerPool, four: WorkerPool, tmp_path: Path, mixtures: dict[str, Path]) -> None:
