@@ -41,6 +41,7 @@ from opd_megatron.megatron import cpu
 from opd_megatron.megatron.hf_weights import hf_weights_dtype, load_hf_weights, write_hf_weights
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.safe_checkpoint import SafeLoad, SynchronousSave, read_metadata
+from opd_megatron.system import replacing
 
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -67,12 +68,8 @@ def _barrier() -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(path) as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _temporary_name(folder: Path) -> Path:

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from opd_megatron.megatron import cpu_products
+
 _MODULES_WITH_LITERAL_DEVICES = (
     "megatron.core.utils",
     "megatron.core.pipeline_parallel.schedules",
@@ -182,6 +184,7 @@ def install() -> None:
     _route_without_transformer_engine()
     if has_cuda():
         return
+    cpu_products.install()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = _no_op()

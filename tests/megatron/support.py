@@ -25,9 +25,10 @@ from transformers import (
 from opd_megatron.config.architecture import ModelArchitecture, architecture_from_hf, read_hf_config
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint
+from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
 from opd_megatron.megatron.distributed import Rendezvous
-from opd_megatron.megatron.forward import run_micro_batches
-from opd_megatron.megatron.micro_batch import MicroBatch, plan, rank_share
+from opd_megatron.megatron.forward import add_over_context, run_micro_batches
+from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.trainer import FrozenModel, MegatronTrainer, ModelName, TrainerSpec
 from opd_megatron.sample import Sample, TeacherScores
 
@@ -316,6 +317,10 @@ def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName 
         return batch.split(torch.cat(shards, dim=1)[:, : model.architecture.vocab_size].float())
 
     size = trainer.options.data_parallel_size
-    share = rank_share(samples, parallel_state.get_data_parallel_rank(), size)
-    results = run_micro_batches(model, model, samples, plan(share, 3), last_stage, with_gradients=False)
-    return {place: array for part in results for place, array in part.items()}
+    lengths = [len(sample.tokens) for sample in samples]
+    shares = plan(lengths, BatchingRule(3), ranks=size, cost=sequence_cost(model.architecture))
+    micro_batches = shares[parallel_state.get_data_parallel_rank()]
+    results = run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False)
+    if not parallel_state.is_pipeline_last_stage():
+        return {}
+    return add_over_context({place: array for part in results for place, array in part.items()})
