@@ -25,7 +25,6 @@ from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_layout, optimizer_layout, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
-from opd_megatron.megatron.baseline import kl_and_baseline
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan, sequence_cost
 from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
@@ -33,6 +32,7 @@ from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, build_model
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
+from opd_megatron.megatron.vocab_head import kl_and_baseline
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, resolve_step
+from opd_megatron.megatron import distributed
 from opd_megatron.megatron.checkpoint import save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer

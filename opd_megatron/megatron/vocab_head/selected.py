@@ -138,7 +138,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         rest_2N = hidden_Nh.new_zeros((2, len(ids_NK)), dtype=dtype)
         rest_2N[0] = -torch.inf
         buffer = shard.buffer(hidden_Nh)
-        for part in shard.chunks(*hidden_Nh.shape[:1], hidden_Nh.device):
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
             logits_CV = buffer[: part.stop - part.start]
             write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], temperature)
             for block in blocks(logits_CV):
@@ -168,7 +168,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         terms = _BackwardTerms.of(grads, _Statistics(*statistics), _present(ids_NK, shard))
         gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
         buffer = shard.buffer(hidden_Nh)
-        for part in shard.chunks(*hidden_Nh.shape[:1], hidden_Nh.device):
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
             logits_CV = buffer[: part.stop - part.start]
             write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], ctx.temperature)
             for block in blocks(logits_CV):
