@@ -1,0 +1,66 @@
+"""Conversion between Hugging Face and torch_dist folders, tensor by tensor: neither direction holds a model.
+
+The model is built without memory, to say where its parameters lie in a checkpoint. Towards torch_dist every rank of a
+layout makes its own parts of a tensor when their turn to be written comes; towards Hugging Face one process reads one
+parameter of the whole model after the other. What is in memory at a time are a few copies of the largest tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from opd_megatron.megatron.checkpoint import read_weights
+from opd_megatron.megatron.chunks import Entries, add_range, places_of
+from opd_megatron.megatron.hf_weights import HFWeights, local_parameters, model_maps
+from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.safe_checkpoint import StepReader
+from opd_megatron.megatron.weight_map import ParameterMap
+
+
+def entries_from_hf(model: HiddenStateModel, source: Path, dtype: torch.dtype) -> Entries:
+    """What this rank writes of ``model``, which needs no memory; values come from a Hugging Face folder when asked for.
+
+    Raises ``UserError`` if the folder holds another model's weights.
+    """
+    weights = HFWeights(source)
+    weights.check(model.architecture)
+    rows = {row.megatron_name: row for row in model_maps(model)}
+    places = places_of([model])
+    entries: Entries = {}
+    for name, parameter in local_parameters(model).items():
+        if name in rows:  # the output weight of a tied model is a copy of its embedding, which another rank writes
+            add_range(entries, places[parameter], _shard_of(rows[name], weights, dtype), dtype, writer_axes=3)
+    return entries
+
+
+def _shard_of(row: ParameterMap, weights: HFWeights, dtype: torch.dtype) -> Callable[[], Tensor]:
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+
+    def read() -> Tensor:
+        full = row.layout.merge([weights.tensor(name) for name in row.hf_names])
+        return row.layout.shard(full, rank, size).to(dtype).contiguous()
+
+    return read
+
+
+def stream_to_hf(model: HiddenStateModel, source: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a step folder as Hugging Face tensors; ``model`` is the whole one and needs no memory.
+
+    Raises ``UserError`` if the folder holds another model's weights, or is damaged.
+    """
+    reader = StepReader(source)
+    vocab_size = model.architecture.vocab_size
+    places, parameters = places_of([model]), local_parameters(model)
+    for row in model_maps(model):
+        parameter = parameters[row.megatron_name]
+        values = torch.empty(parameter.shape, dtype=dtype)
+        entries: Entries = {}
+        add_range(entries, places[parameter], lambda values=values: values, dtype)  # type: ignore[misc]
+        read_weights(reader, entries, vocab_size)
+        yield from zip(row.hf_names, row.layout.split(row.layout.unshard([values])), strict=True)
