@@ -179,14 +179,18 @@ def load_model_folder(models: Models, source: Path) -> None:
             load_hf_weights(model, source)
         return
     wanted = model_entries(chunks, to_write=False)
-    _together(lambda: read_weights(StepReader(source), wanted, chunks[0].architecture.vocab_size))
+    vocab_size = chunks[0].architecture.vocab_size
+
+    def read() -> None:
+        reader = StepReader(source)
+        check_weights(reader, wanted, vocab_size)
+        read_entries(reader, wanted)
+
+    _together(read)
 
 
-def read_weights(reader: StepReader, wanted: Entries, vocab_size: int) -> None:
-    """Read ``wanted`` from a step folder.
-
-    Raises ``UserError`` unless it has all of them in their shape (padding of the vocabulary aside).
-    """
+def check_weights(reader: StepReader, wanted: Entries, vocab_size: int) -> None:
+    """Raise ``UserError`` unless a step folder has all of ``wanted`` in its shape (padding of the vocabulary aside)."""
     stored = reader.tensors()
     for name, entry in wanted.items():
         if name not in stored:
@@ -194,7 +198,6 @@ def read_weights(reader: StepReader, wanted: Entries, vocab_size: int) -> None:
         fault = _shape_fault(entry, stored[name], vocab_size)
         if fault:
             raise UserError(f"{reader.folder}: weight {name} has {fault}")
-    _read_padded(reader, wanted, stored)
 
 
 def _shape_fault(entry: ChunkedTensor, stored: TensorStorageMetadata, vocab_size: int) -> str | None:
@@ -205,8 +208,9 @@ def _shape_fault(entry: ChunkedTensor, stored: TensorStorageMetadata, vocab_size
 
 
 @torch.no_grad()
-def _read_padded(reader: StepReader, wanted: Entries, stored: dict[str, TensorStorageMetadata]) -> None:
-    """Read pieces; rows of a padded vocabulary that the folder lacks become zero."""
+def read_entries(reader: StepReader, wanted: Entries) -> None:
+    """Read pieces into their place; rows of a padded vocabulary that the folder lacks become zero."""
+    stored = reader.tensors()
     for name, entry in wanted.items():
         if entry.shape != tuple(stored[name].size):
             for _, tensor in entry.pieces.values():
@@ -258,4 +262,4 @@ def _read_optimizer(reader: StepReader, wanted: Entries, vocab_size: int) -> Non
                 f"{reader.folder} has no optimizer state {name.removeprefix(PREFIX)} that fits: resume with "
                 "--no-load-optim, or take the weights alone with --finetune"
             )
-    _read_padded(reader, wanted, stored)
+    read_entries(reader, wanted)

@@ -14,8 +14,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from opd_megatron.megatron.checkpoint import read_weights
-from opd_megatron.megatron.chunks import Entries, add_range, places_of
+from opd_megatron.megatron.checkpoint import check_weights, read_entries
+from opd_megatron.megatron.chunks import Entries, add_range, model_entries, places_of
 from opd_megatron.megatron.hf_weights import HFWeights, local_parameters, model_maps
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.safe_checkpoint import StepReader
@@ -55,12 +55,12 @@ def stream_to_hf(model: HiddenStateModel, source: Path, dtype: torch.dtype) -> I
     Raises ``UserError`` if the folder holds another model's weights, or is damaged.
     """
     reader = StepReader(source)
-    vocab_size = model.architecture.vocab_size
+    check_weights(reader, model_entries([model], to_write=False), model.architecture.vocab_size)
     places, parameters = places_of([model]), local_parameters(model)
     for row in model_maps(model):
         parameter = parameters[row.megatron_name]
         values = torch.empty(parameter.shape, dtype=dtype)
         entries: Entries = {}
         add_range(entries, places[parameter], lambda values=values: values, dtype)  # type: ignore[misc]
-        read_weights(reader, entries, vocab_size)
+        read_entries(reader, entries)
         yield from zip(row.hf_names, row.layout.split(row.layout.unshard([values])), strict=True)

@@ -126,6 +126,23 @@ def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: 
     return differing
 
 
+def train_and_save(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], rollouts: range, target: Path, source: Path | None
+) -> None:
+    """Train on ``rollouts``, from the checkpoint in ``source`` if there is one, and save in ``target``."""
+    settings = TRAINING | {"use_opd": True} | flags
+    if source is not None:
+        settings["start"] = StartingPoint("load", resolve_step(source))
+    trainer = _trainer(rendezvous, folder, settings)
+    if source is not None:
+        state = trainer.resume()
+        assert state is not None
+        assert state["rollouts"] == rollouts.start
+    for number in rollouts:
+        trainer.train(make_samples(number))
+    trainer.save(target, rollouts.stop, folder, {"rollouts": rollouts.stop})
+
+
 def random_start(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[str, Tensor]:
     """Seeded random weights as this layout draws them."""
     return exported(_trainer(rendezvous, folder, flags | {"start": StartingPoint("random", folder), "seed": 3}))

@@ -1,0 +1,100 @@
+"""A checkpoint of one layout goes on in another, with its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.megatron.support import VOCAB_SIZE, assert_equal_tensors, assert_same_tensors, stored_tensors
+from tests.parallel import work
+from tests.parallel.pool import WorkerPool
+from tests.parallel.test_products import FOUR
+
+pytestmark = pytest.mark.parallel
+
+DISTRIBUTED = {"use_distributed_optimizer": True}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "alone-distributed": DISTRIBUTED,
+    "tp2-sp-pp2": FOUR
+    | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+    "tp2-dp2-distributed": FOUR | DISTRIBUTED | {"tensor_model_parallel_size": 2},
+    "pp2-dp2": FOUR | {"pipeline_model_parallel_size": 2},
+    "dp4-distributed": FOUR | DISTRIBUTED,
+}
+KINDS: dict[str, dict[str, Any]] = {"adam": {}, "adam-bf16": {"bf16": True}, "sgd": {"optimizer": "sgd"}}
+Run = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def run(four: WorkerPool) -> Run:
+    """Call ``work.train_and_save`` in a layout."""
+
+    def in_layout(layout: str, kind: str, *arguments: Any, family: Path) -> None:
+        flags = LAYOUTS[layout] | KINDS[kind]
+        if layout.startswith("alone"):
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            work.train_and_save(work.Rendezvous(), family, flags, *arguments)
+            torch.set_num_threads(threads)
+        else:
+            four.run(work.train_and_save, family, flags, *arguments)
+
+    return in_layout
+
+
+def without_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows that are tokens: a vocabulary is padded for its layout, and the padding is zero."""
+    found = {}
+    for name, tensor in tensors.items():
+        padded = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        assert not padded or not tensor[VOCAB_SIZE:].any(), name
+        found[name] = tensor[:VOCAB_SIZE] if padded else tensor
+    return found
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("alone", "tp2-dp2-distributed"),
+        ("tp2-dp2-distributed", "pp2-dp2"),
+        ("pp2-dp2", "dp4-distributed"),
+        ("dp4-distributed", "tp2-sp-pp2"),
+        ("tp2-sp-pp2", "alone-distributed"),
+        ("alone-distributed", "alone"),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_three_steps_here_and_three_there_are_six_in_one_process(
+    run: Run, tmp_path: Path, folders: dict[str, Path], family: str, first: str, second: str
+) -> None:
+    folder = folders[family]
+    run("alone", "adam", range(6), tmp_path / "straight", None, family=folder)
+    run(first, "adam", range(3), tmp_path / "half", None, family=folder)
+    run(second, "adam", range(3, 6), tmp_path / "whole", tmp_path / "half", family=folder)
+    found, expected = (
+        without_padding(stored_tensors(tmp_path / name / "iter_0000006")) for name in ("whole", "straight")
+    )
+    assert_same_tensors(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_and_saved_again_is_the_same_to_the_bit(
+    run: Run, tmp_path: Path, folders: dict[str, Path], kind: str
+) -> None:
+    """Through every layout that the kind of optimizer has."""
+    folder = folders["qwen2-tied"]
+    run("alone", kind, range(2), tmp_path / "alone", None, family=folder)
+    expected = without_padding(stored_tensors(tmp_path / "alone" / "iter_0000002"))
+    source = tmp_path / "alone"
+    names = [name for name in LAYOUTS if kind != "sgd" or "distributed" not in name]
+    for name in [*names[1:], "alone"]:
+        target = tmp_path / f"by-{name}"
+        run(name, kind, range(2, 2), target, source, family=folder)
+        assert_equal_tensors(without_padding(stored_tensors(target / "iter_0000002")), expected)
+        source = target
