@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.megatron.checkpoint import check_weights, read_entries
-from opd_megatron.megatron.chunks import Entries, add_range, model_entries, places_of
+from opd_megatron.megatron.chunks import Entries, Place, add_range, model_entries, places_of
 from opd_megatron.megatron.hf_weights import HFWeights, local_parameters, model_maps
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.safe_checkpoint import StepReader
@@ -44,7 +44,8 @@ def _shard_of(row: ParameterMap, weights: HFWeights, dtype: torch.dtype) -> Call
 
     def read() -> Tensor:
         full = row.layout.merge([weights.tensor(name) for name in row.hf_names])
-        return row.layout.shard(full, rank, size).to(dtype).contiguous()
+        part = row.layout.shard(full, rank, size) if size > 1 else full
+        return part.to(dtype).contiguous()
 
     return read
 
@@ -59,8 +60,13 @@ def stream_to_hf(model: HiddenStateModel, source: Path, dtype: torch.dtype) -> I
     places, parameters = places_of([model]), local_parameters(model)
     for row in model_maps(model):
         parameter = parameters[row.megatron_name]
-        values = torch.empty(parameter.shape, dtype=dtype)
-        entries: Entries = {}
-        add_range(entries, places[parameter], lambda values=values: values, dtype)  # type: ignore[misc]
-        read_entries(reader, entries)
-        yield from zip(row.hf_names, row.layout.split(row.layout.unshard([values])), strict=True)
+        tensors = _read_row(reader, row, places[parameter], torch.empty(parameter.shape, dtype=dtype))
+        yield from zip(row.hf_names, tensors, strict=True)
+        del tensors  # before the next one is read
+
+
+def _read_row(reader: StepReader, row: ParameterMap, places: list[Place], values: Tensor) -> list[Tensor]:
+    entries: Entries = {}
+    add_range(entries, places, lambda: values, values.dtype)
+    read_entries(reader, entries)
+    return row.layout.split(values)  # a rank that is alone has the whole parameter

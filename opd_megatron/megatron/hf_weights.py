@@ -236,6 +236,7 @@ def write_hf_weights(
         writer.add(name, tensor)
         dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
         total += tensor.nbytes
+        del tensor  # before the stream makes the next one
     if writer is None or dtype is None:
         raise ValueError("there are no weights to write")
     shards.append(writer.close())

@@ -29,7 +29,6 @@ from opd_megatron.config.options import CheckpointOptions
 
 logger = logging.getLogger(__name__)
 
-_REMOVED = ".removed.tmp"
 _WEIGHT_FILES = (
     ".safetensors",
     ".safetensors.index.json",
@@ -104,6 +103,15 @@ def publish(temporary: Path, final: Path, hf_folder: Path) -> None:
     replace_folder(temporary, final)
     _write_text(root / TRACKER, final.name.removeprefix("iter_").lstrip("0") or "0")
     _sync_directory(root)
+    _clear_leftovers(root)
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Remove what killed processes left, but not a replaced folder that is all there is of its step."""
+    for leftover in root.glob("iter_*.tmp"):
+        own = leftover.with_name(leftover.name.removesuffix(REPLACED))
+        if own == leftover or own.exists():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def steps_to_remove(steps: Collection[int], saved: int, options: CheckpointOptions) -> list[int]:
@@ -126,17 +134,17 @@ def steps_to_remove(steps: Collection[int], saved: int, options: CheckpointOptio
 def remove_old_steps(root: Path, saved: int, options: CheckpointOptions) -> None:
     """Remove what :func:`steps_to_remove` names, provided that ``saved`` itself is complete.
 
-    A folder loses its name before its files go, so what a killed process leaves is no step; the next call removes it.
-    A folder that cannot be removed is a warning: the run goes on.
+    A folder loses its name before its files go, so what a killed process leaves is no step; the next save clears it
+    away. A folder that cannot be removed is a warning: the run goes on.
     """
     steps = complete_steps(root)
     if saved not in steps:
         return
     for step in steps_to_remove(steps, saved, options):
         folder = root / step_folder_name(step)
+        nameless = folder.with_name(folder.name + ".removed.tmp")
         try:
-            folder.rename(folder.with_name(folder.name + _REMOVED))
+            folder.rename(nameless)
+            shutil.rmtree(nameless)
         except OSError as error:
             logger.warning("%s was not removed: %s", folder, error)
-    for leftover in root.glob(f"iter_*{_REMOVED}"):
-        shutil.rmtree(leftover, ignore_errors=True)
