@@ -202,7 +202,9 @@ def _step_folders(folder: Path) -> Iterator[tuple[Step, Path]]:
 
 def _is_step_folder(folder: Path) -> bool:
     named = _step_of(folder.absolute()) is not None
-    return (folder / ".metadata").is_file() or (named and (folder / MANIFEST).is_file())
+    return (folder / ".metadata").is_file() or (
+        named and ((folder / MANIFEST).is_file() or any(folder.glob("*.distcp")))
+    )
 
 
 def _has_release(folder: Path) -> bool:
