@@ -123,7 +123,10 @@ def test_options_of_the_resumed_run_hold(saved: Path, folders: dict[str, Path]) 
 
 
 class MegatronFormat(strategies.TorchDistSaveShardedStrategy):
-    """Megatron's own translation of its sharded tensors, written in this process: its writers are forked and may hang."""
+    """Megatron's own translation of its sharded tensors, written in this process.
+
+    Its writers are forked, which hangs in a process with threads.
+    """
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         flat, _, _ = strategies._replace_state_dict_keys_with_sharded_keys(

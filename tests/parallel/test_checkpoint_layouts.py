@@ -98,3 +98,29 @@ def test_what_is_loaded_and_saved_again_is_the_same_to_the_bit(
         run(name, kind, range(2, 2), target, source, family=folder)
         assert_equal_tensors(without_padding(stored_tensors(target / "iter_0000002")), expected)
         source = target
+
+
+def test_a_model_to_score_with_loads_in_every_layout(
+    run: Run, four: WorkerPool, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    """From the checkpoint of a run in another layout: a teacher, or initial weights."""
+    run("tp2-sp-pp2", "adam", range(1), tmp_path / "run", None, family=folders["teacher"])
+    expected = work.load_and_export(work.Rendezvous(), folders["teacher"], {}, tmp_path / "run")
+    for layout in ("pp2-dp2", "tp2-dp2-distributed", "tp2-sp-pp2"):
+        found = four.run(work.load_and_export, folders["teacher"], LAYOUTS[layout], tmp_path / "run")[0]
+        assert_equal_tensors(found, expected)
+
+
+def test_damage_that_one_rank_meets_is_told_by_all(
+    run: Run, four: WorkerPool, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    """The file of the last rank has layers of the last stage only; the other ranks must not wait for it in vain."""
+    run("pp2-dp2", "adam", range(1), tmp_path, None, family=folders["qwen2"])
+    sizes = {path: path.stat().st_size for path in (tmp_path / "iter_0000001").glob("__2_*.distcp")}
+    for path, size in sizes.items():
+        path.write_bytes(bytes(size))
+    assert sizes
+    messages = four.run(work.refusal, folders["qwen2"], LAYOUTS["pp2-dp2"], tmp_path)
+    assert len(set(messages)) == 1
+    assert "iter_0000001" in messages[0]
+    assert "is damaged" in messages[0]

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, resolve_step
 from opd_megatron.megatron import distributed, vocab_head
-from opd_megatron.megatron.checkpoint import save_checkpoint
+from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import TeacherScores
@@ -101,6 +102,16 @@ def save_weights(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], ta
 def load_and_export(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path) -> dict[str, Tensor]:
     start = StartingPoint("ref_load", resolve_step(source))
     return exported(_trainer(rendezvous, folder, flags | {"start": start}))
+
+
+def refusal(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path) -> str:
+    """What loading weights says about a checkpoint that cannot be loaded."""
+    trainer = _trainer(rendezvous, folder, flags)
+    try:
+        load_weights(trainer.student, source)
+    except UserError as error:
+        return str(error)
+    return "loaded"
 
 
 def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path) -> list[str]:
