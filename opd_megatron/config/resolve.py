@@ -83,6 +83,11 @@ def student_architecture(options: Options) -> ModelArchitecture:
     return architecture
 
 
+def teacher_folder(options: Options) -> str | None:
+    """``--opd-teacher-load`` where it has an effect."""
+    return options.opd.opd_teacher_load if options.opd.use_opd else None
+
+
 def teacher_architecture(options: Options) -> ModelArchitecture:
     """The model of ``--opd-teacher-load``, which has nothing to do with MODEL_ARGS."""
     if options.opd.opd_teacher_load is None:

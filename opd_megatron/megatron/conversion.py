@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.megatron.checkpoint import check_weights, read_entries
 from opd_megatron.megatron.chunks import Entries, Place, add_range, model_entries, places_of
-from opd_megatron.megatron.hf_weights import HFWeights, local_parameters, model_maps
+from opd_megatron.megatron.hf_weights import HFWeights, local_parameters, model_maps, shard_place
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.safe_checkpoint import StepReader
 from opd_megatron.megatron.weight_map import ParameterMap
@@ -39,8 +38,7 @@ def entries_from_hf(model: HiddenStateModel, source: Path, dtype: torch.dtype) -
 
 
 def _shard_of(row: ParameterMap, weights: HFWeights, dtype: torch.dtype) -> Callable[[], Tensor]:
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank, size = shard_place(row)
 
     def read() -> Tensor:
         full = row.layout.merge([weights.tensor(name) for name in row.hf_names])

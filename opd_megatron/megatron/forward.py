@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import (
@@ -71,6 +72,9 @@ def run_micro_batches(
     ``(loss, result)``, where the losses of all micro-batches and ranks add up to the step's loss; without, only the
     result.
     """
+    wanted = len(micro_batches)
+    if not with_gradients and samples:
+        micro_batches = [*micro_batches, *[(0,)] * (_most_micro_batches(model, wanted) - wanted)]
     if not micro_batches:
         return []
     multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
@@ -78,7 +82,7 @@ def run_micro_batches(
 
     def forward_step(places_iterator: Any, _: Any) -> tuple[Tensor, Callable[..., Any]]:
         batch = build(samples, next(places_iterator), device=device, length_multiple=multiple)
-        hidden = module(batch.tokens_bs, batch.position_ids_bs, None)
+        hidden = module(batch.tokens_bs, batch.position_ids_bs, None, padding_mask=batch.sequences_bsn)
 
         def finish(output: Tensor, non_loss_data: bool = False) -> Any:
             result = last_stage(batch, response_rows(model, batch, output))
@@ -100,4 +104,16 @@ def run_micro_batches(
         forward_only=not with_gradients,
         collect_non_loss_data=not with_gradients,
     )
-    return results
+    return results[:wanted]
+
+
+def _most_micro_batches(model: HiddenStateModel, count: int) -> int:
+    """``count`` of the rank that has the most: ranks that share experts go through the layers together.
+
+    A step with gradients has as many on each rank by the rules for batch sizes.
+    """
+    if model.config.expert_model_parallel_size == 1:
+        return count
+    most = torch.tensor(count, device=cpu.device())
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return int(most)

@@ -27,8 +27,14 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
+
+from opd_megatron.megatron import moe
 
 
 def use_transformer_engine() -> bool:
@@ -153,9 +159,16 @@ def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds and of the final norm."""
     if use_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        dense = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        experts = moe.transformer_engine_layer_spec(config)
         norm = te.TENorm
     else:
-        layer, norm = _torch_layer_spec(config), RMSNorm
-    layers = get_num_layers_to_build(config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+        dense, norm = _torch_layer_spec(config), RMSNorm
+        experts = moe.torch_layer_spec(dense, RMSNorm)
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    first = get_transformer_layer_offset(config, pp_rank=rank)
+    layers = get_num_layers_to_build(config, pp_rank=rank)
+    kinds = moe.layer_pattern(config)[first : first + layers]
+    return TransformerBlockSubmodules(
+        layer_specs=[experts if has_experts else dense for has_experts in kinds], layer_norm=norm
+    )

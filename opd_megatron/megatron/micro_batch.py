@@ -3,7 +3,8 @@
 Sequences are padded on the right to the longest of the micro-batch. The model reads all tokens but the last, and only
 the positions that predict a response token reach the vocabulary head.
 
-Shape legend: ``b`` samples, ``s`` padded length, ``N`` response tokens of the micro-batch, sample after sample.
+Shape legend: ``b`` samples, ``s`` padded length, ``n`` sequences (here the samples), ``N`` response tokens of the
+micro-batch, sample after sample.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class MicroBatch:
     position_ids_bs: Tensor
     rows_N: Tensor
     targets_N: Tensor
+    sequences_bsn: Tensor
+    """Which of the ``n`` sequences each position is of; padding is of none. The routers of experts balance by it."""
 
     def split(self, values_N: Tensor) -> dict[int, np.ndarray]:
         """Cut ``[N, ...]`` values into one array per sample, by the sample's place."""
@@ -75,10 +78,12 @@ def build(
     longest = max(max(1, len(sample.tokens) - 1) for sample in chosen)
     padded = -(-longest // length_multiple) * length_multiple
     tokens_bs = np.zeros((len(chosen), padded), dtype=np.int64)
+    member_bsn = np.zeros((len(chosen), padded, len(chosen)), dtype=np.bool_)
     rows: list[np.ndarray] = []
     for row, sample in enumerate(chosen):
         inputs = sample.tokens[:-1]
         tokens_bs[row, : len(inputs)] = inputs
+        member_bsn[row, : len(inputs), row] = True
         first = len(sample.prompt_tokens) - 1
         # Megatron's hidden states are [s, b, h], so position p of sample `row` is flat row p * b + row.
         rows.append((first + np.arange(sample.response_length)) * len(chosen) + row)
@@ -89,4 +94,5 @@ def build(
         position_ids_bs=torch.arange(padded, device=device).expand(len(chosen), padded),
         rows_N=torch.from_numpy(np.concatenate(rows)).to(device),
         targets_N=torch.from_numpy(np.concatenate([sample.response_tokens for sample in chosen])).to(device),
+        sequences_bsn=torch.from_numpy(member_bsn).to(device),
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture, RopeScaling
 from opd_megatron.config.options import ParallelOptions
-from opd_megatron.megatron import cpu
+from opd_megatron.megatron import cpu, moe
 from opd_megatron.megatron.layers import block_spec
 
 
@@ -32,6 +32,11 @@ class HiddenStateModel(GPTModel):
     """
 
     architecture: ModelArchitecture
+
+    def _preprocess(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Hand ``padding_mask`` to the layers as it is: routers expect ``[b, s, n]`` (see ``moe.ExpertRouter``)."""
+        *inputs, _ = super()._preprocess(*args, **kwargs)
+        return *inputs, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -45,10 +50,12 @@ class HiddenStateModel(GPTModel):
 
 
 def transformer_config(
-    architecture: ModelArchitecture, parallel: ParallelOptions, dtype: torch.dtype
+    architecture: ModelArchitecture, parallel: ParallelOptions, dtype: torch.dtype, router_dtype: str | None = None
 ) -> TransformerConfig:
     """Megatron's configuration of ``architecture`` under the process groups of this run."""
+    mixture = architecture.mixture
     return TransformerConfig(
+        **(moe.mixture_settings(mixture, parallel, router_dtype) if mixture else {}),
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -93,6 +100,7 @@ def build_model(
     *,
     dtype: torch.dtype,
     make_vocab_size_divisible_by: int,
+    router_dtype: str | None = None,
     without_memory: bool = False,
 ) -> HiddenStateModel:
     """This rank's part of the model, its weights not yet set; process groups must be initialised.
@@ -104,7 +112,7 @@ def build_model(
             return build_model(
                 architecture, parallel, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by
             )
-    config = transformer_config(architecture, parallel, dtype)
+    config = transformer_config(architecture, parallel, dtype, router_dtype)
     model = HiddenStateModel(
         config=config,
         transformer_layer_spec=block_spec(config),
@@ -118,6 +126,7 @@ def build_model(
     )
     model.architecture = architecture
     _mark_sharded_weights(model)
+    moe.mark_expert_weights(model)
     if architecture.rope_scaling is not None:
         # Megatron-Core fixes the original context of Llama 3's scaling at 8192, so the frequencies are set from here.
         model.rotary_pos_emb.inv_freq = scale_frequencies(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)

@@ -26,6 +26,7 @@ from opd_megatron.config.checkpoint_paths import (
     step_folder_name,
 )
 from opd_megatron.config.options import CheckpointOptions
+from opd_megatron.system import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,8 @@ _WEIGHT_FILES = (
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(path) as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def temporary_name(folder: Path) -> Path:

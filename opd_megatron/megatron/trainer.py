@@ -25,13 +25,14 @@ from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
+from opd_megatron.megatron.baseline import kl_and_baseline
 from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.micro_batch import MicroBatch, plan, rank_share
 from opd_megatron.megatron.model import HiddenStateModel, build_model
+from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
 from opd_megatron.megatron.step_folders import remove_old_steps
-from opd_megatron.megatron.vocab_head import reverse_kl
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
@@ -85,6 +86,7 @@ class MegatronTrainer:
             initialize_weights(self.student, self.options.training.seed)
         else:
             checkpoint.load_model_folder(self.student, spec.start.folder)
+        set_load_balancing(self.student, self.options)
         self.wrapped = wrap_model(self.student, self.options.optimizer)
         self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
         decay, warmup = schedule_steps(self.options, spec.num_rollouts)
@@ -98,6 +100,7 @@ class MegatronTrainer:
             self.options.parallel,
             dtype=torch.bfloat16 if self.options.optimizer.bf16 else torch.float32,
             make_vocab_size_divisible_by=self.options.model.make_vocab_size_divisible_by,
+            router_dtype=self.options.model.moe_router_dtype,
         )
 
     def _load_frozen(self, spec: FrozenModel) -> HiddenStateModel:
@@ -199,7 +202,7 @@ class MegatronTrainer:
                 "Lower --lr, or see docs/troubleshooting.md"
             )
         self.scheduler.step(increment=1)
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.student)}
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         log_probs = {place: array for part in results for place, array in part[1].items()} if self.reports else {}
@@ -212,6 +215,7 @@ class MegatronTrainer:
         objective = self.options.objective
         weights_N = batch.join(weights)
         mask_N = batch.join([sample.loss_mask for sample in samples])
+        exact_kl_N, quietest_N = self._exact_moments(batch, rows_Nh) if self._teacher_hidden else (None, None)
         if objective.loss_type == "sft_loss":
             loss, statistics = sft_objective(log_probs_N, weights_N, mask_N)
         else:
@@ -223,12 +227,14 @@ class MegatronTrainer:
                 advantages_N=_joined(batch, [sample.advantages for sample in samples], "advantages"),
                 old_log_probs_N=_joined_if_any(batch, [sample.old_log_probs for sample in samples]),
                 ref_log_probs_N=_joined_if_any(batch, [sample.ref_log_probs for sample in samples]),
+                opd_baseline_N={"none": None, "kl": exact_kl_N, "optimal": quietest_N}[self.options.opd.opd_baseline],
                 **self._teacher_inputs(samples, batch),
             )
             coefficient = self.options.opd.opd_kl_coef if self.options.opd.use_opd else None
             loss, statistics = policy_objective(inputs, objective, coefficient)
-        if self._teacher_hidden:
-            statistics["opd/reverse_kl_exact"] = self._exact_kl(batch, rows_Nh, mask_N)
+        if exact_kl_N is not None:
+            sums = torch.stack([exact_kl_N[mask_N].double().sum(), mask_N.sum().double()])
+            statistics["opd/reverse_kl_exact"] = sums
         return loss, (statistics, batch.split(log_probs_N))
 
     def _teacher_inputs(self, samples: Sequence[Sample], batch: MicroBatch) -> dict[str, Tensor]:
@@ -241,10 +247,10 @@ class MegatronTrainer:
             "teacher_valid_N": batch.join([score.valid_T for score in scores if score is not None]),
         }
 
-    def _exact_kl(self, batch: MicroBatch, rows_Nh: Tensor, mask_N: Tensor) -> Tensor:
-        """Statistic ``[sum, tokens]`` of KL(student || teacher) over the vocabulary on trained tokens."""
+    def _exact_moments(self, batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N]`` KL(student || teacher) over the vocabulary and the baseline of least variance, without gradient."""
         hidden = torch.cat([self._teacher_hidden[place] for place in batch.indices]).to(rows_Nh.device)
-        kl_N = reverse_kl(
+        return kl_and_baseline(
             rows_Nh.detach(),
             self.student.head_weight(),
             hidden,
@@ -253,7 +259,6 @@ class MegatronTrainer:
             vocab_size=self.spec.architecture.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        return torch.stack([kl_N[mask_N].double().sum(), mask_N.sum().double()])
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""

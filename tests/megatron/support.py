@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from opd_megatron.config.architecture import ModelArchitecture, architecture_from_hf, read_hf_config
 from opd_megatron.config.options import Options
@@ -26,6 +34,7 @@ from opd_megatron.megatron.trainer import FrozenModel, MegatronTrainer, ModelNam
 from opd_megatron.sample import Sample, TeacherScores
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+MIXTURES = ("qwen3_moe", "qwen2_moe")
 VOCAB_SIZE = 53
 ORIGINAL_CONTEXT = 16
 """Original context of the scaled RoPE of the tiny Llama."""
@@ -44,7 +53,10 @@ GRADIENT_FLAGS: dict[str, Any] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Two layers, 4 heads in 2 groups, an odd vocabulary; Qwen3 is tied, and its heads are not hidden / heads wide."""
+    """Two layers, 4 heads in 2 groups, an odd vocabulary; Qwen3 is tied, and its heads are not hidden / heads wide.
+
+    The mixtures choose 2 of 4 experts; that of Qwen2 has a shared expert, does not normalise, and one dense layer.
+    """
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -68,7 +80,20 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": ORIGINAL_CONTEXT,
         }
-    classes = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+    if family in MIXTURES:
+        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    if family == "qwen3_moe":
+        settings["head_dim"] = 12
+    if family == "qwen2_moe":
+        settings |= {"norm_topk_prob": False, "shared_expert_intermediate_size": 40, "num_hidden_layers": 4}
+        settings["mlp_only_layers"] = [1]
+    classes = {
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "llama": LlamaConfig,
+        "qwen2_moe": Qwen2MoeConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+    }
     return classes[family](**(settings | overrides))
 
 
