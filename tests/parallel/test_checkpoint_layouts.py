@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.megatron.support import VOCAB_SIZE, assert_equal_tensors, assert_same_tensors, stored_tensors
+from tests.megatron.support import (
+    VOCAB_SIZE,
+    assert_equal_tensors,
+    assert_same_tensors,
+    save_reference,
+    stored_tensors,
+    tiny_config,
+)
 from tests.parallel import work
 from tests.parallel.pool import WorkerPool
 from tests.parallel.test_products import FOUR
@@ -27,6 +34,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-dp2": FOUR | {"pipeline_model_parallel_size": 2},
     "dp4-distributed": FOUR | DISTRIBUTED,
 }
+EXPERTS: dict[str, dict[str, Any]] = {
+    "ep2-dp2-distributed": FOUR | DISTRIBUTED | {"expert_model_parallel_size": 2},
+    "pp2-ep2-distributed": FOUR | DISTRIBUTED | {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    "tp2-ep2": FOUR | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
+}
 KINDS: dict[str, dict[str, Any]] = {"adam": {}, "adam-bf16": {"bf16": True}, "sgd": {"optimizer": "sgd"}}
 Run = Callable[..., None]
 
@@ -36,7 +48,7 @@ def run(four: WorkerPool) -> Run:
     """Call ``work.train_and_save`` in a layout."""
 
     def in_layout(layout: str, kind: str, *arguments: Any, family: Path) -> None:
-        flags = LAYOUTS[layout] | KINDS[kind]
+        flags = (LAYOUTS | EXPERTS)[layout] | KINDS[kind]
         if layout.startswith("alone"):
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -46,6 +58,11 @@ def run(four: WorkerPool) -> Run:
             four.run(work.train_and_save, family, flags, *arguments)
 
     return in_layout
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reference(tmp_path_factory.mktemp("mixture"), tiny_config("qwen3_moe"))
 
 
 def without_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,17 +76,16 @@ def without_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("family", "first", "second"),
     [
-        ("alone", "tp2-dp2-distributed"),
-        ("tp2-dp2-distributed", "pp2-dp2"),
-        ("pp2-dp2", "dp4-distributed"),
-        ("dp4-distributed", "tp2-sp-pp2"),
-        ("tp2-sp-pp2", "alone-distributed"),
-        ("alone-distributed", "alone"),
+        ("qwen2", "alone", "tp2-dp2-distributed"),
+        ("qwen3", "tp2-dp2-distributed", "pp2-dp2"),
+        ("qwen2", "pp2-dp2", "dp4-distributed"),
+        ("qwen3", "dp4-distributed", "tp2-sp-pp2"),
+        ("qwen2", "tp2-sp-pp2", "alone-distributed"),
+        ("qwen2", "alone-distributed", "alone"),
     ],
 )
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_three_steps_here_and_three_there_are_six_in_one_process(
     run: Run, tmp_path: Path, folders: dict[str, Path], family: str, first: str, second: str
 ) -> None:
@@ -98,6 +114,21 @@ def test_what_is_loaded_and_saved_again_is_the_same_to_the_bit(
         run(name, kind, range(2, 2), target, source, family=folder)
         assert_equal_tensors(without_padding(stored_tensors(target / "iter_0000002")), expected)
         source = target
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("ep2-dp2-distributed", "tp2-ep2"), ("tp2-ep2", "alone"), ("alone", "pp2-ep2-distributed")]
+)
+def test_experts_move_with_their_moments(run: Run, tmp_path: Path, mixture: Path, first: str, second: str) -> None:
+    """They have an optimizer of their own where they are spread over ranks."""
+    run("alone", "adam", range(4), tmp_path / "straight", None, family=mixture)
+    run(first, "adam", range(2), tmp_path / "half", None, family=mixture)
+    run(second, "adam", range(2, 4), tmp_path / "whole", tmp_path / "half", family=mixture)
+    found, expected = (
+        without_padding(stored_tensors(tmp_path / name / "iter_0000004")) for name in ("whole", "straight")
+    )
+    assert any("experts" in name and "exp_avg_sq" in name for name in expected)
+    assert_same_tensors(found, expected, 1e-5)
 
 
 def test_a_model_to_score_with_loads_in_every_layout(
