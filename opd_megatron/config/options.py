@@ -100,6 +100,12 @@ class ParallelOptions:
     expert_tensor_parallel_size: int | None = option(
         None, "tensor-parallel ranks of one expert (default: --tensor-model-parallel-size)", minimum=1
     )
+    context_parallel_size: int = option(1, "ranks that share each sequence (zigzag)", minimum=1)
+    qkv_format: str = option(
+        "thd",
+        "how sequences lie in a micro-batch: thd, packed end to end; bshd, padded to the longest",
+        choices=("thd", "bshd"),
+    )
     sequence_parallel: bool = option(False, "split the activations between tensor-parallel regions by sequence")
     recompute_granularity: str | None = option(None, "recompute activations in backward", choices=("full", "selective"))
     recompute_method: str | None = option(
@@ -148,6 +154,10 @@ class OptimizerOptions:
     bf16: bool = option(False, "train in bfloat16 with float32 master weights (default: float32)")
     accumulate_allreduce_grads_in_fp32: bool = option(False, "gradients in float32 with --bf16")
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over data-parallel ranks")
+    overlap_grad_reduce: bool = option(False, "sum gradients over the ranks while the backward pass goes on")
+    overlap_param_gather: bool = option(
+        False, "gather the distributed optimizer's weights while the next forward pass goes on"
+    )
 
 
 @dataclass(frozen=True)
@@ -321,6 +331,12 @@ class TrainingOptions:
         None, "samples per optimizer step (default: all samples of a rollout)", unit="samples", minimum=1
     )
     micro_batch_size: int = option(1, "samples per forward pass of one rank", unit="samples", minimum=1)
+    use_dynamic_batch_size: bool = option(
+        False, "micro-batches by --max-tokens-per-gpu, and data-parallel ranks balanced by their work"
+    )
+    max_tokens_per_gpu: int | None = option(
+        None, "tokens per forward pass of one rank with --use-dynamic-batch-size", unit="tokens", minimum=1
+    )
     seed: int = option(1234, "seed of initial weights, shuffles and sampling", minimum=0)
 
 
@@ -377,7 +393,11 @@ class Options:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
-        return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+        """Ranks that hold one copy of the model and share its sequences."""
+        parallel = self.parallel
+        return (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        )
 
     @property
     def data_parallel_size(self) -> int:

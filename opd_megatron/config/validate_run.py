@@ -55,6 +55,16 @@ def _batch_faults(options: Options) -> Iterator[str]:
             )
         if training.global_batch_size is not None:
             samples = f"--global-batch-size {training.global_batch_size}"
+    if training.use_dynamic_batch_size:
+        if training.max_tokens_per_gpu is None:
+            yield "--use-dynamic-batch-size needs --max-tokens-per-gpu"
+        if "micro_batch_size" in options.given:
+            yield "--micro-batch-size has no effect with --use-dynamic-batch-size: leave out one of them"
+        if options.parallel.qkv_format == "bshd":
+            yield "--use-dynamic-batch-size counts packed tokens: leave out --qkv-format bshd"
+        return
+    if training.max_tokens_per_gpu is not None:
+        yield "--max-tokens-per-gpu has no effect without --use-dynamic-batch-size: add it"
     if options.world_size % options.model_parallel_size:
         return
     forward = training.micro_batch_size * options.data_parallel_size
@@ -71,12 +81,14 @@ def _layout_faults(options: Options) -> Iterator[str]:
     if options.world_size % options.model_parallel_size:
         yield (
             f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} does not divide the {options.world_size} ranks of "
-            f"--actor-num-nodes {options.cluster.actor_num_nodes} x --actor-num-gpus-per-node "
-            f"{options.cluster.actor_num_gpus_per_node}"
+            f"{parallel.pipeline_model_parallel_size} x --context-parallel-size {parallel.context_parallel_size} does "
+            f"not divide the {options.world_size} ranks of --actor-num-nodes {options.cluster.actor_num_nodes} x "
+            f"--actor-num-gpus-per-node {options.cluster.actor_num_gpus_per_node}"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out"
+    if parallel.context_parallel_size > 1 and parallel.qkv_format == "bshd":
+        yield "--context-parallel-size splits packed sequences: leave out --qkv-format bshd"
     yield from expert_layout_faults(options.parallel, options.world_size)
 
 
@@ -180,6 +192,8 @@ def _schedule_faults(options: Options) -> Iterator[str]:
         yield f"--lr-warmup-init {settings.lr_warmup_init:g} is above --lr {settings.lr:g}"
     if settings.lr_warmup_fraction is not None and settings.lr_warmup_iters:
         yield "--lr-warmup-fraction and --lr-warmup-iters say the same thing: leave out one of them"
+    if settings.overlap_param_gather and not (settings.use_distributed_optimizer and settings.overlap_grad_reduce):
+        yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add them"
     if settings.use_distributed_optimizer and settings.optimizer != "adam":
         yield f"--use-distributed-optimizer does not go with --optimizer {settings.optimizer}: use adam"
     length = options.data.num_rollout

@@ -41,12 +41,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
     ),
     "absurd numbers": (
-        BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300",
+        BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300 "
+        "--lr 1e300",
         (
             f"--seed {10**30}: must be at most 2147483647",
             f"--num-rollout {2**31}: must be at most",
             "--opd-teacher-timeout 1e30: must be at most 1e+07",
             "--distributed-timeout-minutes 1e300: must be at most",
+            "--lr 1e300: is too large for a 32-bit number",
         ),
     ),
     "top-k of zero": (BASE + "--rollout-top-k 0", ("--rollout-top-k 0: must be -1 (off) or at least 1",)),

@@ -15,7 +15,7 @@ from torch import Tensor
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, resolve_step
-from opd_megatron.megatron import distributed, vocab_head
+from opd_megatron.megatron import distributed
 from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
@@ -64,6 +64,16 @@ def gradients(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics of the first step and every parameter's gradient."""
     return step_gradients(_trainer(rendezvous, folder, flags | LOSSES[loss] | GRADIENT_FLAGS), make_samples(1))
+
+
+def step_and_scores(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Tensor], dict[int, Any]]:
+    """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it."""
+    terms: dict[str, Any] = {"entropy_coef": 0.01, "rollout_temperature": 0.8, "calculate_per_token_loss": True}
+    trainer = _trainer(rendezvous, folder, flags | LOSSES["opd"] | GRADIENT_FLAGS | terms)
+    scores = trainer.score("student", make_samples(1))
+    return *step_gradients(trainer, make_samples(1)), scores
 
 
 def losses(
@@ -190,53 +200,3 @@ def run_tool(rendezvous: Rendezvous, tool: str, arguments: list[str]) -> None:
 def random_start(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[str, Tensor]:
     """Seeded random weights as this layout draws them."""
     return exported(_trainer(rendezvous, folder, flags | {"start": StartingPoint("random", folder), "seed": 3}))
-
-
-def vocab_head_errors(
-    rendezvous: Rendezvous, vocab_size: int, temperature: float, chunk_elements: int
-) -> dict[str, float]:
-    """Largest differences between the split head and dense float64 arithmetic: values and gradients."""
-    size = rendezvous.world_size
-    distributed.initialize(rendezvous, ParallelOptions(tensor_model_parallel_size=size), seed=0)
-    group = parallel_state.get_tensor_model_parallel_group()
-    generator = torch.Generator().manual_seed(0)
-    tokens, padded = 9, 16
-    hidden = torch.randn(tokens, 6, dtype=torch.float64, generator=generator).requires_grad_()
-    weight = torch.randn(padded, 6, dtype=torch.float64, generator=generator)
-    weight[vocab_size:] *= 50
-    weight.requires_grad_()
-    target = torch.randint(0, vocab_size, (tokens,), generator=generator)
-    factors = torch.randn(2, tokens, dtype=torch.float64, generator=generator)
-    dense = torch.log_softmax(hidden @ weight[:vocab_size].t() / temperature, dim=-1)
-    expected = dense.gather(1, target[:, None])[:, 0], -(dense.exp() * dense).sum(-1)
-    expected_gradients = torch.autograd.grad((factors * torch.stack(expected)).sum(), (hidden, weight))
-
-    mine = weight.detach().chunk(size)[rendezvous.rank].clone().requires_grad_()
-    before, vocab_head.CHUNK_ELEMENTS = vocab_head.CHUNK_ELEMENTS, chunk_elements
-    try:
-        found = vocab_head.token_log_probs(
-            hidden, mine, target, temperature=temperature, vocab_size=vocab_size, group=group
-        )
-        hidden_gradient, weight_gradient = torch.autograd.grad((factors * torch.stack(found)).sum(), (hidden, mine))
-        kl = vocab_head.reverse_kl(
-            hidden.detach().float(),
-            mine.detach().float(),
-            hidden.detach().float().flip(1),
-            mine.detach().float(),
-            temperature=temperature,
-            vocab_size=vocab_size,
-            group=group,
-        )
-    finally:
-        vocab_head.CHUNK_ELEMENTS = before
-    hidden_gradient = hidden_gradient.clone()
-    dist.all_reduce(hidden_gradient, group=group)
-    other = torch.log_softmax(hidden.flip(1) @ weight[:vocab_size].t() / temperature, dim=-1)
-    pairs = {
-        "log_probs": (found[0], expected[0]),
-        "entropy": (found[1], expected[1]),
-        "hidden gradient": (hidden_gradient, expected_gradients[0]),
-        "weight gradient": (weight_gradient, expected_gradients[1].chunk(size)[rendezvous.rank]),
-        "reverse_kl": (kl.double(), (dense.exp() * (dense - other)).sum(-1)),
-    }
-    return {name: float((left - right).abs().max()) for name, (left, right) in pairs.items()}

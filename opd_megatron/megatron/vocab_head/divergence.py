@@ -1,0 +1,226 @@
+"""Divergences between student and teacher, differentiable in the student's hidden rows and output weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd_megatron.megatron.vocab_head.align import AlignedWeight, align
+from opd_megatron.megatron.vocab_head.selected import selected_log_probs
+from opd_megatron.megatron.vocab_head.shard import (
+    HeadGradients,
+    VocabShard,
+    blocks,
+    log_sum_exp,
+    log_sum_over_ranks,
+    statistics_dtype,
+    write_logits,
+)
+from opd_megatron.objectives import divergences
+from opd_megatron.objectives.divergences import Divergence
+
+
+class BothLogits:
+    """Student's and teacher's logits of one chunk at a time, in two buffers that are used again."""
+
+    def __init__(
+        self, student_Nh: Tensor, weight_Vh: Tensor, teacher_Nk: Tensor, teacher: AlignedWeight, shard: VocabShard
+    ) -> None:
+        self.student_Nh, self.weight_Vh, self.teacher_Nk = student_Nh, weight_Vh[: shard.columns], teacher_Nk
+        self.teacher, self.shard = teacher, shard
+        self.buffers = shard.buffer(student_Nh), shard.buffer(student_Nh)
+
+    def of(self, part: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        student_CV, teacher_CV = (buffer[: part.stop - part.start] for buffer in self.buffers)
+        write_logits(student_CV, self.student_Nh[part], self.weight_Vh, temperature)
+        self.teacher.write_logits(teacher_CV, self.teacher_Nk[part], temperature)
+        return student_CV, teacher_CV
+
+    def log_normalizers(self, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+        """``[2, C]`` over all ranks."""
+        sums_2C = student_CV.new_full((2, student_CV.shape[0]), -torch.inf)
+        for rows in blocks(student_CV):
+            sums_2C[0, rows], sums_2C[1, rows] = log_sum_exp(student_CV[rows]), log_sum_exp(teacher_CV[rows])
+        return log_sum_over_ranks(self.shard.gather(sums_2C))
+
+
+class _FullDivergence(torch.autograd.Function):
+    """Forward keeps three numbers per token; backward makes both sides' logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_Nh: Tensor,
+        weight_Vh: Tensor,
+        teacher_Nk: Tensor,
+        teacher: AlignedWeight,
+        divergence: Divergence,
+        temperature: float,
+        shard: VocabShard,
+    ) -> Tensor:
+        tokens = hidden_Nh.shape[0]
+        both = BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
+        dtype = statistics_dtype(hidden_Nh)
+        log_normalizers_2N = hidden_Nh.new_zeros((2, tokens), dtype=dtype)
+        # rows: value, sum of the slopes
+        sums_2N = hidden_Nh.new_zeros((2, tokens), dtype=dtype)
+        for part in shard.chunks(tokens, hidden_Nh.device):
+            student_CV, teacher_CV = both.of(part, temperature)
+            normalizers_2C = log_normalizers_2N[:, part] = both.log_normalizers(student_CV, teacher_CV)
+            for rows in blocks(student_CV):
+                terms_RV, slopes_RV = divergence(
+                    student_CV[rows].sub_(normalizers_2C[0, rows, None]),
+                    teacher_CV[rows].sub_(normalizers_2C[1, rows, None]),
+                )
+                sums_2N[0, part][rows], sums_2N[1, part][rows] = terms_RV.sum(-1), slopes_RV.sum(-1)
+        value_N, slope_N = shard.sum(sums_2N)
+        ctx.save_for_backward(hidden_Nh, weight_Vh, teacher_Nk, log_normalizers_2N, slope_N.clone())
+        ctx.constants = teacher, divergence, temperature, shard
+        return value_N.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_Nh, weight_Vh, teacher_Nk, log_normalizers_2N, slope_N = ctx.saved_tensors
+        teacher, divergence, temperature, shard = ctx.constants
+        both = BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
+        gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
+        scale_N = grads[0].to(slope_N.dtype) / temperature
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
+            student_CV, teacher_CV = both.of(part, temperature)
+            for block in blocks(student_CV):
+                rows = slice(part.start + block.start, part.start + block.stop)
+                log_student_RV = student_CV[block].sub_(log_normalizers_2N[0, rows, None])
+                log_teacher_RV = teacher_CV[block].sub_(log_normalizers_2N[1, rows, None])
+                _, slopes_RV = divergence(log_student_RV, log_teacher_RV)
+                log_student_RV.exp_().mul_(-slope_N[rows, None]).add_(slopes_RV).mul_(scale_N[rows, None])
+            gradients.add(part, student_CV)
+        return gradients.hidden_Nh, gradients.weight_Vh, None, None, None, None, None
+
+
+class _ClassDivergence(torch.autograd.Function):
+    """A divergence over few classes ``[N, X]`` with the slopes as gradient of the student's log-probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, log_student_NX: Tensor, log_teacher_NX: Tensor, divergence: Divergence) -> Tensor:
+        terms_NX, slopes_NX = divergence(log_student_NX, log_teacher_NX)
+        ctx.save_for_backward(slopes_NX)
+        return terms_NX.sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes_NX,) = ctx.saved_tensors
+        grad_N1 = grads[0][:, None]
+        # a token that no loss uses may have a record of anything, NaN included
+        return torch.where(grad_N1 == 0, 0.0, grad_N1 * slopes_NX), None, None
+
+
+def _on_masked(mask_N: Tensor | None, of_rows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``of_rows`` of the tokens where the mask is true; 0 elsewhere, whatever the tensors hold there."""
+    if mask_N is None:
+        return of_rows(*tensors)
+    places = mask_N.nonzero()[:, 0]
+    values = of_rows(*[tensor.index_select(0, places) for tensor in tensors])
+    return values.new_zeros(mask_N.shape).index_copy(0, places, values)
+
+
+def full_divergence(
+    student_hidden_Nh: Tensor,
+    student_weight_Vh: Tensor,
+    teacher_hidden_Nk: Tensor,
+    teacher_weight_Vk: Tensor,
+    divergence: Divergence,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    mask_N: Tensor | None = None,
+) -> Tensor:
+    """``divergence`` (see ``objectives.divergences``) per token over the whole vocabulary, ``[N]`` float32.
+
+    Differentiable in the student's hidden rows and weight; the teacher is constant. Hidden sizes, dtypes and paddings
+    of the vocabulary may differ; both sides are split over ``group``. Where the paddings differ, the rows of the
+    teacher's weight that another rank's student columns need are sent there in each call and kept until backward.
+    Tokens where ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient.
+
+    Extra memory: both sides' logits of a chunk in float32. For inputs of fewer bits, and for the gradient of hidden
+    rows over several ranks, see :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`. Raises
+    ``ValueError`` if one of the weights has too few rows for ``vocab_size``.
+    """
+    shard = VocabShard.of(student_weight_Vh, vocab_size, group)
+    teacher = align(teacher_weight_Vk, shard)
+
+    def of_rows(student_Mh: Tensor, teacher_Mk: Tensor) -> Tensor:
+        value_M: Tensor = _FullDivergence.apply(
+            student_Mh, student_weight_Vh, teacher_Mk, teacher, divergence, temperature, shard
+        )
+        return value_M
+
+    return _on_masked(mask_N, of_rows, student_hidden_Nh, teacher_hidden_Nk.detach())
+
+
+def record_divergence(
+    hidden_Nh: Tensor,
+    weight_Vh: Tensor,
+    top_ids_NK: Tensor,
+    top_log_probs_NK: Tensor,
+    tail_log_mass_N: Tensor,
+    divergence: Divergence,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    mask_N: Tensor | None = None,
+) -> Tensor:
+    """``divergence`` per token between the student and a teacher's top-k record, over K+1 classes, ``[N]`` float32.
+
+    The classes are the teacher's tokens and all others together; the record is that of
+    ``opd_megatron.sample.TeacherScores``, taken at ``temperature``. An entry of ``-inf`` is no class of its own: its
+    token counts with the others, and its id may be anything. Merging classes never raises a divergence, so this is a
+    lower bound of the one over the vocabulary. Differentiable in ``hidden_Nh`` and ``weight_Vh``. Tokens where
+    ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient, whatever their record holds. Memory and
+    the gradient's parts over ranks are those of
+    :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`.
+    """
+
+    def of_rows(hidden_Mh: Tensor, ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Tensor:
+        ids_MK = ids_MK.masked_fill(log_probs_MK == -torch.inf, -1)
+        student_MK, rest_M, _ = selected_log_probs(
+            hidden_Mh, weight_Vh, ids_MK, temperature=temperature, vocab_size=vocab_size, group=group
+        )
+        log_student_MX = torch.cat([student_MK, rest_M[:, None]], dim=1)
+        log_teacher_MX = torch.cat([log_probs_MK, tail_M[:, None]], dim=1).to(log_student_MX.dtype)
+        value_M: Tensor = _ClassDivergence.apply(log_student_MX, log_teacher_MX, divergence)
+        return value_M
+
+    return _on_masked(mask_N, of_rows, hidden_Nh, top_ids_NK, top_log_probs_NK, tail_log_mass_N)
+
+
+@torch.no_grad()
+def reverse_kl(
+    student_hidden_Nh: Tensor,
+    student_weight_Vh: Tensor,
+    teacher_hidden_Nk: Tensor,
+    teacher_weight_Vk: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Exact ``KL(student || teacher)`` per token over the whole vocabulary, ``[N]`` float32, without gradient.
+
+    See :func:`full_divergence`.
+    """
+    return full_divergence(
+        student_hidden_Nh,
+        student_weight_Vh,
+        teacher_hidden_Nk,
+        teacher_weight_Vk,
+        divergences.reverse_kl,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        group=group,
+    )
