@@ -147,6 +147,20 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "step of a resume": (BASE + "--load $checkpoint --ckpt-step 6", ("--ckpt-step", "not in", "(it has 5, 10)")),
     "step without resume": (BASE + "--load $root/nowhere --ckpt-step 6", ("--ckpt-step", "no complete checkpoint")),
     "step without load": (BASE + "--ckpt-step 6", ("--ckpt-step is a step of --load",)),
+    "ways to load nothing": (
+        BASE + "--finetune --no-load-optim --no-load-rng",
+        (
+            "--finetune says how --load is read",
+            "--no-load-optim says how --load is read",
+            "--no-load-rng says how --load is read",
+            "--finetune loads weights alone: leave out --no-load-optim and --no-load-rng",
+        ),
+    ),
+    "finetune from nothing": (BASE + "--load $root/nowhere --finetune", ("--finetune has no weights to begin from",)),
+    "retained steps that are never saved": (
+        BASE + "--save-interval 4 --save-retain-interval 10",
+        ("--save-retain-interval 10 must be a multiple of --save-interval",),
+    ),
     "no prompts": (BASE + "--prompt-data $root/nowhere.jsonl", ("--prompt-data", "no such file")),
     "empty prompts": (BASE + "--prompt-data $empty_prompts", ("--prompt-data", "no rows")),
     "bad prompts": (BASE + "--prompt-data $bad_prompts", ("--prompt-data", "line 2", "line 3", "--input-key")),

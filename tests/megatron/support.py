@@ -18,9 +18,11 @@ from opd_megatron.config.architecture import ModelArchitecture, architecture_fro
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint
 from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
+from opd_megatron.megatron.chunks import ChunkedTensor
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.forward import add_over_context, run_micro_batches
 from opd_megatron.megatron.micro_batch import MicroBatch
+from opd_megatron.megatron.safe_checkpoint import StepReader
 from opd_megatron.megatron.trainer import FrozenModel, MegatronTrainer, ModelName, TrainerSpec
 from opd_megatron.sample import Sample, TeacherScores
 from tests.support.models import FAMILIES as FAMILIES
@@ -221,6 +223,19 @@ def optimizer_state(trainer: MegatronTrainer) -> dict[str, Tensor]:
             state = {name: value for name, value in part.optimizer.state[weight].items() if torch.is_tensor(value)}
             for name, tensor in ({"weight": weight} | state).items():
                 found[f"{part_number}.{number}.{name}"] = tensor.detach().clone()
+    return found
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a torch_dist step folder as a whole: weights and optimizer state, by name."""
+    reader = StepReader(folder)
+    found: dict[str, Tensor] = {}
+    for name, entry in reader.tensors().items():
+        shape = tuple(entry.size)
+        found[name] = torch.full(shape, torch.nan, dtype=entry.properties.dtype)
+        whole = ChunkedTensor(shape, found[name].dtype)
+        whole.add(((0,) * len(shape), shape), lambda name=name: found[name])  # type: ignore[misc]
+        reader.read({name: whole})
     return found
 
 

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, resolve_step
 from opd_megatron.megatron import distributed
-from opd_megatron.megatron.checkpoint import save_checkpoint
+from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import TeacherScores
@@ -124,6 +125,16 @@ def load_and_export(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any],
     return exported(_trainer(rendezvous, folder, flags | {"start": start}))
 
 
+def refusal(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path) -> str:
+    """What loading weights says about a checkpoint that cannot be loaded."""
+    trainer = _trainer(rendezvous, folder, flags)
+    try:
+        load_weights(trainer.student, source)
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
 def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path) -> list[str]:
     """What differs on this rank between four steps straight and two steps, a save, a resume and two steps."""
     settings = TRAINING | flags | {"use_opd": True}
@@ -145,6 +156,23 @@ def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: 
         assert mine.keys() == theirs.keys()
         differing += [f"{what} {name}" for name in mine if not torch.equal(mine[name], theirs[name])]
     return differing
+
+
+def train_and_save(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], rollouts: range, target: Path, source: Path | None
+) -> None:
+    """Train on ``rollouts``, from the checkpoint in ``source`` if there is one, and save in ``target``."""
+    settings = TRAINING | {"use_opd": True} | flags
+    if source is not None:
+        settings["start"] = StartingPoint("load", resolve_step(source))
+    trainer = _trainer(rendezvous, folder, settings)
+    if source is not None:
+        state = trainer.resume()
+        assert state is not None
+        assert state["rollouts"] == rollouts.start
+    for number in rollouts:
+        trainer.train(make_samples(number))
+    trainer.save(target, rollouts.stop, folder, {"rollouts": rollouts.stop})
 
 
 def first_step_after_resume(
