@@ -108,7 +108,7 @@ class _BackwardTerms:
         if grads[2] is None:
             return cls(listed_NK, shift_N, constant_N, None)
         slope_N = grads[2].to(constant_N.dtype) * log_rest_N.exp()
-        surprise_NK = found.log_probs_NK.masked_fill(~present_NK, 0.0) + found.entropy_N[:, None]
+        surprise_NK = found.log_probs_NK + found.entropy_N[:, None]
         listed_NK = listed_NK - grads[2][:, None] * probs_NK * surprise_NK
         constant_N = constant_N - slope_N * (shift_N - found.log_normalizer_N + found.entropy_N)
         return cls(listed_NK, shift_N, constant_N, slope_N)
@@ -138,7 +138,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         rest_2N = hidden_Nh.new_zeros((2, len(ids_NK)), dtype=dtype)
         rest_2N[0] = -torch.inf
         buffer = shard.buffer(hidden_Nh)
-        for part in shard.chunks(*hidden_Nh.shape[:1], hidden_Nh.device):
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
             logits_CV = buffer[: part.stop - part.start]
             write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], temperature)
             for block in blocks(logits_CV):
@@ -168,7 +168,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         terms = _BackwardTerms.of(grads, _Statistics(*statistics), _present(ids_NK, shard))
         gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
         buffer = shard.buffer(hidden_Nh)
-        for part in shard.chunks(*hidden_Nh.shape[:1], hidden_Nh.device):
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
             logits_CV = buffer[: part.stop - part.start]
             write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], ctx.temperature)
             for block in blocks(logits_CV):

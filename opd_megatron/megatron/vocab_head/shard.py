@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
-"""Logits of a chunk by kind of device: 32 MiB and 1 GiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits of a chunk by kind of device: 64 MiB and 1 GiB in float32."""
 LEAST_CHUNK_TOKENS = 64
 """With fewer the multiplications wait for the weight to be read."""
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
