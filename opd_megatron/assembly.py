@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.cluster.group import TrainerGroup, start_trainer_group
@@ -24,6 +26,7 @@ from opd_megatron.config.resolve import (
     student_architecture,
     teacher_architecture,
 )
+from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
@@ -31,6 +34,7 @@ from opd_megatron.megatron.trainer import FrozenModel, ModelName, TrainerSpec
 from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
+from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.sample import Sample
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
 from opd_megatron.teacher.preflight import PROBE_TEXTS, encode
@@ -79,6 +83,8 @@ def assemble(options: Options) -> Iterator[Parts]:
     if not replayed:
         records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
+        if options.objective.loss_type == "sft_loss":
+            check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
     sets = [
         EvaluationSet(name, _records(options, path, tokenizer, options.eval_input_key, options.eval_label_key))
         for name, path in options.evaluation.eval_prompt_data
@@ -202,19 +208,49 @@ def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeache
     if not isinstance(teacher, MegatronTeacher):
         return False
     possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
+    if not possible and options.opd.opd_baseline != "none":
+        raise UserError(f"--opd-baseline {options.opd.opd_baseline} needs a teacher with the student's vocabulary size")
     if not possible and options.opd.opd_exact_kl_interval:
         logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
     return possible
 
 
-def preflight(parts: Parts) -> list[str]:
-    """Ask the teacher what must hold before the first step; returns warnings, raises ``UserError`` or TeacherError."""
+def _finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
+    """Pass the student's first weights on; raises ``UserError`` at one that holds NaN or infinity."""
+    broken = None
+    for name, tensor in tensors:  # to the end, because all ranks take part
+        if broken is None and not bool(tensor.isfinite().all()):
+            broken = name
+        yield name, tensor
+    if broken is not None:
+        raise UserError(f"{source}: parameter {broken} holds NaN or infinity: the student's weights are damaged")
+
+
+def _first_weights(parts: Parts, done: int) -> None:
+    """Give the engine, where there is one, the weights that the first rollout is sampled with, and look at them."""
+    tensors = _finite(parts.trainer.export_weights(), starting_point(parts.options).folder)
+    if parts.engine is not None:
+        parts.engine.update_weights(tensors, str(done))
+    else:
+        deque(tensors, maxlen=0)
+
+
+def preflight(parts: Parts, done: int) -> list[str]:
+    """Find out what must hold before the step after ``done`` rollouts: of the student's weights and of the teacher.
+
+    Returns warnings, raises ``UserError`` or TeacherError.
+    """
     options, teacher = parts.options, parts.teacher
+    _first_weights(parts, done)
     notes = []
     objective = options.objective
     rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"
     if rewarded and objective.advantage_estimator == "grpo" and options.rollout.n_samples_per_prompt == 1:
         notes.append("grpo with one sample per prompt: every group's advantage is 0, the task reward teaches nothing")
+    notes += _length_notes(parts)
+    idle = idle_opd_options(options)
+    if idle:
+        notes.append(f"distillation is off: {', '.join(idle)} of the --config file have no effect without --use-opd")
     if teacher is None:
         return notes
     paths = options.checkpoint
@@ -255,8 +291,30 @@ def _teacher_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(hf_folder)
 
 
+def _length_notes(parts: Parts) -> list[str]:
+    """Warnings where prompt and response can be longer than the positions that the student is made for."""
+    options, positions = parts.options, student_architecture(parts.options).max_position_embeddings
+    sets = {f"--eval-prompt-data {item.name}": item.records for item in parts.evaluation_sets}
+    lengths = dict.fromkeys(sets, options.eval_max_response_len)
+    if parts.prompts is not None and parts.generator is not None:
+        sets["--prompt-data"] = parts.prompts.records
+        lengths["--prompt-data"] = options.rollout.rollout_max_response_len
+    notes = []
+    for flag, records in sets.items():
+        prompt = _longest_prompt(parts, records)
+        if prompt + lengths[flag] > positions:
+            notes.append(
+                f"{flag}: prompts of up to {prompt} tokens and responses of up to {lengths[flag]} do not fit the "
+                f"{positions} positions of the model: they are cut there and count as truncated"
+            )
+    return notes
+
+
+def _longest_prompt(parts: Parts, records: Sequence[PromptRecord]) -> int:
+    prompt = max((len(record.prompt_tokens) for record in records), default=0)
+    return min(prompt, parts.options.rollout.rollout_max_prompt_len or prompt)
+
+
 def _longest_sample(parts: Parts) -> int:
     records: Sequence[PromptRecord] = parts.prompts.records if parts.prompts is not None else []
-    prompt = max((len(record.prompt_tokens) for record in records), default=0)
-    limit = parts.options.rollout.rollout_max_prompt_len
-    return min(prompt, limit or prompt) + parts.options.rollout.rollout_max_response_len
+    return _longest_prompt(parts, records) + parts.options.rollout.rollout_max_response_len

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from opd_megatron import steps
 from opd_megatron.assembly import Parts, assemble, preflight
 from opd_megatron.config.dump import dump_yaml
+from opd_megatron.config.errors import refuse
 from opd_megatron.config.options import Options
+from opd_megatron.config.validate_paths import earlier_run_faults
 from opd_megatron.interrupt import Interrupt
 from opd_megatron.observe.log import configure_logging
 from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
 from opd_megatron.observe.progress import Progress
 from opd_megatron.observe.run_folder import RunFolder
+from opd_megatron.run_lock import run_lock
 from opd_megatron.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -31,10 +35,13 @@ def run(options: Options) -> None:
     """
     configure_logging()
     started = time.perf_counter()
-    with assemble(options) as parts:
+    with ExitStack() as stack:
+        stack.enter_context(run_lock(options.run_folder))
+        refuse(list(earlier_run_faults(options)))  # another run may have come and gone since the options were judged
+        parts = stack.enter_context(assemble(options))
         state = parts.trainer.resume()
         done = restore(parts, state)
-        for warning in preflight(parts):
+        for warning in preflight(parts, done):
             logger.warning("%s", warning)
         folder = RunFolder(options.run_folder)
         folder.write_config(dump_yaml(options))
@@ -89,12 +96,14 @@ def train(
                 found |= steps.evaluate_all(parts, step)
         interrupted = interrupt.signal is not None and not is_last
         stopping = interrupted or steps.goal_reached(parts.options, found)
+        found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
+        found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
+        # The line comes before the checkpoint: a resumed run forgets lines that have no checkpoint, but could not make
+        # up for one that is missing.
+        last = {**last, **metrics.log(step, found)}
         if steps.due(step, parts.options.checkpoint.save_interval, is_last or stopping):
             with progress.phase("save"):
                 save(parts, step)
-        found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
-        found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
-        last = {**last, **metrics.log(step, found)}
         if stopping:
             break
     else:

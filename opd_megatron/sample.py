@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from opd_megatron.system import replacing
+
 
 class Status(enum.StrEnum):
     """How the generation of a response ended."""
@@ -152,13 +154,9 @@ def _to_json(record: Any) -> dict[str, Any]:
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> None:
     """Write one JSON object a line, through a temporary name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(Path(path)) as stream:
         for sample in samples:
             stream.write(json.dumps(sample.to_json(), ensure_ascii=False) + "\n")
-    temporary.replace(path)
 
 
 def read_samples(path: str | Path) -> Iterator[Sample]:

@@ -15,6 +15,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference, student_architecture
 from opd_megatron.megatron.checkpoint import write_hf_folder
+from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import task_advantages
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.opd import reverse_kl_statistics
@@ -86,10 +87,11 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
         return "the reward is not a number"
     if not len(sample.prompt_tokens):
         return "the prompt has no tokens"
-    if len(sample.tokens) and (
-        sample.tokens.min() < 0 or sample.tokens.max() >= student_architecture(options).vocab_size
-    ):
+    student = student_architecture(options)
+    if len(sample.tokens) and (sample.tokens.min() < 0 or sample.tokens.max() >= student.vocab_size):
         return "a token is not in the student's vocabulary"
+    if len(sample.tokens) > student.max_position_embeddings:
+        return f"it has {len(sample.tokens)} tokens, the student {student.max_position_embeddings} positions"
     scores = sample.teacher_scores
     if scores is None or not options.opd.use_opd:
         return None
@@ -124,8 +126,9 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
     if parts.teacher is None:
         return
     if isinstance(parts.teacher, MegatronTeacher):
-        interval = parts.options.opd.opd_exact_kl_interval
-        parts.teacher.keep_hidden = interval > 0 and rollout_id % interval == 0 and parts.exact_kl_possible
+        opd = parts.options.opd
+        measured = opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
+        parts.teacher.keep_hidden = (measured or opd.opd_baseline != "none") and parts.exact_kl_possible
     for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
         sample.teacher_scores = scores
         sample.validate()
@@ -271,7 +274,8 @@ def goal_reached(options: Options, metrics: dict[str, float]) -> bool:
 
 def write_hf(parts: Parts, target: Path) -> None:
     """Write the student as a Hugging Face folder, which appears whole or not at all."""
-    write_hf_folder(parts.trainer.export_weights(), target, parts.hf_folder)
+    with writing(target):
+        write_hf_folder(parts.trainer.export_weights(), target, parts.hf_folder)
 
 
 def shown(metrics: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, TrainResult, peak_memory_bytes
+from opd_megatron.megatron.write_errors import writing
 from opd_megatron.sample import Sample
 
 
@@ -74,7 +75,8 @@ class LocalTrainerGroup:
         return self._trainer.export_weights()
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
-        self._trainer.save(folder, step, hf_folder, run_state)
+        with writing(folder):
+            self._trainer.save(folder, step, hf_folder, run_state)
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes()

@@ -17,9 +17,11 @@ from opd_megatron.cluster.group import merge_arrays, merge_results
 from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron import cpu
-from opd_megatron.megatron.distributed import Rendezvous, free_port
+from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, peak_memory_bytes
+from opd_megatron.megatron.write_errors import writing
 from opd_megatron.sample import Sample
+from opd_megatron.system import free_port
 
 PLACEMENT_SECONDS = 120.0
 
@@ -47,6 +49,11 @@ class _TrainerRank:
     def export_weights(self) -> list[tuple[str, Tensor]]:
         assert self._trainer is not None
         return list(self._trainer.export_weights())
+
+    def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
+        assert self._trainer is not None
+        with writing(folder):
+            self._trainer.save(folder, step, hf_folder, run_state)
 
     def peak_memory_bytes(self) -> int:
         return peak_memory_bytes()
@@ -146,7 +153,7 @@ class RayTrainerGroup:
         return exported
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
-        self._all("save", folder, step, hf_folder, run_state)
+        self._wait([actor.save.remote(folder, step, hf_folder, run_state) for actor in self._actors])
 
     def peak_memory_bytes(self) -> int:
         return int(max(self._wait([actor.peak_memory_bytes.remote() for actor in self._actors])))

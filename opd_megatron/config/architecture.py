@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.config.mixture import FIELDS, MixtureOfExperts, as_options, layer_pattern, mixture_from_hf
 from opd_megatron.config.options import ModelOptions
 
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "llama", "qwen2_moe", "qwen3_moe")
 """``model_type`` of the configs this library knows."""
 
 
@@ -35,9 +36,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArchitecture:
-    """A dense decoder-only transformer with RMSNorm, SwiGLU and rotary positions.
+    """A decoder-only transformer with RMSNorm, SwiGLU and rotary positions.
 
-    ``kv_channels`` is the size of one head; ``vocab_size`` is unpadded.
+    ``kv_channels`` is the size of one head; ``vocab_size`` is unpadded. ``ffn_hidden_size`` is that of the dense
+    layers; ``mixture`` describes the layers with experts, if there are any.
     """
 
     family: str
@@ -56,6 +58,16 @@ class ModelArchitecture:
     untie_embeddings_and_output_weights: bool
     rope_scaling: RopeScaling | None = None
     init_method_std: float = 0.02
+    mixture: MixtureOfExperts | None = None
+
+    @property
+    def dense_layers(self) -> int:
+        """Layers whose feed-forward part is a single one."""
+        return self.num_layers - (sum(self.mixture.moe_layer_freq) if self.mixture else 0)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, chooses among experts."""
+        return self.mixture is not None and bool(self.mixture.moe_layer_freq[layer])
 
     def padded_vocab_size(self, divisible_by: int, tensor_parallel_size: int) -> int:
         """Smallest multiple of ``divisible_by * tensor_parallel_size`` that holds the vocabulary."""
@@ -96,11 +108,12 @@ def architecture_from_hf(config: Mapping[str, Any], source: str = "config") -> M
         max_position_embeddings=_number(config, "max_position_embeddings", int, source),
         rotary_base=_number(theta, "rope_theta", float, source),
         norm_epsilon=_number(config, "rms_norm_eps", float, source),
-        add_qkv_bias=family == "qwen2",
-        qk_layernorm=family == "qwen3",
+        add_qkv_bias=family == "qwen2" or (family == "qwen2_moe" and config.get("qkv_bias", True)),
+        qk_layernorm=family in ("qwen3", "qwen3_moe"),
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         rope_scaling=_rope_scaling(rope, source),
         init_method_std=_number(spread, "initializer_range", float, source),
+        mixture=mixture_from_hf(config, source) if family.endswith("_moe") else None,
     )
 
 
@@ -158,11 +171,15 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 def differences(first: ModelArchitecture, second: ModelArchitecture) -> list[str]:
     """Every field in which two models differ, except the spread of random weights: ``num_layers 4 (not 2)``."""
-    return [
-        f"{item.name} {getattr(first, item.name)} (not {getattr(second, item.name)})"
-        for item in dataclasses.fields(ModelArchitecture)
-        if item.name not in ("family", "init_method_std") and getattr(first, item.name) != getattr(second, item.name)
-    ]
+    mine, theirs = _fields(first), _fields(second)
+    return [f"{name} {mine[name]} (not {theirs[name]})" for name in mine if mine[name] != theirs[name]]
+
+
+def _fields(model: ModelArchitecture) -> dict[str, Any]:
+    """What tells models apart, those of the mixture among them, without the family's name."""
+    names = [item.name for item in dataclasses.fields(model)]
+    own = [name for name in names if name not in ("family", "init_method_std", "mixture")]
+    return {name: getattr(model, name) for name in own} | as_options(model.mixture)
 
 
 _DEFINING = frozenset({"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"})
@@ -182,14 +199,30 @@ def disagreements(given: frozenset[str], model: ModelOptions, architecture: Mode
     for name, theirs in expected.items():
         flag, mine = "--" + name.replace("_", "-"), getattr(model, name)
         if name in given:
-            if mine != theirs:
+            if not _agree(name, mine, theirs, architecture):
                 said = flag if mine is True else f"{flag}=false" if mine is False else f"{flag} {mine}"
                 found.append(f"{said} (config: {theirs})")
-        elif whole and (
-            theirs is True or (name == "kv_channels" and theirs * model.num_attention_heads != model.hidden_size)
-        ):
+        elif whole and _must_be_said(name, theirs, model):
             found.append(f"{flag} is missing (config: {theirs})")
     return found
+
+
+def _agree(name: str, mine: Any, theirs: Any, architecture: ModelArchitecture) -> bool:
+    if name != "moe_layer_freq" or theirs is None:
+        return bool(mine == theirs)
+    try:
+        return layer_pattern(mine, architecture.num_layers) == theirs
+    except ValueError:
+        return False
+
+
+def _must_be_said(name: str, theirs: Any, model: ModelOptions) -> bool:
+    """Whether MODEL_ARGS of a whole model mean something else than ``theirs`` by leaving the option out."""
+    if name == "kv_channels":
+        return bool(theirs * model.num_attention_heads != model.hidden_size)
+    if name == "moe_layer_freq":
+        return theirs is not None and not all(theirs)
+    return theirs is True or (name in FIELDS and theirs not in (None, False))
 
 
 def _as_model_options(architecture: ModelArchitecture) -> dict[str, Any]:
@@ -201,4 +234,5 @@ def _as_model_options(architecture: ModelArchitecture) -> dict[str, Any]:
         "group_query_attention": architecture.num_query_groups != architecture.num_attention_heads,
         "use_rope_scaling": scaling is not None,
         "rope_scaling_factor": scaling.factor if scaling else None,
+        **as_options(architecture.mixture),
     }

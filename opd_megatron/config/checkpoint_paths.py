@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from opd_megatron.config.errors import UserError
 
@@ -212,7 +212,8 @@ def _inspect_hf(folder: Path) -> CheckpointInfo:
 
 def _index_fault(folder: Path, index: Path) -> str | None:
     try:
-        shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {str(name) for name in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{index.name} is damaged"
     if not shards:
@@ -220,7 +221,12 @@ def _index_fault(folder: Path, index: Path) -> str | None:
     missing = sorted(name for name in shards if not (folder / name).is_file())
     if missing:
         return f"{len(missing)} of {len(shards)} shards missing, e.g. {missing[0]}"
-    return next((fault for name in sorted(shards) if (fault := safetensors_fault(folder / name))), None)
+    fault = next((fault for name in sorted(shards) if (fault := safetensors_fault(folder / name))), None)
+    if fault:
+        return fault
+    inside = {name: _safetensors_header(folder / name) or {} for name in shards}
+    absent = next((name for name, shard in weight_map.items() if name not in inside[str(shard)]), None)
+    return None if absent is None else f"{index.name} names {weight_map[absent]} for weight {absent}, which it lacks"
 
 
 def safetensors_fault(file: Path) -> str | None:
@@ -229,16 +235,29 @@ def safetensors_fault(file: Path) -> str | None:
     The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header as a
     little-endian integer, a JSON header with the offsets of each tensor, then the data.
     """
+    header = _safetensors_header(file)
+    if header is None:
+        return f"{file.name} is damaged or cut off"
+    try:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return f"{file.name} has a damaged header"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        expected = 8 + struct.unpack("<Q", stream.read(8))[0] + max(ends, default=0)
+    return None if size == expected else f"{file.name} has {size} bytes instead of {expected}"
+
+
+def _safetensors_header(file: Path) -> dict[str, Any] | None:
+    """The JSON header of a safetensors file, None if it cannot be read."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 0 < length <= min(size - 8, _LONGEST_HEADER):
-            return f"{file.name} is damaged or cut off"
+            return None
         try:
             header = json.loads(stream.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return f"{file.name} has a damaged header"
-    expected = 8 + length + max(ends, default=0)
-    return None if size == expected else f"{file.name} has {size} bytes instead of {expected}"
+        except ValueError:
+            return None
+    return header if isinstance(header, dict) else None

@@ -9,6 +9,9 @@ from urllib.parse import SplitResult, urlsplit
 MASK = "***"
 """Stands in every dump and message for the secret parts of an address."""
 
+LONGEST_WAIT = 1e7
+"""Largest time limit in seconds or minutes: within what sockets, timers and process groups take."""
+
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _SET_NAME = re.compile(r"[\w.+-]+")
 

@@ -26,10 +26,11 @@ def option(
 
     ``bool`` fields become switches (default False). ``tuple[str, ...]`` takes one or more values,
     ``tuple[tuple[str, str], ...]`` is a repeatable pair. ``minimum``/``maximum`` are inclusive and ``above``/``below``
-    exclusive bounds of a number; a float must be finite and a text not empty. ``check`` is asked about each value (of a
-    tuple, about each entry) and returns what is wrong with it, e.g. ``must be a port``, or None. ``show`` turns
-    an entry into what messages and dumps may print of it. ``required`` says that
-    the option must be given (the options of ``train.py`` use ``validate`` instead, as most depend on others).
+    exclusive bounds of a number. A whole number has a maximum in any case (``flags.MOST``), a float must be finite and
+    a text not empty. ``check`` is asked about each value (of a tuple, about each entry) and returns what is wrong with
+    it, e.g. ``must be a port``, or None. ``show`` turns an entry into what messages and dumps may print of it.
+    ``required`` says that the option must be given (the options of ``train.py`` use ``validate`` instead, as most
+    depend on others).
     """
     metadata = {
         "help": help,

@@ -13,6 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MOST = 2**31 - 1
+"""Largest whole number of an option that declares no maximum: one that every library takes as a size or a seed."""
+
 
 class BadValueError(ValueError):
     """A value that its option does not take; the message follows the flag and the value."""
@@ -101,8 +104,11 @@ def _check_bounds(value: float, limits: Mapping[str, Any]) -> None:
         raise BadValueError(f"must be at least {limits['minimum']:g}")
     if limits["above"] is not None and value <= limits["above"]:
         raise BadValueError(f"must be above {limits['above']:g}")
-    if limits["maximum"] is not None and value > limits["maximum"]:
-        raise BadValueError(f"must be at most {limits['maximum']:g}")
+    maximum = limits["maximum"]
+    if maximum is None and isinstance(value, int):
+        maximum = MOST
+    if maximum is not None and value > maximum:
+        raise BadValueError(f"must be at most {maximum if isinstance(maximum, int) else format(maximum, 'g')}")
     if limits["below"] is not None and value >= limits["below"]:
         raise BadValueError(f"must be below {limits['below']:g}")
 

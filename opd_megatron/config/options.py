@@ -7,6 +7,7 @@ from pathlib import Path
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.mixture import MixtureOptions
 
 REWARD_NAMES = ("math", "gsm8k", "exact", "zero", "column_arithmetic")
 """Rewards that options can name."""
@@ -30,13 +31,24 @@ class OpdOptions:
         check=checks.http_url,
         show=checks.mask_url,
     )
-    opd_teacher_max_in_flight: int = option(8, "requests to the teacher server at a time", minimum=1)
-    opd_teacher_timeout: float = option(120.0, "time limit of one request to the teacher", unit="seconds", above=0.0)
+    opd_teacher_max_in_flight: int = option(8, "requests to the teacher server at a time", minimum=1, maximum=65536)
+    opd_teacher_timeout: float = option(
+        120.0, "time limit of one request to the teacher", unit="seconds", above=0.0, maximum=checks.LONGEST_WAIT
+    )
     opd_teacher_max_retries: int = option(
         4, "repetitions of a request after a refused connection, time-out, 429 or 5xx", minimum=0
     )
     opd_exact_kl_interval: int = option(
-        1, "measure opd/reverse_kl_exact this often (Megatron teacher; 0: never)", unit="rollouts", minimum=0
+        1,
+        "measure opd/reverse_kl_exact this often (Megatron teacher; 0: only where --opd-baseline needs it)",
+        unit="rollouts",
+        minimum=0,
+    )
+    opd_baseline: str = option(
+        "none",
+        "subtracted from the term at each position, which leaves its expected gradient: kl, the exact reverse KL; "
+        "optimal, the baseline of least variance (Megatron teacher)",
+        choices=("none", "kl", "optimal"),
     )
     opd_allow_sampling_mismatch: bool = option(
         False, "accept a sampling law whose expectation is not over the student's distribution at temperature 1"
@@ -44,7 +56,7 @@ class OpdOptions:
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(MixtureOptions):
     """Model architecture (MODEL_ARGS; all may be left out where the checkpoint folder has a config)"""
 
     num_layers: int | None = option(None, "transformer layers", minimum=1)
@@ -69,7 +81,7 @@ class ModelOptions:
     vocab_size: int | None = option(None, "vocabulary size before padding", minimum=1)
     max_position_embeddings: int | None = option(None, "longest sequence of the model", unit="tokens", minimum=1)
     make_vocab_size_divisible_by: int = option(
-        128, "pad the vocabulary to a multiple of this times the tensor-parallel size", minimum=1
+        128, "pad the vocabulary to a multiple of this times the tensor-parallel size", minimum=1, maximum=65536
     )
     init_method_std: float | None = option(
         None, "standard deviation of random initial weights (default: the config's)", above=0.0
@@ -84,13 +96,35 @@ class ParallelOptions:
 
     tensor_model_parallel_size: int = option(1, "tensor-parallel ranks", minimum=1)
     pipeline_model_parallel_size: int = option(1, "pipeline-parallel ranks", minimum=1)
+    expert_model_parallel_size: int = option(1, "ranks over which the experts of a layer are spread", minimum=1)
+    expert_tensor_parallel_size: int | None = option(
+        None, "tensor-parallel ranks of one expert (default: --tensor-model-parallel-size)", minimum=1
+    )
+    context_parallel_size: int = option(1, "ranks that share each sequence (zigzag)", minimum=1)
+    qkv_format: str = option(
+        "thd",
+        "how sequences lie in a micro-batch: thd, packed end to end; bshd, padded to the longest",
+        choices=("thd", "bshd"),
+    )
     sequence_parallel: bool = option(False, "split the activations between tensor-parallel regions by sequence")
     recompute_granularity: str | None = option(None, "recompute activations in backward", choices=("full", "selective"))
     recompute_method: str | None = option(
         None, "how --recompute-granularity full chooses layers", choices=("uniform", "block")
     )
     recompute_num_layers: int | None = option(None, "layers per recomputed unit or recomputed layers", minimum=1)
-    distributed_timeout_minutes: float = option(10.0, "limit of one collective operation", unit="minutes", above=0.0)
+    distributed_timeout_minutes: float = option(
+        10.0, "limit of one collective operation", unit="minutes", above=0.0, maximum=checks.LONGEST_WAIT
+    )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor-parallel ranks of one expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of the experts of a pipeline stage."""
+        return self.expert_tensor_size * self.expert_model_parallel_size
 
 
 @dataclass(frozen=True)
@@ -207,7 +241,9 @@ class RewardOptions:
         metavar="MODULE:FUNCTION",
         check=checks.import_path,
     )
-    rm_timeout: float = option(10.0, "time limit of one call of math-verify", unit="seconds", above=0.0)
+    rm_timeout: float = option(
+        10.0, "time limit of one call of math-verify", unit="seconds", above=0.0, maximum=checks.LONGEST_WAIT
+    )
     rm_on_error: str = option(
         "stop", "when a reward function raises: stop, or count it and give --rm-error-value", choices=("stop", "value")
     )
@@ -276,6 +312,12 @@ class TrainingOptions:
         None, "samples per optimizer step (default: all samples of a rollout)", unit="samples", minimum=1
     )
     micro_batch_size: int = option(1, "samples per forward pass of one rank", unit="samples", minimum=1)
+    use_dynamic_batch_size: bool = option(
+        False, "micro-batches by --max-tokens-per-gpu, and data-parallel ranks balanced by their work"
+    )
+    max_tokens_per_gpu: int | None = option(
+        None, "tokens per forward pass of one rank with --use-dynamic-batch-size", unit="tokens", minimum=1
+    )
     seed: int = option(1234, "seed of initial weights, shuffles and sampling", minimum=0)
 
 
@@ -304,7 +346,10 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """All groups. ``given`` names the options that a command line or a file set explicitly."""
+    """All groups.
+
+    ``given`` names the options that a command line or a file set explicitly, ``typed`` those of the command line.
+    """
 
     opd: OpdOptions = field(default_factory=OpdOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -320,6 +365,7 @@ class Options:
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
     run: RunOptions = field(default_factory=RunOptions)
     given: frozenset[str] = frozenset()
+    typed: frozenset[str] = frozenset()
 
     @property
     def world_size(self) -> int:
@@ -328,7 +374,11 @@ class Options:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
-        return self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+        """Ranks that hold one copy of the model and share its sequences."""
+        parallel = self.parallel
+        return (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        )
 
     @property
     def data_parallel_size(self) -> int:

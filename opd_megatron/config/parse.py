@@ -22,10 +22,14 @@ DESCRIPTION = (
 
 @dataclass(frozen=True)
 class ParsedGroups:
-    """Option groups by class, ``parsed[ParallelOptions]``; ``given`` names the options set explicitly."""
+    """Option groups by class, ``parsed[ParallelOptions]``.
+
+    ``given`` names the options set explicitly, ``typed`` those of them that stood on the command line.
+    """
 
     groups: Mapping[type, Any]
     given: frozenset[str]
+    typed: frozenset[str]
 
     def __getitem__(self, group: type[Group]) -> Group:
         return cast(Group, self.groups[group])
@@ -48,7 +52,8 @@ def parse_options(argv: Sequence[str], prog: str = "train.py") -> Options:
     """
     named = option_groups()
     parsed = parse_groups(argv, named, prog=prog, description=DESCRIPTION)
-    return Options(**{name: parsed.groups[group] for name, group in named.items()}, given=parsed.given)
+    values = {name: parsed.groups[group] for name, group in named.items()}
+    return Options(**values, given=parsed.given, typed=parsed.typed)
 
 
 def parse_groups(argv: Sequence[str], groups: Mapping[str, type], *, prog: str, description: str) -> ParsedGroups:
@@ -82,7 +87,7 @@ def parse_groups(argv: Sequence[str], groups: Mapping[str, type], *, prog: str, 
         group: group(**{name: value for name, value in values.items() if flags[name].group == group_name})
         for group_name, group in groups.items()
     }
-    return ParsedGroups(built, frozenset(values))
+    return ParsedGroups(built, frozenset(values), frozenset(line.values))
 
 
 @dataclass

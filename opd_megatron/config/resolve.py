@@ -83,6 +83,11 @@ def student_architecture(options: Options) -> ModelArchitecture:
     return architecture
 
 
+def teacher_folder(options: Options) -> str | None:
+    """``--opd-teacher-load`` where it has an effect."""
+    return options.opd.opd_teacher_load if options.opd.use_opd else None
+
+
 def teacher_architecture(options: Options) -> ModelArchitecture:
     """The model of ``--opd-teacher-load``, which has nothing to do with MODEL_ARGS."""
     if options.opd.opd_teacher_load is None:
@@ -121,6 +126,8 @@ def optimizer_layout(options: Options) -> dict[str, str | int | bool]:
         "--use-distributed-optimizer": options.optimizer.use_distributed_optimizer,
         "--tensor-model-parallel-size": options.parallel.tensor_model_parallel_size,
         "--pipeline-model-parallel-size": options.parallel.pipeline_model_parallel_size,
+        "--expert-model-parallel-size": options.parallel.expert_model_parallel_size,
+        "--expert-tensor-parallel-size": options.parallel.expert_tensor_size,
         "ranks": options.world_size,
     }
 

@@ -12,14 +12,15 @@ _SGLANG_ONLY = (
     "opd_teacher_timeout",
     "opd_teacher_max_retries",
 )
-_MEGATRON_ONLY = ("opd_teacher_load", "opd_teacher_ckpt_step", "opd_exact_kl_interval")
+_MEGATRON_ONLY = ("opd_teacher_load", "opd_teacher_ckpt_step", "opd_exact_kl_interval", "opd_baseline")
 
 
 def opd_faults(options: Options) -> list[str]:
     """Every fault of the ``--opd-*`` options among themselves and with the sampling options."""
-    opd, given = options.opd, options.given
+    opd = options.opd
     if not opd.use_opd:
-        names = [item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd" and item.name in given]
+        # those of a file may stay where the command line switches distillation off
+        names = [name for name in idle_opd_options(options) if name in options.typed]
         faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in names]
         if options.objective.loss_type == "policy_loss" and options.objective.advantage_estimator == "none":
             faults.append("--advantage-estimator none leaves nothing to learn from: add --use-opd or name an estimator")
@@ -38,6 +39,14 @@ def opd_faults(options: Options) -> list[str]:
     return faults
 
 
+def idle_opd_options(options: Options) -> list[str]:
+    """Names of the ``opd_*`` options that are given and have no effect, because ``use_opd`` is off."""
+    if options.opd.use_opd:
+        return []
+    names = [item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd"]
+    return [name for name in names if name in options.given]
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -50,6 +59,9 @@ def _megatron_faults(options: Options) -> list[str]:
     faults = []
     if options.opd.opd_teacher_load is None:
         faults.append("--opd-type megatron needs --opd-teacher-load: name the teacher's checkpoint folder")
+    baseline = options.opd.opd_baseline
+    if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
+        faults.append(f"--opd-baseline {baseline} needs the teacher itself: recorded rollouts hold its scores only")
     return faults + _misplaced(options, _SGLANG_ONLY, "sglang")
 
 

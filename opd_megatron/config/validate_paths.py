@@ -11,7 +11,7 @@ from opd_megatron.config.architecture import read_hf_config
 from opd_megatron.config.checkpoint_paths import TRACKER, inspect_checkpoint, resolve_step
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import holds_checkpoint, starting_point
+from opd_megatron.config.resolve import holds_checkpoint, starting_point, teacher_folder
 
 ROLLOUT_ID = "{rollout_id}"
 
@@ -37,7 +37,7 @@ def path_faults(options: Options, check_prompts: PromptCheck | None) -> list[str
             *_prompt_faults(options, check_prompts),
             *_recorded_faults(options),
             *_target_faults(options),
-            *_earlier_run_faults(options),
+            *earlier_run_faults(options),
             *_save_hf_faults(options),
         ]
     except OSError as error:  # no permission, a name too long, a broken disk
@@ -101,7 +101,7 @@ def _weight_faults(options: Options) -> Iterator[str]:
 
 
 def _teacher_faults(options: Options) -> Iterator[str]:
-    folder, step = options.opd.opd_teacher_load, options.opd.opd_teacher_ckpt_step
+    folder, step = teacher_folder(options), options.opd.opd_teacher_ckpt_step
     if folder is None:
         return
     fault = _missing("--opd-teacher-load", folder)
@@ -195,7 +195,7 @@ def holds_only_a_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and all(entry.is_file() for entry in folder.iterdir())
 
 
-def _earlier_run_faults(options: Options) -> Iterator[str]:
+def earlier_run_faults(options: Options) -> Iterator[str]:
     """A run never writes over another: where one has been, it is resumed or another folder is named."""
     if options.run.run_dir is None:
         return
@@ -219,6 +219,6 @@ def _folders_read(options: Options) -> list[tuple[str, str]]:
     folders = (
         ("--hf-checkpoint", options.checkpoint.hf_checkpoint),
         ("--ref-load", options.checkpoint.ref_load),
-        ("--opd-teacher-load", options.opd.opd_teacher_load),
+        ("--opd-teacher-load", teacher_folder(options)),
     )
     return [(flag, folder) for flag, folder in folders if folder is not None]

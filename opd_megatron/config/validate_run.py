@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 from opd_megatron.config.architecture import ModelArchitecture
@@ -14,8 +15,10 @@ from opd_megatron.config.resolve import (
     schedule_steps,
     student_architecture,
     teacher_architecture,
+    teacher_folder,
     weight_differences,
 )
+from opd_megatron.config.validate_moe import expert_layout_faults, expert_model_faults, expert_option_faults
 from opd_megatron.config.validate_paths import ROLLOUT_ID
 
 
@@ -51,6 +54,16 @@ def _batch_faults(options: Options) -> Iterator[str]:
             )
         if training.global_batch_size is not None:
             samples = f"--global-batch-size {training.global_batch_size}"
+    if training.use_dynamic_batch_size:
+        if training.max_tokens_per_gpu is None:
+            yield "--use-dynamic-batch-size needs --max-tokens-per-gpu"
+        if "micro_batch_size" in options.given:
+            yield "--micro-batch-size has no effect with --use-dynamic-batch-size: leave out one of them"
+        if options.parallel.qkv_format == "bshd":
+            yield "--use-dynamic-batch-size counts packed tokens: leave out --qkv-format bshd"
+        return
+    if training.max_tokens_per_gpu is not None:
+        yield "--max-tokens-per-gpu has no effect without --use-dynamic-batch-size: add it"
     if options.world_size % options.model_parallel_size:
         return
     forward = training.micro_batch_size * options.data_parallel_size
@@ -67,27 +80,38 @@ def _layout_faults(options: Options) -> Iterator[str]:
     if options.world_size % options.model_parallel_size:
         yield (
             f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{parallel.pipeline_model_parallel_size} does not divide the {options.world_size} ranks of "
-            f"--actor-num-nodes {options.cluster.actor_num_nodes} x --actor-num-gpus-per-node "
-            f"{options.cluster.actor_num_gpus_per_node}"
+            f"{parallel.pipeline_model_parallel_size} x --context-parallel-size {parallel.context_parallel_size} does "
+            f"not divide the {options.world_size} ranks of --actor-num-nodes {options.cluster.actor_num_nodes} x "
+            f"--actor-num-gpus-per-node {options.cluster.actor_num_gpus_per_node}"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out"
+    if parallel.context_parallel_size > 1 and parallel.qkv_format == "bshd":
+        yield "--context-parallel-size splits packed sequences: leave out --qkv-format bshd"
+    yield from expert_layout_faults(options.parallel, options.world_size)
 
 
 def _model_faults(options: Options) -> Iterator[str]:
+    models: list[ModelArchitecture] = []
     if options.checkpoint.hf_checkpoint is not None:
         try:
             student = student_architecture(options)
+            models.append(student)
             yield from layout_faults_of_model(options, student, "model")
+            yield from expert_option_faults(options, student)
             yield from weight_differences(options, student)
         except UserError as error:
             yield str(error)
-    if options.opd.opd_teacher_load is not None:
+    if teacher_folder(options) is not None:
         try:
-            yield from layout_faults_of_model(options, teacher_architecture(options), "teacher")
+            models.append(teacher_architecture(options))
+            yield from layout_faults_of_model(options, models[-1], "teacher")
         except UserError as error:
             yield str(error)
+    spread = options.parallel.expert_model_parallel_size > 1 or options.parallel.expert_tensor_parallel_size is not None
+    if models and spread and not any(model.mixture for model in models):
+        flags = "--expert-model-parallel-size and --expert-tensor-parallel-size"
+        yield f"{flags} are for a mixture of experts, which no model of this run is: leave them out"
 
 
 def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: str) -> list[str]:
@@ -99,7 +123,7 @@ def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: st
     parts = (
         ("attention heads", model.num_attention_heads),
         ("query groups", model.num_query_groups),
-        ("feed-forward channels", model.ffn_hidden_size),
+        *([("feed-forward channels", model.ffn_hidden_size)] if model.dense_layers else []),
     )
     faults = [
         f"--tensor-model-parallel-size {tensor} does not divide the {owner}'s {count} {what}"
@@ -110,7 +134,7 @@ def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: st
         faults.append(
             f"--pipeline-model-parallel-size {pipeline} does not divide the {owner}'s {model.num_layers} layers"
         )
-    return faults
+    return [*faults, *expert_model_faults(options.parallel, model, owner)]
 
 
 def _recompute_faults(options: Options) -> Iterator[str]:
@@ -229,3 +253,5 @@ def _logging_faults(options: Options) -> Iterator[str]:
         # A folder named wandb, which W&B leaves where it ran, is found as a package without an origin.
         if found is None or found.origin is None:
             yield "--use-wandb: the package wandb is not installed: pip install wandb, or leave the flag out"
+        elif not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+            yield "--use-wandb: W&B needs its key in WANDB_API_KEY (or WANDB_MODE=offline): set it in the environment"

@@ -41,6 +41,7 @@ from opd_megatron.megatron import cpu
 from opd_megatron.megatron.hf_weights import hf_weights_dtype, load_hf_weights, write_hf_weights
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.safe_checkpoint import SafeLoad, SynchronousSave, read_metadata
+from opd_megatron.system import replacing
 
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -67,12 +68,8 @@ def _barrier() -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(path) as stream:
         stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def _temporary_name(folder: Path) -> Path:
@@ -334,7 +331,11 @@ def load_training_state(
 
 
 def _restore_first_step(state: dict[str, Any]) -> None:
-    """Put a step count of 0, which Megatron leaves out when it saves, back where torch's Adam wants one."""
-    moments: dict[Any, Any] = state.get("optimizer", state).get("state", {})
-    if "common_step" not in moments and any("exp_avg" in entry for entry in moments.values()):
-        moments["common_step"] = torch.tensor(0.0)
+    """Put a step count of 0, which Megatron leaves out when it saves, back where torch's Adam wants one.
+
+    Where experts are spread over ranks their weights have an optimizer of their own, and the states are numbered.
+    """
+    for part in [part for key, part in state.items() if isinstance(key, int)] or [state]:
+        moments: dict[Any, Any] = part.get("optimizer", part).get("state", {})
+        if "common_step" not in moments and any("exp_avg" in entry for entry in moments.values()):
+            moments["common_step"] = torch.tensor(0.0)

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from opd_megatron.megatron import cpu_products
 
 _MODULES_WITH_LITERAL_DEVICES = (
     "megatron.core.utils",
@@ -119,14 +121,70 @@ def _keep_adam_step() -> None:
     optimizer._set_main_param_and_optimizer_states = restore_with_step
 
 
+def _route_without_transformer_engine() -> None:
+    """Define the function that Megatron's router looks for before it does without: the name is missing, not None."""
+    utilities: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(utilities, "te_general_gemm"):
+        utilities.te_general_gemm = None
+
+
+def _gather_padded(input_: torch.Tensor, group: Any, sizes: Sequence[int]) -> torch.Tensor:
+    """Concatenate parts of ``sizes`` rows along dimension 0; gloo gathers parts of one size only."""
+    padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+    padded[: len(input_)] = input_
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_and_cut(input_: torch.Tensor, group: Any, sizes: Sequence[int]) -> torch.Tensor:
+    """This rank's part, ``sizes[rank]`` rows, of the sum over the group."""
+    total = input_.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=group)
+    return total.split(list(sizes))[group.rank()].clone()
+
+
+def _dispatch_tokens_on_cpu() -> None:
+    """Let tokens be sent to experts: unequal parts over gloo, and counts that are on the host already."""
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, None, *rest)  # type: ignore[no-any-return]
+        return _gather_padded(input_, group, output_split_sizes)
+
+    def reduce_scatter_any(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, None, *rest)  # type: ignore[no-any-return]
+        return _reduce_and_cut(input_, group, input_split_sizes)
+
+    def counts_to_host(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits"):
+                counts = getattr(self, name)
+                setattr(self, name, None if counts is None else counts.tolist())
+        return tokens_per_expert
+
+    mappings._gather_along_first_dim = gather_any
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_any
+    dispatcher: Any = importlib.import_module(
+        "megatron.core.transformer.moe.token_dispatcher"
+    ).MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = contextlib.nullcontext()
+    dispatcher._maybe_dtoh_and_synchronize = counts_to_host
+
+
 def install() -> None:
-    """Prepare this process for Megatron-Core; safe to repeat. With CUDA only the optimizer's fault is mended."""
+    """Prepare this process for Megatron-Core; safe to repeat. With CUDA only Megatron's own faults are mended."""
     if getattr(install, "done", False):
         return
     install.done = True  # type: ignore[attr-defined]
     _keep_adam_step()
+    _route_without_transformer_engine()
     if has_cuda():
         return
+    cpu_products.install()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = _no_op()
@@ -141,6 +199,7 @@ def install() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _dispatch_tokens_on_cpu()
     view = _CpuTorch()
     for name in _MODULES_WITH_LITERAL_DEVICES:
         module: Any = importlib.import_module(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 from dataclasses import dataclass
 
 import torch
@@ -39,14 +38,6 @@ class Rendezvous:
         )
 
 
-def free_port() -> int:
-    """A TCP port on this machine that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def initialize(rendezvous: Rendezvous, parallel: ParallelOptions, *, seed: int) -> None:
     """Join the process group, once, build Megatron's groups for the layout of ``parallel``, and seed this rank.
 
@@ -67,18 +58,37 @@ def initialize(rendezvous: Rendezvous, parallel: ParallelOptions, *, seed: int) 
 def _build_groups(parallel: ParallelOptions) -> None:
     from megatron.core import parallel_state
 
-    layout = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layout = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+    }
     if parallel_state.model_parallel_is_initialized():
-        present = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
+        present = {
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+            "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+            "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+        }
         if present == layout:
             return
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
     parallel_state.initialize_model_parallel(
-        *layout, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))
+        **layout, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))
     )
+
+
+def _destroy_groups() -> None:
+    """Forget Megatron's groups and end them: it leaves most alive, each with threads and sockets of its own."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _join(rendezvous: Rendezvous, timeout: datetime.timedelta) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import (
@@ -39,19 +41,13 @@ def response_rows(model: HiddenStateModel, batch: MicroBatch, hidden: Tensor) ->
 def head_log_probs(
     model: HiddenStateModel, batch: MicroBatch, rows_Nh: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens and entropies, ``[N]`` float32 each, at ``temperature``.
-
-    Raises ``ValueError`` if a token is not in the model's vocabulary.
-    """
-    vocab_size = model.architecture.vocab_size
-    if len(batch.targets_N) and int(batch.targets_N.max()) >= vocab_size:
-        raise ValueError(f"token {int(batch.targets_N.max())} is not in the vocabulary of {vocab_size} tokens")
+    """Log-probabilities of the response tokens and entropies, ``[N]`` float32 each, at ``temperature``."""
     return token_log_probs(
         rows_Nh,
         model.head_weight(),
         batch.targets_N,
         temperature=temperature,
-        vocab_size=vocab_size,
+        vocab_size=model.architecture.vocab_size,
         group=parallel_state.get_tensor_model_parallel_group(),
     )
 
@@ -69,16 +65,24 @@ def run_micro_batches(
 
     ``module`` is what is called (the data-parallel wrapper or ``model`` itself). With gradients ``last_stage`` returns
     ``(loss, result)``, where the losses of all micro-batches and ranks add up to the step's loss; without, only the
-    result.
+    result. Micro-batches may be empty; all data-parallel ranks bring the same number. Raises ``ValueError`` if a token
+    is not in the model's vocabulary.
     """
     if not micro_batches:
         return []
-    multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    layout = model.sequence_layout
     device = cpu.device()
+    longest = _check_tokens(samples, micro_batches, model.architecture.vocab_size)
 
-    def forward_step(places_iterator: Any, _: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = build(samples, next(places_iterator), device=device, length_multiple=multiple)
-        hidden = module(batch.tokens_bs, batch.position_ids_bs, None)
+    def forward_step(places_iterator: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        batch = build(samples, next(places_iterator), device=device, layout=layout)
+        hidden = chunk(
+            batch.tokens_bs,
+            batch.position_ids_bs,
+            None,
+            packed_seq_params=batch.packed,
+            padding_mask=batch.sequences_bsn,
+        )
 
         def finish(output: Tensor, non_loss_data: bool = False) -> Any:
             result = last_stage(batch, response_rows(model, batch, output))
@@ -89,15 +93,42 @@ def run_micro_batches(
 
         return hidden, finish
 
-    longest = max(max(1, len(samples[place].tokens) - 1) for places in micro_batches for place in places)
+    # Stages of a pipeline tell one another the sizes of what they send; without one, nobody reads these.
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(micro_batches),
         model=[module],
         num_microbatches=len(micro_batches),
-        seq_length=-(-longest // multiple) * multiple,
-        micro_batch_size=max(len(places) for places in micro_batches),
+        seq_length=longest,
+        micro_batch_size=max(1, *map(len, micro_batches)),
         forward_only=not with_gradients,
         collect_non_loss_data=not with_gradients,
     )
     return results
+
+
+def _check_tokens(samples: Sequence[Sample], micro_batches: Sequence[tuple[int, ...]], vocab_size: int) -> int:
+    """Length of the longest sample of the micro-batches."""
+    longest = 1
+    for sample in (samples[place] for places in micro_batches for place in places):
+        tokens = sample.tokens
+        longest = max(longest, len(tokens))
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            wrong = tokens.max() if tokens.max() >= vocab_size else tokens.min()
+            raise ValueError(f"token {wrong} is not in the vocabulary of {vocab_size} tokens")
+    return longest
+
+
+def add_over_context(arrays: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Arrays by place, summed over the context-parallel ranks, of which each holds a part and 0 elsewhere.
+
+    All ranks of the group bring the same places; the dtype is float32.
+    """
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1 or not arrays:
+        return arrays
+    places = sorted(arrays)
+    joined = torch.from_numpy(np.concatenate([arrays[place] for place in places])).to(cpu.device())
+    dist.all_reduce(joined, group=group)
+    parts = np.split(joined.cpu().numpy(), np.cumsum([len(arrays[place]) for place in places])[:-1])
+    return dict(zip(places, parts, strict=True))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,14 +108,25 @@ def model_maps(model: HiddenStateModel) -> list[ParameterMap]:
 
 def local_parameters(model: HiddenStateModel) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by global Megatron name."""
-    offset = get_transformer_layer_offset(model.config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
-    return {global_name(name, offset): parameter for name, parameter in model.named_parameters()}
+    config = model.config
+    layers = get_transformer_layer_offset(config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
+    experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+    experts *= parallel_state.get_expert_model_parallel_rank()
+    return {global_name(name, layers, experts): parameter for name, parameter in model.named_parameters()}
+
+
+def _shard_place(row: ParameterMap) -> tuple[int, int]:
+    """This rank's shard of a parameter that it holds, and the number of shards."""
+    if row.is_expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
 @torch.no_grad()
 def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     remaining = local_parameters(model)
     tied = not model.architecture.untie_embeddings_and_output_weights
     for row in model_maps(model):
@@ -127,7 +140,7 @@ def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
             tensors = row.random(model.architecture, seed, model.config.params_dtype)
         else:
             tensors = [source.tensor(name) for name in row.hf_names]
-        shard = row.layout.shard(row.layout.merge(tensors), rank, size)
+        shard = row.layout.shard(row.layout.merge(tensors), *_shard_place(row))
         for target in targets:
             if target is not None:
                 if target.shape != shard.shape:
@@ -149,28 +162,28 @@ def initialize_weights(model: HiddenStateModel, seed: int) -> None:
     _fill(model, None, seed)
 
 
-def _gather_full(row: ParameterMap, parameter: Tensor) -> Tensor:
-    """The full tensor of a parameter on every rank of its tensor-parallel group."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    local = parameter.detach().contiguous()
-    if size == 1:
-        return row.layout.unshard([local])
-    shards = [torch.empty_like(local) for _ in range(size)]
-    dist.all_gather(shards, local, group=group)
-    return row.layout.unshard(shards)
+@dataclass(frozen=True)
+class _Shard:
+    """Where one shard of a parameter is, on the first rank that has it."""
+
+    rank: int
+    shape: tuple[int, ...]
 
 
-def _owners(model: HiddenStateModel) -> dict[str, int]:
-    """Pipeline rank that holds each global parameter (the first, where two do)."""
-    names: list[list[str]] = [[]] * parallel_state.get_pipeline_model_parallel_world_size()
-    group = parallel_state.get_pipeline_model_parallel_group()
-    dist.all_gather_object(names, list(local_parameters(model)), group=group)
-    owners: dict[str, int] = {}
-    for stage, stage_names in enumerate(names):
-        for name in stage_names:
-            owners.setdefault(name, stage)
-    return owners
+def _shards(model: HiddenStateModel, parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[_Shard]]:
+    """The shards of every global parameter in their order, on every rank."""
+    mine = {
+        row.megatron_name: (_shard_place(row), tuple(parameters[row.megatron_name].shape))
+        for row in model_maps(model)
+        if row.megatron_name in parameters
+    }
+    everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found: dict[str, dict[int, _Shard]] = {}
+    for rank, theirs in enumerate(everyone):
+        for name, ((place, _), shape) in theirs.items():
+            found.setdefault(name, {}).setdefault(place, _Shard(rank, shape))
+    return {name: [shards[place] for place in sorted(shards)] for name, shards in found.items()}
 
 
 @torch.no_grad()
@@ -179,40 +192,27 @@ def export_hf_weights(model: HiddenStateModel) -> Iterator[tuple[str, Tensor]]:
 
     All ranks must iterate to the end. Tensors are clones, in the model's dtype.
     """
-    if parallel_state.get_data_parallel_rank() != 0:
-        return
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    first_of_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
-    parameters = local_parameters(model)
-    owners = _owners(model)
+    parameters, rank = local_parameters(model), dist.get_rank()
+    shards = _shards(model, parameters)
     for row in model_maps(model):
-        owner = owners[row.megatron_name]
-        parts: list[Tensor] = []
-        if owner == stage:
-            parts = row.layout.split(_gather_full(row, parameters[row.megatron_name]))
-        if not first_of_tensor:
-            continue
-        if stages > 1 and owner != 0:
-            parts = _send_to_first_stage(row, parts, owner, stage, model)
-        if stage == 0:
-            for name, part in zip(row.hf_names, parts, strict=True):
+        places = shards[row.megatron_name]
+        if rank == 0:
+            parts = [_receive(shard, parameters.get(row.megatron_name), model) for shard in places]
+            full = row.layout.unshard(parts)
+            for name, part in zip(row.hf_names, row.layout.split(full), strict=True):
                 yield name, part.to("cpu", copy=True)
+        elif any(shard.rank == rank for shard in places):
+            dist.send(parameters[row.megatron_name].detach().contiguous(), 0)
 
 
-def _send_to_first_stage(
-    row: ParameterMap, parts: list[Tensor], owner: int, stage: int, model: HiddenStateModel
-) -> list[Tensor]:
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if stage == owner:
-        for part in parts:
-            dist.send(part.contiguous(), group=group, group_dst=0)
-    elif stage == 0:
-        device = next(model.parameters()).device
-        parts = [torch.empty(shape, dtype=model.config.params_dtype, device=device) for shape in row.hf_shapes]
-        for part in parts:
-            dist.recv(part, group=group, group_src=owner)
-    return parts
+def _receive(shard: _Shard, own: Tensor | None, model: HiddenStateModel) -> Tensor:
+    """A shard on the first rank: its own, or sent by the rank that has it."""
+    if shard.rank == 0:
+        assert own is not None  # the list of shards says so
+        return own.detach()
+    part = torch.empty(shard.shape, dtype=model.config.params_dtype, device=next(model.parameters()).device)
+    dist.recv(part, shard.rank)
+    return part
 
 
 def write_hf_weights(

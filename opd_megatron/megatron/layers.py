@@ -20,6 +20,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -27,8 +28,15 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
+
+from opd_megatron.megatron import moe
+from opd_megatron.megatron.packing import PackedSequences
 
 
 def use_transformer_engine() -> bool:
@@ -85,7 +93,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 class CausalAttention(torch.nn.Module):
     """Scaled dot-product attention over the heads of this rank; the one place that computes attention on torch.
 
-    Sequences are padded on the right, so the causal mask alone keeps padding out of every real position.
+    Sequences are packed, or padded on the right, where the causal mask alone keeps padding out of every real position.
     """
 
     def __init__(
@@ -112,15 +120,54 @@ class CausalAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """``query`` ``[s, b, a, d]``, ``key`` and ``value`` ``[s, b, g, d]`` -> ``[s, b, a*d]``."""
-        if packed_seq_params is not None or attention_mask is not None:
-            raise ValueError("the micro-batch builder makes right-padded causal batches only")
+        """``query`` ``[s, b, a, d]``, ``key`` and ``value`` ``[s, b, g, d]`` -> ``[s, b, a*d]``; packed, ``b`` is 1."""
+        if attention_mask is not None:
+            raise ValueError("the micro-batch builder makes causal batches only")
         s, b, a, d = query.shape
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if packed_seq_params is None:
+            context = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), None)
+            return context.transpose(0, 1).reshape(s, b, a * d)
+        assert isinstance(packed_seq_params, PackedSequences)
+        assert packed_seq_params.rows_T is not None
+        query, key, value = query[:, 0], self._of_all_ranks(key[:, 0]), self._of_all_ranks(value[:, 0])
+        outputs = []
+        for bucket in packed_seq_params.buckets:
+            context = self._attend(
+                _rows(query, bucket.queries_bq),
+                _rows(key, bucket.keys_bk),
+                _rows(value, bucket.keys_bk),
+                bucket.mask_b1qk,
+            )
+            outputs.append(context.reshape(-1, a * d))
+        return torch.cat(outputs).index_select(0, packed_seq_params.rows_T)[:, None]
+
+    def _attend(self, query_bqad: Tensor, key_bkgd: Tensor, value_bkgd: Tensor, mask_b1qk: Tensor | None) -> Tensor:
+        """``[b, q, a, d]``; causal without a mask."""
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query_bqad, key_bkgd, value_bkgd))
         context = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=k.shape[1] != a
+            q,
+            k,
+            v,
+            attn_mask=mask_b1qk,
+            is_causal=mask_b1qk is None,
+            scale=self.softmax_scale,
+            enable_gqa=k.shape[1] != q.shape[1],
         )
-        return context.permute(2, 0, 1, 3).reshape(s, b, a * d)
+        return context.transpose(1, 2)
+
+    @staticmethod
+    def _of_all_ranks(tensor_Tgd: Tensor) -> Tensor:
+        """Rows of all context-parallel ranks, rank after rank; in backward every rank gets the sum for its own."""
+        if parallel_state.get_context_parallel_world_size() == 1:
+            return tensor_Tgd
+        group = parallel_state.get_context_parallel_group()
+        gathered: Tensor = gather_from_sequence_parallel_region(tensor_Tgd.contiguous(), group=group)
+        return gathered
+
+
+def _rows(tensor_Tad: Tensor, rows_bq: Tensor) -> Tensor:
+    """``[b, q, a, d]`` rows of a packed tensor."""
+    return tensor_Tad.index_select(0, rows_bq.flatten()).unflatten(0, rows_bq.shape)
 
 
 def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
@@ -152,9 +199,16 @@ def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds and of the final norm."""
     if use_transformer_engine():
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        dense = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        experts = moe.transformer_engine_layer_spec(config)
         norm = te.TENorm
     else:
-        layer, norm = _torch_layer_spec(config), RMSNorm
-    layers = get_num_layers_to_build(config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+        dense, norm = _torch_layer_spec(config), RMSNorm
+        experts = moe.torch_layer_spec(dense, RMSNorm)
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    first = get_transformer_layer_offset(config, pp_rank=rank)
+    layers = get_num_layers_to_build(config, pp_rank=rank)
+    kinds = moe.layer_pattern(config)[first : first + layers]
+    return TransformerBlockSubmodules(
+        layer_specs=[experts if has_experts else dense for has_experts in kinds], layer_norm=norm
+    )

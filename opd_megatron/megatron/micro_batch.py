@@ -1,70 +1,97 @@
 """From samples to the tensors of a micro-batch: the one place that knows how sequences are laid out on a device.
 
-Sequences are padded on the right to the longest of the micro-batch. The model reads all tokens but the last, and only
-the positions that predict a response token reach the vocabulary head.
+Sequences are laid end to end (``packed``), or padded on the right to the longest of the micro-batch. The model reads
+all tokens but the last, and only the positions that predict a response token reach the vocabulary head.
 
-Shape legend: ``b`` samples, ``s`` padded length, ``N`` response tokens of the micro-batch, sample after sample.
+Shape legend: ``b`` rows and ``s`` tokens of each (packed: one row), ``n`` sequences, ``N`` response tokens that this
+rank predicts, sample after sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from opd_megatron.megatron.packing import ContextSplit, PackedSequences, describe
 from opd_megatron.sample import Sample
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """How the sequences of a micro-batch lie on the device.
+
+    ``length_multiple`` is what the length of a row must divide by (sequence parallelism), ``split`` the share of this
+    context-parallel rank, ``for_torch`` whether attention runs on plain torch.
+    """
+
+    packed: bool = False
+    length_multiple: int = 1
+    split: ContextSplit = field(default_factory=ContextSplit)
+    for_torch: bool = True
+
+    def tokens_on_rank(self, length: int) -> int:
+        """Tokens of this rank that a packed sample of ``length`` tokens, its last included, takes."""
+        return self.split.padded(max(0, length - 1)) // self.split.size
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Model inputs, the rows of its output that predict response tokens, and those tokens.
 
-    ``indices`` are the samples' places in the list that was split and ``lengths`` their response lengths, in the order
-    of the ``N`` entries.
+    ``indices`` are the samples' places in the list that was split, ``lengths`` their response lengths and ``offsets``
+    the places within each response that the ``N`` entries belong to: all of them, unless context parallelism splits the
+    sequences. ``packed`` is None where rows are padded.
     """
 
     indices: tuple[int, ...]
     lengths: tuple[int, ...]
+    offsets: tuple[np.ndarray, ...]
     tokens_bs: Tensor
     position_ids_bs: Tensor
     rows_N: Tensor
     targets_N: Tensor
+    sequences_bsn: Tensor
+    """Which of the ``n`` sequences each position is of; padding is of none. The routers of experts balance by it."""
+    packed: PackedSequences | None = None
 
     def split(self, values_N: Tensor) -> dict[int, np.ndarray]:
-        """Cut ``[N, ...]`` values into one array per sample, by the sample's place."""
-        parts = values_N.detach().cpu().split(list(self.lengths))
-        return {index: part.numpy() for index, part in zip(self.indices, parts, strict=True)}
+        """One array of the response's length per sample, by its place; 0 where another rank predicts the token."""
+        found: dict[int, np.ndarray] = {}
+        values = values_N.detach().cpu().numpy()
+        ends = np.cumsum([len(offsets) for offsets in self.offsets])
+        for index, length, offsets, end in zip(self.indices, self.lengths, self.offsets, ends, strict=True):
+            part = values[end - len(offsets) : end]
+            if len(offsets) < length:
+                whole = np.zeros((length, *values.shape[1:]), dtype=values.dtype)
+                whole[offsets] = part
+                part = whole
+            found[index] = part
+        return found
+
+    def rows_by_place(self, values_Nh: Tensor) -> dict[int, Tensor]:
+        """``[N, ...]`` values cut into this rank's part of each sample, by its place."""
+        parts = values_Nh.split([len(offsets) for offsets in self.offsets])
+        return dict(zip(self.indices, parts, strict=True))
 
     def join(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """Concatenate per-sample arrays, given for the whole split list, to ``[N]`` on this micro-batch's device."""
+        """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N]`` on its device."""
         chosen = [np.asarray(arrays[index]) for index in self.indices]
         for array, length in zip(chosen, self.lengths, strict=True):
             if len(array) != length:
                 raise ValueError(f"{len(array)} values for a response of {length} tokens")
-        return torch.from_numpy(np.concatenate(chosen)).to(self.tokens_bs.device)
-
-
-def rank_share(samples: Sequence[Sample], rank: int, size: int) -> list[int]:
-    """Places of the samples that data-parallel rank ``rank`` of ``size`` works on: every ``size``-th, longest first.
-
-    Dealing out by length keeps the ranks' work alike and the padding small.
-    """
-    order = sorted(range(len(samples)), key=lambda place: -len(samples[place].tokens))
-    return order[rank::size]
-
-
-def plan(places: Sequence[int], micro_batch_size: int) -> list[tuple[int, ...]]:
-    """Cut a rank's share into micro-batches of ``micro_batch_size`` samples (the last may be smaller)."""
-    return [tuple(places[start : start + micro_batch_size]) for start in range(0, len(places), micro_batch_size)]
+        parts = [array[offsets] for array, offsets in zip(chosen, self.offsets, strict=True)]
+        dtype = np.asarray(arrays[0]).dtype if len(arrays) else np.dtype(np.float32)
+        return torch.from_numpy(_concatenate(parts, dtype)).to(self.tokens_bs.device)
 
 
 def build(
-    samples: Sequence[Sample], places: Sequence[int], *, device: torch.device, length_multiple: int = 1
+    samples: Sequence[Sample], places: Sequence[int], *, device: torch.device, layout: SequenceLayout
 ) -> MicroBatch:
-    """Tensors of the samples at ``places``; lengths are rounded up to ``length_multiple`` (sequence parallelism).
+    """Tensors of the samples at ``places``, of which there may be none.
 
     Raises ``ValueError`` for a sample without a prompt token: nothing would predict its first response token.
     """
@@ -72,21 +99,87 @@ def build(
     for sample in chosen:
         if len(sample.prompt_tokens) == 0:
             raise ValueError(f"sample {sample.index} has an empty prompt")
-    longest = max(max(1, len(sample.tokens) - 1) for sample in chosen)
-    padded = -(-longest // length_multiple) * length_multiple
-    tokens_bs = np.zeros((len(chosen), padded), dtype=np.int64)
+    if layout.packed:
+        tokens_bs, position_ids_bs, member_bsn, rows, offsets, packed = _end_to_end(chosen, layout)
+    else:
+        tokens_bs, position_ids_bs, member_bsn, rows, offsets = _padded(chosen, layout)
+        packed = None
+    targets = [sample.response_tokens[held] for sample, held in zip(chosen, offsets, strict=True)]
+    return MicroBatch(
+        indices=tuple(places),
+        lengths=tuple(sample.response_length for sample in chosen),
+        offsets=tuple(offsets),
+        tokens_bs=torch.from_numpy(tokens_bs).to(device),
+        position_ids_bs=torch.from_numpy(position_ids_bs).to(device),
+        rows_N=torch.from_numpy(_concatenate(rows, np.dtype(np.int64))).to(device),
+        targets_N=torch.from_numpy(_concatenate(targets, np.dtype(np.int64))).to(device),
+        sequences_bsn=torch.from_numpy(member_bsn).to(device),
+        packed=None if packed is None else packed.to(device),
+    )
+
+
+def _padded(
+    chosen: Sequence[Sample], layout: SequenceLayout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Tokens, positions, membership, rows of the response tokens and their places in the responses."""
+    count = max(1, len(chosen))
+    longest = max([1, *(len(sample.tokens) - 1 for sample in chosen)])
+    length = -(-longest // layout.length_multiple) * layout.length_multiple
+    tokens_bs = np.zeros((count, length), dtype=np.int64)
+    member_bsn = np.zeros((count, length, count), dtype=np.bool_)
     rows: list[np.ndarray] = []
     for row, sample in enumerate(chosen):
         inputs = sample.tokens[:-1]
         tokens_bs[row, : len(inputs)] = inputs
+        member_bsn[row, : len(inputs), row] = True
         first = len(sample.prompt_tokens) - 1
         # Megatron's hidden states are [s, b, h], so position p of sample `row` is flat row p * b + row.
-        rows.append((first + np.arange(sample.response_length)) * len(chosen) + row)
-    return MicroBatch(
-        indices=tuple(places),
-        lengths=tuple(sample.response_length for sample in chosen),
-        tokens_bs=torch.from_numpy(tokens_bs).to(device),
-        position_ids_bs=torch.arange(padded, device=device).expand(len(chosen), padded),
-        rows_N=torch.from_numpy(np.concatenate(rows)).to(device),
-        targets_N=torch.from_numpy(np.concatenate([sample.response_tokens for sample in chosen])).to(device),
-    )
+        rows.append((first + np.arange(sample.response_length)) * count + row)
+    offsets = [np.arange(sample.response_length) for sample in chosen]
+    return tokens_bs, np.tile(np.arange(length), (count, 1)), member_bsn, rows, offsets
+
+
+def _end_to_end(
+    chosen: Sequence[Sample], layout: SequenceLayout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray], PackedSequences]:
+    """As :func:`_padded` for one row of all sequences, with its description."""
+    split = layout.split
+    padded_lengths = [split.padded(len(sample.tokens) - 1) for sample in chosen]
+    filling = _filling(sum(padded_lengths) // split.size, layout)
+    if filling:
+        padded_lengths.append(filling * split.size)
+    total = sum(padded_lengths) // split.size
+    tokens_1s, position_ids_1s = np.zeros((2, 1, total), dtype=np.int64)
+    member_1sn = np.zeros((1, total, max(1, len(chosen))), dtype=np.bool_)
+    rows: list[np.ndarray] = []
+    offsets: list[np.ndarray] = []
+    start = 0
+    for number, padded in enumerate(padded_lengths):
+        held = split.positions(padded)
+        here = slice(start, start + len(held))
+        position_ids_1s[0, here] = held
+        if number < len(chosen):
+            sample = chosen[number]
+            inputs = sample.tokens[:-1]
+            real = held < len(inputs)
+            tokens_1s[0, here][real] = inputs[held[real]]
+            member_1sn[0, here, number] = real
+            in_response = held - (len(sample.prompt_tokens) - 1)
+            predicts = (in_response >= 0) & (in_response < sample.response_length)
+            rows.append(start + np.flatnonzero(predicts))
+            offsets.append(in_response[predicts])
+        start += len(held)
+    packed = describe(padded_lengths, split, for_torch=layout.for_torch)
+    return tokens_1s, position_ids_1s, member_1sn, rows, offsets, packed
+
+
+def _filling(tokens: int, layout: SequenceLayout) -> int:
+    """Tokens of one rank that fill its row up, as a sequence of their own: at least one row of them must exist."""
+    multiple = layout.length_multiple
+    if layout.split.size > 1 and multiple % 2:
+        multiple *= 2
+    return max(multiple, -(-tokens // multiple) * multiple) - tokens
+
+
+def _concatenate(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture, RopeScaling
 from opd_megatron.config.options import ParallelOptions
-from opd_megatron.megatron import cpu
-from opd_megatron.megatron.layers import block_spec
+from opd_megatron.megatron import cpu, moe
+from opd_megatron.megatron.layers import block_spec, use_transformer_engine
+from opd_megatron.megatron.micro_batch import SequenceLayout
+from opd_megatron.megatron.packing import ContextSplit
 
 
 class HiddenStateModel(GPTModel):
@@ -32,6 +35,28 @@ class HiddenStateModel(GPTModel):
     """
 
     architecture: ModelArchitecture
+    sequence_layout: SequenceLayout
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+        padding_mask: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """What Megatron prepares for the layers, with two things of ours.
+
+        ``padding_mask`` reaches them as it is: routers expect ``[b, s, n]`` (see ``moe.ExpertRouter``). For packed
+        sequences on plain torch the rotary frequencies are those of each token's position.
+        """
+        embedded, rotary, *inputs, _ = super()._preprocess(
+            input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
+            rotary = rotary.index_select(0, position_ids[0])
+        return embedded, rotary, *inputs, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -45,10 +70,12 @@ class HiddenStateModel(GPTModel):
 
 
 def transformer_config(
-    architecture: ModelArchitecture, parallel: ParallelOptions, dtype: torch.dtype
+    architecture: ModelArchitecture, parallel: ParallelOptions, dtype: torch.dtype, router_dtype: str | None = None
 ) -> TransformerConfig:
     """Megatron's configuration of ``architecture`` under the process groups of this run."""
+    mixture = architecture.mixture
     return TransformerConfig(
+        **(moe.mixture_settings(mixture, parallel, router_dtype) if mixture else {}),
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -66,6 +93,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
@@ -93,9 +121,10 @@ def build_model(
     *,
     dtype: torch.dtype,
     make_vocab_size_divisible_by: int,
+    router_dtype: str | None = None,
 ) -> HiddenStateModel:
     """This rank's part of the model, its weights not yet set; process groups must be initialised."""
-    config = transformer_config(architecture, parallel, dtype)
+    config = transformer_config(architecture, parallel, dtype, router_dtype)
     model = HiddenStateModel(
         config=config,
         transformer_layer_spec=block_spec(config),
@@ -108,11 +137,25 @@ def build_model(
         rotary_base=architecture.rotary_base,
     )
     model.architecture = architecture
+    model.sequence_layout = sequence_layout(parallel)
+    # The micro-batch builder knows the split over context-parallel ranks; Megatron would split the frequencies again.
+    model.rotary_pos_emb.cp_group = None
     _mark_sharded_weights(model)
+    moe.mark_expert_weights(model)
     if architecture.rope_scaling is not None:
         # Megatron-Core fixes the original context of Llama 3's scaling at 8192, so the frequencies are set from here.
         model.rotary_pos_emb.inv_freq = scale_frequencies(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
     return model.to(cpu.device())
+
+
+def sequence_layout(parallel: ParallelOptions) -> SequenceLayout:
+    """How this rank lays sequences out; process groups must be initialised."""
+    return SequenceLayout(
+        packed=parallel.qkv_format == "thd",
+        length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        split=ContextSplit(parallel.context_parallel_size, parallel_state.get_context_parallel_rank()),
+        for_torch=not use_transformer_engine(),
+    )
 
 
 def _mark_sharded_weights(model: HiddenStateModel) -> None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
-from opd_megatron.megatron.micro_batch import MicroBatch, plan, rank_share
+from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
+from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
+from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.observe.progress import track
 from opd_megatron.sample import Sample
@@ -31,20 +32,20 @@ def score_samples(
         return batch.split(head_log_probs(model, batch, rows_Nh, temperature)[0])
 
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    reports = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    is_last = parallel_state.is_pipeline_last_stage()
     is_first = dist.get_rank() == 0
     # Longest first: what needs the most memory fails at once, and sequences of one micro-batch are of one length.
     order = sorted(range(len(samples)), key=lambda place: -samples[place].response_length)
     size = micro_batch_size * MICRO_BATCHES_AT_A_TIME * ranks
+    rule, cost = BatchingRule(micro_batch_size), sequence_cost(model.architecture)
     results: dict[int, np.ndarray] = {}
     starts = range(0, len(samples), size)
     for start in track(starts, "score", len(starts)) if is_first else starts:
-        chunk = order[start : start + size]
-        share = [chunk[place] for place in rank_share([samples[place] for place in chunk], rank, ranks)]
-        parts = run_micro_batches(
-            model, model, samples, plan(share, micro_batch_size), last_stage, with_gradients=False
-        )
-        results |= _gather({place: array for part in parts for place, array in part.items()} if reports else {})
+        chunk = [samples[place] for place in order[start : start + size]]
+        micro_batches = plan([len(sample.tokens) for sample in chunk], rule, ranks=ranks, cost=cost)[rank]
+        parts = run_micro_batches(model, model, chunk, micro_batches, last_stage, with_gradients=False)
+        found = {order[start + place]: array for part in parts for place, array in part.items()}
+        results |= _gather(add_over_context(found) if is_last else {})
     return [results[place] for place in range(len(samples))] if is_first else []
 
 

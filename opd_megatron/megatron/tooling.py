@@ -16,6 +16,7 @@ from opd_megatron.config.checkpoint_paths import Step, inspect_checkpoint, resol
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.errors import UserError, refuse
 from opd_megatron.config.options import Options, ParallelOptions
+from opd_megatron.config.validate_moe import expert_layout_faults
 from opd_megatron.config.validate_run import layout_faults_of_model
 from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.model import HiddenStateModel, build_model
@@ -115,6 +116,7 @@ def join(parallel: ParallelOptions, architecture: ModelArchitecture) -> bool:
         )
     if parallel.sequence_parallel and tensor == 1:
         faults.append("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")
+    faults += expert_layout_faults(parallel, rendezvous.world_size)
     refuse([*faults, *layout_faults_of_model(Options(parallel=parallel), architecture, "model")])
     distributed.initialize(rendezvous, parallel, seed=0)
     return rendezvous.rank == 0

@@ -25,12 +25,14 @@ from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_layout, optimizer_layout, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
-from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
+from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan, sequence_cost
+from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
-from opd_megatron.megatron.micro_batch import MicroBatch, plan, rank_share
+from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, build_model
+from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
-from opd_megatron.megatron.vocab_head import reverse_kl
+from opd_megatron.megatron.vocab_head import kl_and_baseline
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
@@ -84,12 +86,13 @@ class MegatronTrainer:
             initialize_weights(self.student, self.options.training.seed)
         else:
             checkpoint.load_model_folder(self.student, spec.start.folder)
+        set_load_balancing(self.student, self.options)
         self.wrapped = wrap_model(self.student, self.options.optimizer)
         self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
         decay, warmup = schedule_steps(self.options, spec.num_rollouts)
         self.scheduler = build_scheduler(self.optimizer, self.options.optimizer, decay, warmup)
         self.frozen = {name: self._load_frozen(model) for name, model in spec.frozen.items()}
-        self._teacher_hidden: dict[int, Tensor] = {}
+        self._teacher_hidden: dict[int, Tensor] | None = None
 
     def _build(self, architecture: ModelArchitecture) -> HiddenStateModel:
         return build_model(
@@ -97,6 +100,7 @@ class MegatronTrainer:
             self.options.parallel,
             dtype=torch.bfloat16 if self.options.optimizer.bf16 else torch.float32,
             make_vocab_size_divisible_by=self.options.model.make_vocab_size_divisible_by,
+            router_dtype=self.options.model.moe_router_dtype,
         )
 
     def _load_frozen(self, spec: FrozenModel) -> HiddenStateModel:
@@ -106,8 +110,12 @@ class MegatronTrainer:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank holds results: last pipeline stage, first tensor-parallel rank."""
-        return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        """Whether this rank holds results: last pipeline stage, first of the ranks that share its samples."""
+        return (
+            parallel_state.is_pipeline_last_stage()
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
 
     def resume(self) -> dict[str, Any] | None:
         """Restore optimizer, schedule and random state if the run starts from a trainer's checkpoint.
@@ -119,15 +127,26 @@ class MegatronTrainer:
         check_optimizer_layout(self.options, checkpoint.saved_layout(self.spec.start.folder))
         return checkpoint.load_training_state(self.spec.start.folder, self.student, self.optimizer, self.scheduler)
 
-    def _steps(self, samples: Sequence[Sample]) -> list[list[tuple[int, ...]]]:
-        """This rank's micro-batches for each optimizer step: consecutive global batches, dealt out over the ranks."""
+    def _steps(self, samples: Sequence[Sample]) -> list[MicroBatches]:
+        """This rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
         size = self.options.global_batch_size
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        cost = sequence_cost(self.spec.architecture)
         steps = []
         for start in range(0, len(samples), size):
-            share = [start + place for place in rank_share(samples[start : start + size], rank, ranks)]
-            steps.append(plan(share, self.options.training.micro_batch_size))
+            lengths = [len(sample.tokens) for sample in samples[start : start + size]]
+            share = plan(lengths, self._batching, ranks=ranks, cost=cost)[rank]
+            steps.append([tuple(start + place for place in places) for places in share])
         return steps
+
+    @property
+    def _batching(self) -> BatchingRule:
+        training = self.options.training
+        return BatchingRule(
+            micro_batch_size=training.micro_batch_size,
+            max_tokens=training.max_tokens_per_gpu if training.use_dynamic_batch_size else None,
+            length=self.student.sequence_layout.tokens_on_rank,
+        )
 
     @torch.no_grad()
     def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> dict[int, np.ndarray]:
@@ -137,18 +156,24 @@ class MegatronTrainer:
         """
         model = self.student if name == "student" else self.frozen[name]
         if name == "teacher":
-            self._teacher_hidden.clear()
+            self._teacher_hidden = {} if keep_hidden else None
 
         def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
             log_probs_N, _ = head_log_probs(model, batch, rows_Nh, self.temperature)
-            if keep_hidden:
-                parts = rows_Nh.to("cpu").split(list(batch.lengths))
-                self._teacher_hidden.update(zip(batch.indices, parts, strict=True))
+            if self._teacher_hidden is not None and name == "teacher":
+                self._teacher_hidden.update(batch.rows_by_place(rows_Nh.to("cpu")))
             return batch.split(log_probs_N)
 
         micro_batches = [batch for step in self._steps(samples) for batch in step]
         results = run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False)
-        return {place: array for part in results for place, array in part.items()} if self.reports else {}
+        return self._merged(results)
+
+    def _merged(self, parts: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
+        """The arrays of all micro-batches, on the ranks that report."""
+        if not parallel_state.is_pipeline_last_stage():
+            return {}
+        merged = add_over_context({place: array for part in parts for place, array in part.items()})
+        return merged if self.reports else {}
 
     def train(self, samples: Sequence[Sample]) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite."""
@@ -165,7 +190,7 @@ class MegatronTrainer:
             metrics, found = self._optimizer_step(samples, micro_batches, by_place)
             per_step.append(metrics)
             log_probs.update(found)
-        self._teacher_hidden.clear()
+        self._teacher_hidden = None
         return TrainResult(_mean_over_steps(per_step) if self._is_reporter else None, log_probs)
 
     @property
@@ -190,11 +215,10 @@ class MegatronTrainer:
                 "Lower --lr, or see docs/troubleshooting.md"
             )
         self.scheduler.step(increment=1)
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.student)}
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
-        log_probs = {place: array for part in results for place, array in part[1].items()} if self.reports else {}
-        return metrics, log_probs
+        return metrics, self._merged([part[1] for part in results])
 
     def _loss(
         self, samples: Sequence[Sample], batch: MicroBatch, rows_Nh: Tensor, weights: list[np.ndarray]
@@ -203,6 +227,7 @@ class MegatronTrainer:
         objective = self.options.objective
         weights_N = batch.join(weights)
         mask_N = batch.join([sample.loss_mask for sample in samples])
+        exact_kl_N, quietest_N = self._exact_moments(batch, rows_Nh)
         if objective.loss_type == "sft_loss":
             loss, statistics = sft_objective(log_probs_N, weights_N, mask_N)
         else:
@@ -214,12 +239,14 @@ class MegatronTrainer:
                 advantages_N=_joined(batch, [sample.advantages for sample in samples], "advantages"),
                 old_log_probs_N=_joined_if_any(batch, [sample.old_log_probs for sample in samples]),
                 ref_log_probs_N=_joined_if_any(batch, [sample.ref_log_probs for sample in samples]),
+                opd_baseline_N={"none": None, "kl": exact_kl_N, "optimal": quietest_N}[self.options.opd.opd_baseline],
                 **self._teacher_inputs(samples, batch),
             )
             coefficient = self.options.opd.opd_kl_coef if self.options.opd.use_opd else None
             loss, statistics = policy_objective(inputs, objective, coefficient)
-        if self._teacher_hidden:
-            statistics["opd/reverse_kl_exact"] = self._exact_kl(batch, rows_Nh, mask_N)
+        if exact_kl_N is not None:
+            sums = torch.stack([exact_kl_N[mask_N].double().sum(), mask_N.sum().double()])
+            statistics["opd/reverse_kl_exact"] = sums
         return loss, (statistics, batch.split(log_probs_N))
 
     def _teacher_inputs(self, samples: Sequence[Sample], batch: MicroBatch) -> dict[str, Tensor]:
@@ -232,19 +259,24 @@ class MegatronTrainer:
             "teacher_valid_N": batch.join([score.valid_T for score in scores if score is not None]),
         }
 
-    def _exact_kl(self, batch: MicroBatch, rows_Nh: Tensor, mask_N: Tensor) -> Tensor:
-        """Statistic ``[sum, tokens]`` of KL(student || teacher) over the vocabulary on trained tokens."""
-        hidden = torch.cat([self._teacher_hidden[place] for place in batch.indices]).to(rows_Nh.device)
-        kl_N = reverse_kl(
+    def _exact_moments(self, batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """``[N]`` KL(student || teacher) over the vocabulary and the baseline of least variance, without gradient.
+
+        None where the teacher's hidden rows were not kept.
+        """
+        if self._teacher_hidden is None:
+            return None, None
+        teacher_weight = self.frozen["teacher"].head_weight()
+        parts = [self._teacher_hidden[place].to(rows_Nh.device) for place in batch.indices]
+        return kl_and_baseline(
             rows_Nh.detach(),
             self.student.head_weight(),
-            hidden,
-            self.frozen["teacher"].head_weight(),
+            torch.cat(parts) if parts else teacher_weight.new_zeros((0, teacher_weight.shape[1])),
+            teacher_weight,
             temperature=self.temperature,
             vocab_size=self.spec.architecture.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
-        return torch.stack([kl_N[mask_N].double().sum(), mask_N.sum().double()])
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
@@ -285,10 +317,10 @@ def _joined_if_any(batch: MicroBatch, arrays: Sequence[np.ndarray | None]) -> Te
 
 
 def _sum_over_data_parallel(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add up statistics over the data-parallel ranks; every rank has the same names."""
+    """Add up statistics over the data- and context-parallel ranks; every rank has the same names."""
     names = sorted(statistics)
     table = torch.stack([statistics[name] for name in names])
-    dist.all_reduce(table, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(table, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return dict(zip(names, table, strict=True))
 
 

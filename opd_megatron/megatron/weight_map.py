@@ -5,7 +5,7 @@ Each :class:`ParameterMap` names one global Megatron parameter and the Hugging F
 ``unshard`` (ranks -> full). The families differ only in which rows the table has.
 
 Shape legend: ``a`` query heads, ``g`` key/value heads, ``d`` head size, ``h`` hidden size, ``f`` feed-forward size,
-``v`` vocabulary.
+``E`` experts, ``v`` vocabulary.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class ParameterMap:
     hf_shapes: tuple[tuple[int, ...], ...]
     layout: Layout
     init: str = "normal"
+    is_expert: bool = False
+    """Whether it is a weight of one expert, which only the ranks of that expert hold."""
 
     def random(self, architecture: ModelArchitecture, seed: int, dtype: torch.dtype) -> list[Tensor]:
         """Seeded initial HF tensors: N(0, ``init_method_std``) matrices, norms of one, biases of zero.
@@ -129,7 +131,7 @@ def _vocabulary(vocab_size: int, padded: int) -> Layout:
 def parameter_maps(architecture: ModelArchitecture, padded_vocab_size: int) -> list[ParameterMap]:
     """Every parameter of the model in the order of its layers; layers are numbered globally from 0."""
     a = architecture
-    h, f, d = a.hidden_size, a.ffn_hidden_size, a.kv_channels
+    h, d = a.hidden_size, a.kv_channels
     q_rows, kv_rows = a.num_attention_heads * d, a.num_query_groups * d
     vocabulary = _vocabulary(a.vocab_size, padded_vocab_size)
     qkv = _qkv(a)
@@ -140,7 +142,7 @@ def parameter_maps(architecture: ModelArchitecture, padded_vocab_size: int) -> l
     ]
     for layer in range(a.num_layers):
         mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
-        attention, mlp = f"{hf}.self_attn", f"{hf}.mlp"
+        attention = f"{hf}.self_attn"
         projections = tuple(f"{attention}.{name}_proj" for name in "qkv")
 
         def add(
@@ -185,30 +187,52 @@ def parameter_maps(architecture: ModelArchitecture, padded_vocab_size: int) -> l
                     _REPLICATED,
                     "ones",
                 )
-        add(
-            "mlp.linear_fc1.layer_norm_weight",
-            (f"{hf}.post_attention_layernorm.weight",),
-            ((h,),),
-            _REPLICATED,
-            "ones",
-        )
-        add(
-            "mlp.linear_fc1.weight",
-            (f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-            ((f, h), (f, h)),
-            _gate_up(),
-            "normal",
-        )
-        add("mlp.linear_fc2.weight", (f"{mlp}.down_proj.weight",), ((h, f),), _along(1), "normal")
+        maps.extend(_feed_forward(a, layer))
     maps.append(ParameterMap("decoder.final_layernorm.weight", ("model.norm.weight",), ((h,),), _REPLICATED, "ones"))
     if a.untie_embeddings_and_output_weights:
         maps.append(ParameterMap("output_layer.weight", ("lm_head.weight",), ((a.vocab_size, h),), vocabulary))
     return maps
 
 
+def _gated_linear_unit(mcore: str, hf: str, h: int, f: int, number: str = "") -> list[ParameterMap]:
+    """A feed-forward unit: ``number`` is the expert's, which Megatron appends to the names of its two weights."""
+    gate_up, down = (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"), (f"{hf}.down_proj.weight",)
+    expert = bool(number)
+    return [
+        ParameterMap(f"{mcore}.linear_fc1.weight{number}", gate_up, ((f, h), (f, h)), _gate_up(), is_expert=expert),
+        ParameterMap(f"{mcore}.linear_fc2.weight{number}", down, ((h, f),), _along(1), is_expert=expert),
+    ]
+
+
+def _feed_forward(a: ModelArchitecture, layer: int) -> list[ParameterMap]:
+    """The feed-forward part of one layer and the norm before it."""
+    mcore, hf, h = f"decoder.layers.{layer}", f"model.layers.{layer}", a.hidden_size
+    has_experts = a.has_experts(layer)
+    norm = "pre_mlp_layernorm.weight" if has_experts else "mlp.linear_fc1.layer_norm_weight"
+    maps = [
+        ParameterMap(f"{mcore}.{norm}", (f"{hf}.post_attention_layernorm.weight",), ((h,),), _REPLICATED, "ones"),
+    ]
+    mcore, hf = f"{mcore}.mlp", f"{hf}.mlp"
+    if a.mixture is None or not has_experts:
+        return maps + _gated_linear_unit(mcore, hf, h, a.ffn_hidden_size)
+    experts, shared = a.mixture.num_experts, a.mixture.moe_shared_expert_intermediate_size
+    maps.append(ParameterMap(f"{mcore}.router.weight", (f"{hf}.gate.weight",), ((experts, h),), _REPLICATED))
+    for expert in range(experts):
+        unit = f"{mcore}.experts", f"{hf}.experts.{expert}"
+        maps += _gated_linear_unit(*unit, h, a.mixture.moe_ffn_hidden_size, str(expert))
+    if shared is not None:
+        maps += _gated_linear_unit(f"{mcore}.shared_experts", f"{hf}.shared_expert", h, shared)
+    if a.mixture.moe_shared_expert_gate:
+        gate = f"{hf}.shared_expert_gate.weight"
+        maps.append(ParameterMap(f"{mcore}.shared_experts.gate_weight", (gate,), ((1, h),), _REPLICATED))
+    return maps
+
+
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(\.mlp\.experts\.linear_fc[12]\.weight)(\d+)$")
 
 
-def global_name(local_name: str, layer_offset: int) -> str:
-    """Name of a stage's parameter in the whole model: its layer number plus those of the earlier stages."""
-    return _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + layer_offset}.", local_name)
+def global_name(local_name: str, layer_offset: int, expert_offset: int) -> str:
+    """Name of a rank's parameter in the whole model: layers and experts are counted from those of the other ranks."""
+    name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + layer_offset}.", local_name)
+    return _EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + expert_offset}", name)

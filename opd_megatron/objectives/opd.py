@@ -31,14 +31,22 @@ def add_opd_term(
     teacher_log_probs_N: Tensor,
     valid_N: Tensor,
     coef: float,
+    baseline_N: Tensor | None = None,
 ) -> Tensor:
-    """``A - coef * (log p_S - log p_T)`` where ``valid_N``, else ``A`` unchanged; ``[N]``, detached.
+    """``A - coef * (log p_S - log p_T - b)`` where ``valid_N``, else ``A`` unchanged; ``[N]``, detached.
+
+    ``baseline_N`` is ``b`` (None: 0), a function of the prefix alone. Since ``E_S[grad log p_S] = 0``, it leaves the
+    expected gradient as it is; with ``b = KL(S||T)`` at the position, which is the mean of ``log p_S - log p_T`` under
+    the student, the gradient is usually less noisy (cf. arXiv 2605.07865): usually, because the baseline of least
+    variance weighs each action by its squared score.
 
     ``valid_N`` is bool: the teacher scored the token and the loss mask is 1. Elsewhere the log-probabilities may be
     anything, NaN included. A valid log-probability of ``-inf`` (the teacher rules the token out) counts as
     :data:`~opd_megatron.objectives.log_probs.LOG_PROB_FLOOR` and is counted by ``opd/floored_frac``.
     """
     distance_N = log_ratio(student_log_probs_N, teacher_log_probs_N)
+    if baseline_N is not None:
+        distance_N = distance_N - baseline_N.detach()
     return advantages_N.detach() - coef * torch.where(valid_N, distance_N, 0.0)
 
 

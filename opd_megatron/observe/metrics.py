@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from opd_megatron.observe.run_folder import RunFolder, replacing
+from opd_megatron.observe.run_folder import RunFolder
+from opd_megatron.system import replacing
 
 
 class MetricLogger:

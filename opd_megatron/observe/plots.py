@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.observe.run_folder import read_metrics, replacing
+from opd_megatron.observe.run_folder import read_metrics
+from opd_megatron.system import replacing
 
 COLORS = ("#1f6fb4", "#d1552c", "#3a923a", "#8456a8", "#b8860b", "#c44e8a")
 GREY = "#6b6b6b"

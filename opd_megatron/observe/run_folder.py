@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import numbers
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from opd_megatron.system import replacing
 
 Metric = int | float | None
-
-
-@contextlib.contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of ``path`` that takes its name when the block ends well and vanishes when not.
-
-    A reader, or a run killed at any moment, sees the old file or the new one and never a part of it. Missing folders
-    are created.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -147,11 +129,22 @@ class RunFolder:
         return record
 
     def truncate_after(self, step: int) -> None:
-        """Forget the metrics of later steps, and a half-written last line; a resumed run writes them anew."""
+        """Forget what an earlier process of the run wrote of later steps; the run writes it anew.
+
+        That is their metrics (and a half-written last line), the samples of their rollouts (step k follows rollout
+        k - 1) and the summary; before the first step, ``step`` -1, all TensorBoard events and plots, too.
+        """
         kept = [record for record in read_metrics(self.metrics_file) if record["step"] <= step]
         if self.metrics_file.exists():
             self._rewrite(kept)
         self._last_step = max((record["step"] for record in kept), default=-1)
+        for path in self.samples.glob("rollout_*.jsonl"):
+            if int(path.stem.removeprefix("rollout_")) >= step:
+                path.unlink()
+        self.summary_file.unlink(missing_ok=True)
+        if step < 0:
+            for folder in (self.tensorboard, self.plots):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _repair(self) -> int:
         """Remove a half-written last line, to which the next one would be joined; returns the last step (-1: none)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import RewardOptions
+from opd_megatron.config.user_code import load_function
 from opd_megatron.reward.base import CheckedReward, PerSample, Rater, RewardFunction
-from opd_megatron.reward.custom import CustomRater, load_function
+from opd_megatron.reward.custom import CustomRater
 from opd_megatron.reward.mathematics import MathRater
 from opd_megatron.reward.text import exact, gsm8k, zero
 

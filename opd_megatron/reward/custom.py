@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections.abc
-import importlib
 import inspect
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -13,27 +12,6 @@ from typing import Any
 from opd_megatron.config.errors import UserError
 from opd_megatron.reward.base import PerSample, RewardError, name_sample
 from opd_megatron.sample import Sample
-
-
-def load_function(path: str, flag: str) -> Callable[..., Any]:
-    """Import ``package.module:function``; raises :class:`UserError` naming ``flag`` and what is missing.
-
-    An error inside the module other than a missing import propagates as it is: it is a bug with a traceback.
-    """
-    module_name, separator, attribute = path.partition(":")
-    if not separator or not module_name or not attribute:
-        raise UserError(f"{flag} {path}: write it as package.module:function")
-    try:
-        function: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{flag} {path}: cannot import {module_name} ({error}); is it on PYTHONPATH?") from error
-    for name in attribute.split("."):
-        if not hasattr(function, name):
-            raise UserError(f"{flag} {path}: {module_name} has no {attribute}")
-        function = getattr(function, name)
-    if not callable(function):
-        raise UserError(f"{flag} {path}: {attribute} is not a function")
-    return typing.cast(Callable[..., Any], function)
 
 
 def takes_batch(function: Callable[..., Any]) -> bool:

@@ -1,8 +1,9 @@
 """Incremental forward pass of a Hugging Face causal language model, written for decoding.
 
-It runs the weights of the transformers modules of the Qwen2, Qwen3 and Llama families, which agree in everything but
-QKV bias, QK norm and rotary frequencies. Compared with the modules' own ``forward`` it multiplies by joined QKV and
-gate/up matrices, writes keys and values in place, and attends without repeating the key/value heads.
+It runs the weights of the transformers modules of the Qwen2, Qwen3 and Llama families and of Qwen's mixtures, which
+agree in everything but QKV bias, QK norm, rotary frequencies and the feed-forward part. Compared with the modules' own
+``forward`` it multiplies by joined QKV and gate/up matrices, writes keys and values in place, and attends without
+repeating the key/value heads.
 ``benchmarks/decode.py`` measures what that is worth; the tests hold both forwards equal.
 
 Shape legend: ``B`` sequences, ``S`` new tokens per sequence, ``L`` cached positions, ``D`` head size, ``V``
@@ -11,15 +12,15 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from opd_megatron.rollout.cache import CacheShape, KeyValueCache, round_up_length
+from opd_megatron.rollout.feed_forward import FeedForward, join, read_feed_forward
 
 
 @dataclass(frozen=True)
@@ -31,36 +32,22 @@ class _Layer:
     k_norm: Tensor | None
     output_weight: Tensor
     mlp_norm: Tensor
-    gate_up_weight: Tensor
-    down_weight: Tensor
-
-
-def _join(modules: Sequence[nn.Module], name: str) -> Tensor:
-    """Join a parameter of several modules along dimension 0 and leave each module a view of its part.
-
-    Weights that later arrive in the modules are then in the joined tensor as well, and nothing is held twice.
-    """
-    parts = [getattr(module, name) for module in modules]
-    joined = torch.cat([part.detach() for part in parts])
-    for module, part in zip(modules, joined.split([len(part) for part in parts]), strict=True):
-        setattr(module, name, nn.Parameter(part, requires_grad=False))
-    return joined
+    feed_forward: FeedForward
 
 
 def _read_layer(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     has_norm = hasattr(attention, "q_norm")
     return _Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv_weight=_join(projections, "weight"),
-        qkv_bias=None if attention.q_proj.bias is None else _join(projections, "bias"),
+        qkv_weight=join(projections, "weight"),
+        qkv_bias=None if attention.q_proj.bias is None else join(projections, "bias"),
         q_norm=attention.q_norm.weight if has_norm else None,
         k_norm=attention.k_norm.weight if has_norm else None,
         output_weight=attention.o_proj.weight,
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up_weight=_join([mlp.gate_proj, mlp.up_proj], "weight"),
-        down_weight=mlp.down_proj.weight,
+        feed_forward=read_feed_forward(layer.mlp),
     )
 
 
@@ -127,8 +114,7 @@ class Decoder:
             )
             hidden = torch.addmm(hidden, attended.reshape(batch * count, -1), layer.output_weight.t())
             normed = F.rms_norm(hidden, size, layer.mlp_norm, self.epsilon)
-            gate, up = F.linear(normed, layer.gate_up_weight).chunk(2, dim=-1)
-            hidden = torch.addmm(hidden, F.silu(gate).mul_(up), layer.down_weight.t())
+            hidden = layer.feed_forward(hidden, normed)
         last = hidden.view(batch, count, -1)[:, -1]
         normed = F.rms_norm(last, size, self._model.model.norm.weight, self.epsilon)
         return F.linear(normed, self._model.lm_head.weight)

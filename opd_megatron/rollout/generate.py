@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
+from opd_megatron.config.user_code import load_function
 from opd_megatron.rollout.engine import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from opd_megatron.rollout.prompt import Prompt, new_sample
 from opd_megatron.sample import Sample, Status
@@ -90,22 +89,6 @@ class SampleEngine:
         raise RuntimeError("a generate function cannot close the engine")
 
 
-def load_custom_generate(path: str) -> CustomGenerate:
-    """Import ``MODULE:FUNCTION``; raises :class:`UserError` if there is no such function."""
-    flag = "--custom-generate-function-path"
-    module_name, separator, name = path.partition(":")
-    if not (separator and module_name and name):
-        raise UserError(f"{flag} {path}: write it as MODULE:FUNCTION, e.g. my_package.agent:generate")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{flag} {path}: the module cannot be imported ({error}); is it on PYTHONPATH?") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"{flag} {path}: the module has no function {name}")
-    return function
-
-
 def _checked(made: Any, index: int, group_index: int, path: str) -> Sample:
     """What a custom function returned, if it is this sample with a response that can be trained on.
 
@@ -138,7 +121,9 @@ class RolloutGenerator:
         self._copies = rollout.n_samples_per_prompt
         self._max_prompt_len = rollout.rollout_max_prompt_len
         self._custom_path = rollout.custom_generate_function_path
-        self._custom = None if self._custom_path is None else load_custom_generate(self._custom_path)
+        self._custom: CustomGenerate | None = None
+        if self._custom_path is not None:
+            self._custom = load_function(self._custom_path, "--custom-generate-function-path")
         self.sampling = SamplingParams(
             temperature=rollout.rollout_temperature,
             top_p=rollout.rollout_top_p,

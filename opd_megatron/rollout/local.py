@@ -17,6 +17,7 @@ from opd_megatron.config.architecture import FAMILIES
 from opd_megatron.rollout.decode_loop import Batch, decode_batch
 from opd_megatron.rollout.decoder import Decoder
 from opd_megatron.rollout.engine import GenerateRequest, Generation, SamplingParams
+from opd_megatron.rollout.feed_forward import tensors_by_stored_name
 from opd_megatron.rollout.stop import StopStrings, TokenTexts, end_token_ids
 from opd_megatron.sample import Status
 
@@ -30,7 +31,7 @@ def _build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
 
 
 class LocalEngine:
-    """Speaks with a transformers causal language model of the Qwen2, Qwen3 or Llama family.
+    """Speaks with a transformers causal language model of the Qwen2, Qwen3 or Llama family, or one of Qwen's mixtures.
 
     ``config`` is a transformers config or a Hugging Face folder, of which the config and the end tokens are read and
     nothing else: weights arrive by :meth:`update_weights`, and nothing is generated before they have. Responses end at
@@ -82,7 +83,7 @@ class LocalEngine:
         if self._decoder is None:
             raise RuntimeError("the engine is closed")
         self._ready, self._weight_version = False, ""
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters = tensors_by_stored_name(self._model)
         missing = {id(parameter): name for name, parameter in reversed(parameters.items())}
         with torch.no_grad():
             for name, tensor in named_tensors:

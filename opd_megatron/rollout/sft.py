@@ -35,3 +35,19 @@ def sft_samples(records: Sequence[Prompt], tokenizer: Any) -> list[Sample]:
         sample.loss_mask = np.ones(len(tokens), dtype=np.bool_)
         samples.append(sample)
     return samples
+
+
+def check_sft_lengths(records: Sequence[Prompt], tokenizer: Any, positions: int) -> None:
+    """Raise :class:`UserError` naming the first row that is longer than the model's ``positions``.
+
+    A row is its prompt, its label and the end token. Labels that are no text are left to :func:`sft_samples`.
+    """
+    labelled = [record for record in records if isinstance(record.label, str)]
+    labels = tokenizer([record.label for record in labelled], add_special_tokens=False)["input_ids"] if labelled else []
+    lengths = [len(record.prompt_tokens) + len(ids) + 1 for record, ids in zip(labelled, labels, strict=True)]
+    longer = [place for place, length in enumerate(lengths) if length > positions]
+    if longer:
+        raise UserError(
+            f"row {labelled[longer[0]].index} of --prompt-data (counted from 0) has {lengths[longer[0]]} tokens with "
+            f"its label, the model {positions} positions ({len(longer)} such rows): shorten or remove them"
+        )

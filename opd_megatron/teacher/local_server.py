@@ -16,10 +16,8 @@ import argparse
 import contextlib
 import logging
 import os
-import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +28,7 @@ from types import FrameType
 import requests
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.system import free_port
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +37,6 @@ LOG_TAIL = 20
 END_TIMEOUT = 10.0
 """Seconds that a server has to end by itself before its process group is killed."""
 _POLL = 0.25
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on at this moment.
-
-    It lies below those that systems give to outgoing connections, one of which could take it before the server does.
-    """
-    draw = random.SystemRandom()
-    while True:
-        port = draw.randrange(20000, 30000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @contextlib.contextmanager

@@ -34,8 +34,8 @@ def hf_config(**changes: Any) -> dict[str, Any]:
     return config | changes
 
 
-def write_safetensors(file: Path, size: int = 16) -> None:
-    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+def write_safetensors(file: Path, size: int = 16, name: str = "w") -> None:
+    header = json.dumps({name: {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
 
 

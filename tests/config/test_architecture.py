@@ -62,6 +62,7 @@ def test_qwen2(tied: bool, tmp_path: Path) -> None:
         "untie_embeddings_and_output_weights": not tied,
         "rope_scaling": None,
         "init_method_std": 0.03,
+        "mixture": None,
     }
     assert model.padded_vocab_size(128, 1) == 1024
     assert model.padded_vocab_size(128, 3) == 1152

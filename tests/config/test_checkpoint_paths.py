@@ -113,14 +113,16 @@ def test_hf_folders(tmp_path: Path) -> None:
 def test_sharded_hf_folders(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "hf", weights=False)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    write_safetensors(folder / names[0])
+    write_safetensors(folder / names[0], name="a")
     assert "without model.safetensors.index.json" in (inspect_checkpoint(folder).problem or "")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
     assert inspect_checkpoint(folder).problem == f"1 of 2 shards missing, e.g. {names[1]}"
     assert inspect_checkpoint(folder).kind == "hf_config_only"
-    write_safetensors(folder / names[1])
+    write_safetensors(folder / names[1], name="b")
     assert inspect_checkpoint(folder).kind == "hf"
+    index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1], "c": names[1]}}))
+    assert inspect_checkpoint(folder).problem == f"{index.name} names {names[1]} for weight c, which it lacks"
     (folder / names[1]).write_bytes((folder / names[1]).read_bytes() + b"x")
     assert names[1] in (inspect_checkpoint(folder).problem or "")
     index.write_text("[]")

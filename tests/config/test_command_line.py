@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,43 @@ def test_the_command_line_wins_over_the_file(folders: dict[str, Path], tmp_path:
     assert (options.optimizer.lr, options.optimizer.min_lr) == (1e-3, 1e-5)
     assert {"use_opd", "opd_type", "lr", "min_lr", "rollout_batch_size"} <= options.given
     assert "opd_kl_coef" not in options.given
+
+
+def test_the_command_line_switches_the_distillation_of_a_file_off(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("use_opd: true\nopd_type: megatron\nopd_teacher_load: nowhere\nopd_kl_coef: 2\n")
+    line = f"{BASE} --config {tmp_path}/run.yaml --dry-run"
+    assert run_train(words(line, folders, tmp_path), tmp_path).code == 2
+    off = run_train(words(f"{line} --use-opd=false", folders, tmp_path), tmp_path)
+    assert (off.code, off.err) == (0, "")
+    assert yaml.safe_load(off.out)["opd"]["use_opd"] is False
+    (tmp_path / "dump.yaml").write_text(off.out)
+    again = run_train(["--config", str(tmp_path / "dump.yaml"), "--dry-run"], tmp_path)
+    assert (again.code, again.out) == (0, off.out)
+    typed = run_train(words(f"{line} --use-opd=false --opd-kl-coef 3", folders, tmp_path), tmp_path)
+    assert typed.code == 2
+    assert typed.last_line == "error: --opd-kl-coef has no effect without --use-opd: add it"
+
+
+def test_wandb_without_package_or_key_is_refused_before_anything_is_created(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = words(f"{BASE} --dry-run --use-wandb", folders, tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if importlib.util.find_spec("wandb") is None:
+        refused = run_train(line, tmp_path)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "--use-wandb: the package wandb is not installed" in refused.last_line
+    package = tmp_path / "packages" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    refused = run_train(line, tmp_path)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--use-wandb: W&B needs its key in WANDB_API_KEY" in refused.last_line
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert run_train(line, tmp_path).code == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_the_student_starts(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_bounds() -> None:
         "--rm-error-value -inf: must be finite",
         "--num-layers 1e3: must be a whole number",
     ]
-    parse_options(["--rollout-top-p", "1", "--gamma", "0", "--adam-beta1", "0", "--seed", "9" * 400])
+    parse_options(["--rollout-top-p", "1", "--gamma", "0", "--adam-beta1", "0", "--seed", str(2**31 - 1)])
+    assert faults("--seed", "9" * 400).endswith("9: must be at most 2147483647")
 
 
 def test_values_after_a_misspelt_flag_are_no_faults_of_their_own() -> None:

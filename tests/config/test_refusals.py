@@ -40,6 +40,15 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-coef -1 --entropy-coef nan --kl-loss-coef -1e-3 --eps-clip-c 1",
         ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
     ),
+    "absurd numbers": (
+        BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300",
+        (
+            f"--seed {10**30}: must be at most 2147483647",
+            f"--num-rollout {2**31}: must be at most",
+            "--opd-teacher-timeout 1e30: must be at most 1e+07",
+            "--distributed-timeout-minutes 1e300: must be at most",
+        ),
+    ),
     "top-k of zero": (BASE + "--rollout-top-k 0", ("--rollout-top-k 0: must be -1 (off) or at least 1",)),
     "chat template arguments": (
         BASE + "--apply-chat-template --apply-chat-template-kwargs [1]",
@@ -63,6 +72,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sglang with load": (
         SGLANG + "--opd-teacher-load $teacher",
         ("--opd-teacher-load goes with --opd-type megatron only",),
+    ),
+    "sglang with a baseline": (SGLANG + "--opd-baseline kl", ("--opd-baseline goes with --opd-type megatron only",)),
+    "baseline from a recording": (
+        MEGATRON + "--opd-baseline kl --load-debug-rollout-data $run/{rollout_id}.jsonl",
+        ("--opd-baseline kl needs the teacher itself",),
     ),
     "sglang without url": (BASE + "--use-opd --opd-type sglang", ("--opd-type sglang needs --opd-teacher-url",)),
     "sglang with two urls": (SGLANG + "--opd-teacher-url http://h:2", ("--opd-teacher-url takes exactly one",)),

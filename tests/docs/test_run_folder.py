@@ -35,15 +35,15 @@ def make_model(folder: Path, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One step of a run with a task reward, a Megatron teacher, a KL to the reference and an evaluation."""
+    """Two steps of a run with a task reward, a Megatron teacher, a KL to the reference and an evaluation."""
     root = tmp_path_factory.mktemp("documented")
     make_model(root / "student", seed=0)
     make_model(root / "teacher", seed=1)
     (root / "prompts.jsonl").write_text('{"prompt": "1234+1234=", "label": "2468"}\n' * 4)
     arguments = (
         "--hf-checkpoint student --prompt-data prompts.jsonl --rm-type column_arithmetic --run-dir run "
-        "--rollout-batch-size 2 --n-samples-per-prompt 2 --num-rollout 1 --rollout-max-response-len 8 "
-        "--use-opd --opd-type megatron --opd-teacher-load teacher --use-kl-loss --kl-loss-coef 0.1 "
+        "--rollout-batch-size 2 --n-samples-per-prompt 2 --num-rollout 2 --rollout-max-response-len 8 "
+        "--save-interval 1 --use-opd --opd-type megatron --opd-teacher-load teacher --use-kl-loss --kl-loss-coef 0.1 "
         "--eval-prompt-data NAME prompts.jsonl --n-samples-per-eval-prompt 2"
     )
     done = subprocess.run(
@@ -72,10 +72,11 @@ def test_metrics_named_elsewhere_exist(page: Path, metrics: list[dict]) -> None:
 
 
 def test_steps_are_numbered_as_the_page_says(run_folder: Path, metrics: list[dict]) -> None:
-    assert [record["step"] for record in metrics] == [0, 1]
+    assert [record["step"] for record in metrics] == [0, 1, 2]
     assert all(name == "step" or name.startswith("eval/NAME/") for name in metrics[0])
-    assert {"rollout/tokens", "train/loss", "eval/NAME/pass@1"} <= metrics[1].keys()
-    assert [path.name for path in (run_folder / "samples").iterdir()] == ["rollout_000000.jsonl"]
+    assert {"rollout/tokens", "train/loss", "eval/NAME/pass@1"} <= metrics[2].keys()
+    samples = sorted(path.name for path in (run_folder / "samples").iterdir())
+    assert samples == ["rollout_000000.jsonl", "rollout_000001.jsonl"]
     assert (run_folder / "checkpoints" / "iter_0000001").is_dir()
 
 
@@ -93,7 +94,7 @@ def test_the_summary_has_the_fields_of_the_page(run_folder: Path) -> None:
     assert row is not None
     summary = json.loads((run_folder / "summary.json").read_text())
     assert set(re.findall(r"`(\w+)`", row[1])) == summary.keys()
-    assert summary["rollouts"] == 1
+    assert summary["rollouts"] == 2
     assert summary["finished"] is True
 
 
@@ -101,5 +102,5 @@ def test_a_checkpoint_looks_as_drawn(run_folder: Path) -> None:
     drawn = re.search(r"```text\ncheckpoints/\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert drawn is not None
     names = {line.split()[0].strip("/") for line in drawn[1].splitlines()}
-    there = {entry.name.replace("0001", "0050") for entry in (run_folder / "checkpoints").iterdir()}
+    there = {re.sub(r"iter_\d+", "iter_0000050", entry.name) for entry in (run_folder / "checkpoints").iterdir()}
     assert names == there

@@ -12,18 +12,28 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from opd_megatron.config.architecture import ModelArchitecture, architecture_from_hf, read_hf_config
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint
+from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
 from opd_megatron.megatron.distributed import Rendezvous
-from opd_megatron.megatron.forward import run_micro_batches
-from opd_megatron.megatron.micro_batch import MicroBatch, plan, rank_share
+from opd_megatron.megatron.forward import add_over_context, run_micro_batches
+from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.trainer import FrozenModel, MegatronTrainer, ModelName, TrainerSpec
 from opd_megatron.sample import Sample, TeacherScores
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+MIXTURES = ("qwen3_moe", "qwen2_moe")
 VOCAB_SIZE = 53
 ORIGINAL_CONTEXT = 16
 """Original context of the scaled RoPE of the tiny Llama."""
@@ -42,7 +52,10 @@ GRADIENT_FLAGS: dict[str, Any] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Two layers, 4 heads in 2 groups, an odd vocabulary; Qwen3 is tied, and its heads are not hidden / heads wide."""
+    """Two layers, 4 heads in 2 groups, an odd vocabulary; Qwen3 is tied, and its heads are not hidden / heads wide.
+
+    The mixtures choose 2 of 4 experts; that of Qwen2 has a shared expert, does not normalise, and one dense layer.
+    """
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -66,7 +79,20 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": ORIGINAL_CONTEXT,
         }
-    classes = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+    if family in MIXTURES:
+        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    if family == "qwen3_moe":
+        settings["head_dim"] = 12
+    if family == "qwen2_moe":
+        settings |= {"norm_topk_prob": False, "shared_expert_intermediate_size": 40, "num_hidden_layers": 4}
+        settings["mlp_only_layers"] = [1]
+    classes = {
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "llama": LlamaConfig,
+        "qwen2_moe": Qwen2MoeConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+    }
     return classes[family](**(settings | overrides))
 
 
@@ -291,6 +317,10 @@ def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName 
         return batch.split(torch.cat(shards, dim=1)[:, : model.architecture.vocab_size].float())
 
     size = trainer.options.data_parallel_size
-    share = rank_share(samples, parallel_state.get_data_parallel_rank(), size)
-    results = run_micro_batches(model, model, samples, plan(share, 3), last_stage, with_gradients=False)
-    return {place: array for part in results for place, array in part.items()}
+    lengths = [len(sample.tokens) for sample in samples]
+    shares = plan(lengths, BatchingRule(3), ranks=size, cost=sequence_cost(model.architecture))
+    micro_batches = shares[parallel_state.get_data_parallel_rank()]
+    results = run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False)
+    if not parallel_state.is_pipeline_last_stage():
+        return {}
+    return add_over_context({place: array for part in results for place, array in part.items()})

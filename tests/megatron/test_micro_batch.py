@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from opd_megatron.megatron.micro_batch import build, plan, rank_share
+from opd_megatron.megatron.batching import BatchingRule, balanced_shares, fill_by_tokens, plan
+from opd_megatron.megatron.micro_batch import SequenceLayout, build
+from opd_megatron.megatron.packing import ContextSplit, describe
 from opd_megatron.sample import Sample
 from tests.megatron.support import (
     VOCAB_SIZE,
@@ -28,7 +30,7 @@ def _sample(prompt: list[int], response: list[int], index: int = 0) -> Sample:
 
 def test_rows_select_the_inputs_before_each_response_token() -> None:
     samples = [_sample([1, 2, 3], [4, 5]), _sample([6], [7, 8, 9], 1), _sample([10, 11], [], 2)]
-    batch = build(samples, (0, 1, 2), device=CPU)
+    batch = build(samples, (0, 1, 2), device=CPU, layout=SequenceLayout())
     assert batch.tokens_bs.tolist() == [[1, 2, 3, 4], [6, 7, 8, 0], [10, 0, 0, 0]]
     assert batch.position_ids_bs.tolist() == [[0, 1, 2, 3]] * 3
     assert batch.targets_N.tolist() == [4, 5, 7, 8, 9]
@@ -38,14 +40,15 @@ def test_rows_select_the_inputs_before_each_response_token() -> None:
 
 
 def test_length_is_rounded_up_for_sequence_parallelism() -> None:
-    batch = build([_sample([1, 2], [3, 4])], (0,), device=CPU, length_multiple=4)
+    batch = build([_sample([1, 2], [3, 4])], (0,), device=CPU, layout=SequenceLayout(length_multiple=4))
     assert batch.tokens_bs.tolist() == [[1, 2, 3, 0]]
     assert batch.rows_N.tolist() == [1, 2]
 
 
-def test_split_and_join_are_inverse() -> None:
+@pytest.mark.parametrize("layout", [SequenceLayout(), SequenceLayout(packed=True)], ids=["padded", "packed"])
+def test_split_and_join_are_inverse(layout: SequenceLayout) -> None:
     samples = make_samples(3)
-    batch = build(samples, (4, 2, 9), device=CPU)
+    batch = build(samples, (4, 2, 9), device=CPU, layout=layout)
     arrays = [np.arange(sample.response_length) + 100 * sample.index for sample in samples]
     joined = batch.join(arrays)
     back = batch.split(joined)
@@ -57,17 +60,103 @@ def test_split_and_join_are_inverse() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="sample 7 has an empty prompt"):
-        build([_sample([], [1, 2], 7)], (0,), device=CPU)
+        build([_sample([], [1, 2], 7)], (0,), device=CPU, layout=SequenceLayout())
 
 
-def test_ranks_share_all_samples_and_alike() -> None:
-    samples = make_samples(0)
-    shares = [rank_share(samples, rank, 2) for rank in range(2)]
-    assert sorted(shares[0] + shares[1]) == list(range(12))
-    assert len(shares[0]) == len(shares[1])
-    lengths = [sum(len(samples[place].tokens) for place in share) for share in shares]
-    assert abs(lengths[0] - lengths[1]) <= max(len(sample.tokens) for sample in samples)
-    assert plan([5, 1, 4, 2, 3], 2) == [(5, 1), (4, 2), (3,)]
+def test_packed_sequences_lie_end_to_end() -> None:
+    samples = [_sample([1, 2, 3], [4, 5]), _sample([6], []), _sample([7], [8, 9, 10], 1)]
+    batch = build(samples, (0, 1, 2), device=CPU, layout=SequenceLayout(packed=True, length_multiple=4))
+    assert batch.tokens_bs.tolist() == [[1, 2, 3, 4, 7, 8, 9, 0]]
+    assert batch.position_ids_bs.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert batch.rows_N.tolist() == [2, 3, 4, 5, 6]
+    assert batch.targets_N.tolist() == [4, 5, 8, 9, 10]
+    assert batch.packed is not None
+    assert batch.packed.cu_seqlens_q.tolist() == [0, 4, 4, 7, 8]
+    assert batch.sequences_bsn[0].int().tolist() == [[1, 0, 0]] * 4 + [[0, 0, 1]] * 3 + [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_context_parallel_ranks_share_every_token_in_a_zigzag(size: int) -> None:
+    samples = make_samples(5)
+    layouts = [SequenceLayout(packed=True, split=ContextSplit(size, rank)) for rank in range(size)]
+    batches = [build(samples, range(len(samples)), device=CPU, layout=layout) for layout in layouts]
+    assert len({batch.tokens_bs.shape for batch in batches}) == 1
+    split = ContextSplit(2, 0)
+    assert split.positions(8).tolist() == [0, 1, 6, 7]
+    assert split.positions(8, rank=1).tolist() == [2, 3, 4, 5]
+    for place, sample in enumerate(samples):
+        held = np.concatenate([batch.offsets[place] for batch in batches])
+        assert sorted(held) == list(range(sample.response_length))
+        whole = sum(batch.split(batch.targets_N)[place] for batch in batches)
+        assert np.array_equal(whole, sample.response_tokens)
+    for batch in batches:
+        inputs, positions = batch.tokens_bs[0][batch.rows_N], batch.position_ids_bs[0][batch.rows_N]
+        expected = [
+            (sample.tokens[len(sample.prompt_tokens) - 1 + offset], len(sample.prompt_tokens) - 1 + offset)
+            for sample, offsets in zip(samples, batch.offsets, strict=True)
+            for offset in offsets
+        ]
+        assert list(zip(inputs.tolist(), positions.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_attention_rows_show_a_query_exactly_its_past(size: int) -> None:
+    lengths = [12, 4, 8, 0, 4]
+    for rank in range(size):
+        split = ContextSplit(size, rank)
+        packed = describe(lengths, split, for_torch=True)
+        assert packed.rows_T is not None
+        # a token's identity, as every rank's rows number it: sequence * 100 + position
+        names = [
+            np.concatenate([100 * i + split.positions(length, r) for i, length in enumerate(lengths)])
+            for r in range(size)
+        ]
+        everyone = torch.from_numpy(np.concatenate(names))
+        seen = []
+        for bucket in packed.buckets:
+            queries, keys = torch.from_numpy(names[rank])[bucket.queries_bq], everyone[bucket.keys_bk]
+            causal = torch.ones(queries.shape[1], keys.shape[1], dtype=torch.bool).tril()
+            mask = causal.expand(len(queries), -1, -1) if bucket.mask_b1qk is None else bucket.mask_b1qk[:, 0]
+            seen += [
+                (int(queries[b, q]), sorted(keys[b][mask[b, q]].tolist()))
+                for b in range(len(queries))
+                for q in range(queries.shape[1])
+            ]
+        for row, name in enumerate(names[rank]):
+            first = name // 100 * 100
+            assert seen[int(packed.rows_T[row])] == (name, list(range(first, name + 1)))
+
+
+def test_an_empty_micro_batch_has_a_token_and_no_rows() -> None:
+    for layout in (SequenceLayout(), SequenceLayout(packed=True, length_multiple=2, split=ContextSplit(2, 1))):
+        batch = build(make_samples(0), (), device=CPU, layout=layout)
+        assert batch.tokens_bs.numel() > 0
+        assert len(batch.rows_N) == len(batch.targets_N) == 0
+        assert not batch.sequences_bsn.any()
+        assert batch.split(torch.zeros(0)) == {}
+        assert batch.join([np.ones(3, dtype=np.float32)]).shape == (0,)
+
+
+def test_a_plan_holds_every_sample_once_and_as_many_micro_batches_everywhere() -> None:
+    lengths = [5, 30, 7, 2, 19, 3, 40, 11, 6]
+    for rule in (BatchingRule(2), BatchingRule(max_tokens=40), BatchingRule(3, count_multiple=4)):
+        plans = plan(lengths, rule, ranks=2, cost=float)
+        assert sorted(place for batches in plans for places in batches for place in places) == list(range(9))
+        assert len({len(batches) for batches in plans}) == 1
+        assert len(plans[0]) % rule.count_multiple == 0
+    assert plan([4, 9, 6], BatchingRule(1), ranks=2, cost=float) == [[(1,), (0,)], [(2,), ()]]
+
+
+def test_dynamic_micro_batches_fit_and_are_few() -> None:
+    lengths = [5, 30, 7, 2, 19, 3, 41, 11, 6]
+    filled = fill_by_tokens(range(9), lengths, 40)
+    taken = [sum(lengths[place] for place in places) for places in filled]
+    assert (6,) in filled
+    assert all(total <= 40 for places, total in zip(filled, taken, strict=True) if places != (6,))
+    assert len(filled) == 4
+    costs = [float(length**2) for length in lengths]
+    loads = [sum(costs[place] for place in share) for share in balanced_shares(costs, 3)]
+    assert max(loads) == max(costs)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 12])

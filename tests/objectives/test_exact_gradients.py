@@ -84,6 +84,7 @@ def expected_policy_gradient(
     teacher: TabularPolicy | None = None,
     reference: TabularPolicy | None = None,
     opd_coef: float | None = None,
+    baseline_ST: Tensor | None = None,
 ) -> Tensor:
     log_probs_ST = student.log_probs_ST()
     inputs = PolicyInputs(
@@ -96,6 +97,7 @@ def expected_policy_gradient(
         old_log_probs_N=None if sampler is None else sampler.log_probs_ST().detach().flatten(),
         teacher_log_probs_N=None if teacher is None else teacher.log_probs_ST().detach().flatten(),
         ref_log_probs_N=None if reference is None else reference.log_probs_ST().detach().flatten(),
+        opd_baseline_N=None if baseline_ST is None else baseline_ST.flatten(),
     )
     loss, _ = policy_objective(inputs, objective, opd_coef)
     return student.gradient(loss)
@@ -126,6 +128,48 @@ def per_token_kl_forward(student: TabularPolicy, other: TabularPolicy) -> Tensor
     student_STV, other_STV = student.all_log_probs_STV(), other.all_log_probs_STV().detach()
     kl_ST = (other_STV.exp() * (other_STV - student_STV)).sum(-1)
     return (response_probs(student)[:, None] * kl_ST).sum()
+
+
+def baselines(student: TabularPolicy, teacher: TabularPolicy) -> dict[str, Tensor]:
+    """The exact KL of each position, and the baseline that weighs each action by its squared score."""
+    log_p, log_q = student.all_log_probs_STV().detach(), teacher.all_log_probs_STV().detach()
+    weight = log_p.exp() * (1 - 2 * log_p.exp() + log_p.exp().square().sum(-1, keepdim=True))
+    return {
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "optimal": (weight * (log_p - log_q)).sum(-1) / weight.sum(-1),
+    }
+
+
+@pytest.mark.parametrize("name", ["kl", "optimal"])
+def test_a_baseline_leaves_the_expected_gradient(name: str, student: TabularPolicy, teacher: TabularPolicy) -> None:
+    plain, based = (
+        expected_policy_gradient(
+            student, objective=ObjectiveOptions(), teacher=teacher, opd_coef=0.7, baseline_ST=baseline_ST
+        )
+        for baseline_ST in (None, baselines(student, teacher)[name])
+    )
+    torch.testing.assert_close(based, plain, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_optimal_baseline_has_the_least_noise(seed: int) -> None:
+    teacher = TabularPolicy(seed, scale=3.0)
+    student = teacher.near(seed + 50, distance=0.5)
+
+    def noise(baseline_ST: Tensor | float) -> float:
+        """Summed variance of the gradient of one sampled response."""
+        advantages_ST = (student.log_probs_ST() - teacher.log_probs_ST()).detach() - baseline_ST
+        gradients = torch.stack(
+            [
+                student.gradient((advantages_T * log_probs_T).sum())
+                for advantages_T, log_probs_T in zip(advantages_ST, student.log_probs_ST(), strict=True)
+            ]
+        )
+        probs_S1 = response_probs(student)[:, None]
+        return ((probs_S1 * gradients**2).sum() - (probs_S1 * gradients).sum(0).square().sum()).item()
+
+    found = baselines(student, teacher)
+    assert noise(found["optimal"]) < 0.95 * min(noise(0.0), noise(found["kl"]))
 
 
 def test_opd_descends(student: TabularPolicy, teacher: TabularPolicy) -> None:

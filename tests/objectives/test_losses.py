@@ -37,6 +37,7 @@ def random_inputs(seed: int, per_token: bool = False) -> PolicyInputs:
         old_log_probs_N=old_N,
         teacher_log_probs_N=-3 * draw(),
         teacher_valid_N=draw() < 0.9,
+        opd_baseline_N=draw(),
         ref_log_probs_N=-3 * draw(),
         entropy_N=draw().requires_grad_(),
     )
@@ -130,7 +131,7 @@ def test_metrics_show_both_terms_and_add_up_to_the_loss() -> None:
         means["train/pg_loss"] + 0.1 * means["train/kl_loss"] - 0.01 * means["train/entropy"]
     )
     weights_N = inputs.loss_weights_N
-    distance_N = given(inputs.old_log_probs_N) - given(inputs.teacher_log_probs_N)
+    distance_N = given(inputs.old_log_probs_N) - given(inputs.teacher_log_probs_N) - given(inputs.opd_baseline_N)
     distance_N = torch.where(given(inputs.teacher_valid_N), distance_N, 0.0)
     assert means["train/opd_advantage_abs_mean"] == pytest.approx((weights_N * 0.7 * distance_N.abs()).sum().item())
     assert means["train/task_advantage_abs_mean"] == pytest.approx((weights_N * inputs.advantages_N.abs()).sum().item())

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from opd_megatron.observe.run_folder import RunFolder, read_metrics, replacing
+from opd_megatron.observe.run_folder import RunFolder, read_metrics
+from opd_megatron.system import replacing
 
 
 def lines_of(folder: RunFolder) -> list[dict]:
@@ -74,6 +75,23 @@ def test_truncate_forgets_later_steps_and_a_half_written_line(tmp_path):
     assert [record["step"] for record in lines_of(resumed)] == [0, 1, 2, 3]
     resumed.append_metrics(4, {"a": 40})
     assert lines_of(resumed)[-1] == {"step": 4, "a": 40}
+
+
+def test_truncate_forgets_samples_of_later_rollouts_and_a_new_start_all_of_them(tmp_path):
+    folder = RunFolder(tmp_path)
+    for rollout in range(4):
+        folder.write_samples(rollout, [{"a": rollout}])
+    folder.write_summary({"finished": True})
+    for name in ("tensorboard", "plots"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    folder.truncate_after(2)  # step 2 follows rollout 1
+    assert sorted(path.name for path in folder.samples.iterdir()) == ["rollout_000000.jsonl", "rollout_000001.jsonl"]
+    assert not folder.summary_file.exists()
+    assert (tmp_path / "tensorboard" / "old").exists()
+    folder.truncate_after(-1)
+    assert list(folder.samples.iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples"]
 
 
 @pytest.mark.parametrize("half", ['{"step": 1, "a"', '{"step": 1, "a": 2}'])

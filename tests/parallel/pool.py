@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from opd_megatron.megatron.distributed import Rendezvous, free_port
+from opd_megatron.megatron.distributed import Rendezvous
+from opd_megatron.system import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 

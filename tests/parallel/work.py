@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, resolve_step
+from opd_megatron.megatron import distributed
 from opd_megatron.megatron.checkpoint import save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
@@ -71,7 +75,16 @@ def losses(
 
 def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> list[dict[str, float]]:
     """Metrics of steps with a Megatron teacher, two optimizer steps per rollout, at a temperature other than 1."""
-    settings = TRAINING | flags | {"use_opd": True, "global_batch_size": 6, "rollout_temperature": 0.8}
+    settings = (
+        TRAINING
+        | flags
+        | {
+            "use_opd": True,
+            "opd_baseline": "optimal",
+            "global_batch_size": 6,
+            "rollout_temperature": 0.8,
+        }
+    )
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **settings), rendezvous)
     found = []
     for number in range(3):
@@ -122,6 +135,28 @@ def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: 
         assert mine.keys() == theirs.keys()
         differing += [f"{what} {name}" for name in mine if not torch.equal(mine[name], theirs[name])]
     return differing
+
+
+def first_step_after_resume(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path
+) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """Metrics of the first step, straight and of a run that resumes from a checkpoint made before it."""
+    settings = TRAINING | flags | {"use_opd": True}
+    straight = _trainer(rendezvous, folder, settings)
+    straight.save(target, 0, folder, {})
+    expected = straight.train(make_samples(0)).metrics
+    resumed = _trainer(rendezvous, folder, settings | {"start": StartingPoint("load", resolve_step(target))})
+    resumed.resume()
+    return resumed.train(make_samples(0)).metrics, expected
+
+
+def run_tool(rendezvous: Rendezvous, tool: str, arguments: list[str]) -> None:
+    """A program of ``tools`` as ``torchrun`` would start it on this rank, in the process group of the pool."""
+    distributed.initialize(rendezvous, ParallelOptions(), seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", rendezvous.rank), ("WORLD_SIZE", rendezvous.world_size)):
+            patch.setenv(name, str(value))
+        importlib.import_module(f"tools.{tool}").main(arguments)
 
 
 def random_start(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[str, Tensor]:

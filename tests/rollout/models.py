@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import string
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -13,12 +16,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from opd_megatron.rollout.local import LocalEngine
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+MIXTURES = ("qwen2_moe", "qwen3_moe")
 CHARACTERS = "0123456789+-=,; " + string.ascii_lowercase
 PAD, EOS, TURN = "<pad>", "<eos>", "<turn>"
 VOCAB_SIZE = 3 + len(CHARACTERS)
@@ -46,7 +52,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Two layers, 4 heads in 2 groups; Llama with scaled RoPE whose original context is 32 positions."""
+    """Two layers, 4 heads in 2 groups; Llama with scaled RoPE whose original context is 32 positions.
+
+    The mixtures choose 2 of 5 experts; that of Qwen2 has a shared expert, does not normalise, and begins dense.
+    """
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -72,7 +81,17 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
         }
-    classes = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+    if family in MIXTURES:
+        settings |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    if family == "qwen2_moe":
+        settings |= {"norm_topk_prob": False, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}
+    classes = {
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "llama": LlamaConfig,
+        "qwen2_moe": Qwen2MoeConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+    }
     return classes[family](**(settings | overrides))
 
 
@@ -93,5 +112,15 @@ def reference_model(config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype 
 def engine_with(model: Any, tokenizer: Any = None, **settings: Any) -> LocalEngine:
     """A local engine that speaks with the weights of ``model``."""
     engine = LocalEngine(model.config, tokenizer or character_tokenizer(), **settings)
-    engine.update_weights(model.state_dict().items(), "first")
+    engine.update_weights(stored_weights(model).items(), "first")
     return engine
+
+
+def stored_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of a model under the names that transformers stores them by, experts one by one."""
+    names = model.state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        if any(".experts." in name for name in names):
+            model.save_pretrained(folder)
+            return load_file(Path(folder) / "model.safetensors")
+    return names

@@ -10,7 +10,7 @@ import torch
 
 from opd_megatron.rollout.cache import join_caches
 from opd_megatron.rollout.decoder import Decoder
-from tests.rollout.models import FAMILIES, VOCAB_SIZE, reference_model, tiny_config
+from tests.rollout.models import FAMILIES, MIXTURES, VOCAB_SIZE, reference_model, tiny_config
 
 
 def _next_logits(model: Any, sequences: list[torch.Tensor]) -> torch.Tensor:
@@ -22,7 +22,7 @@ def _assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_logits_equal_transformers_through_prefill_steps_growth_and_dropping(family: str, padded: bool) -> None:
     model = reference_model(tiny_config(family))
     decoder = Decoder(copy.deepcopy(model))
@@ -51,7 +51,7 @@ def test_logits_equal_transformers_through_prefill_steps_growth_and_dropping(fam
     assert cache.length == 49 <= cache.capacity
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(family: str) -> None:
     config = tiny_config(family)
     precise = reference_model(config)

@@ -145,10 +145,10 @@ def test_a_custom_function_cannot_change_the_weights(engine: LocalEngine, tokeni
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("tests.rollout.records", "MODULE:FUNCTION"),
-        ("tests.rollout.nowhere:f", "cannot be imported"),
-        ("tests.rollout.records:nothing", "no function nothing"),
-        ("tests.rollout.records:not_a_function", "no function not_a_function"),
+        ("tests.rollout.records", "package.module:function"),
+        ("tests.rollout.nowhere:f", "cannot import tests.rollout.nowhere"),
+        ("tests.rollout.records:nothing", "has no nothing"),
+        ("tests.rollout.records:not_a_function", "not_a_function is not a function"),
     ],
 )
 def test_a_custom_function_that_is_not_there_is_the_user_s_error(

@@ -18,11 +18,13 @@ from opd_megatron.sample import Status
 from tests.rollout.models import (
     EOS,
     FAMILIES,
+    MIXTURES,
     VOCAB_SIZE,
     byte_tokenizer,
     character_tokenizer,
     engine_with,
     reference_model,
+    stored_weights,
     tiny_config,
 )
 
@@ -46,7 +48,7 @@ def _full_forward_log_probs(model: Any, prompt: np.ndarray, response: np.ndarray
     return log_probs.gather(1, torch.from_numpy(response)[:, None])[:, 0].numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_greedy_tokens_equal_transformers_generate(family: str) -> None:
     model = reference_model(tiny_config(family))
     prompts = _prompts([5, 12, 5, 1, 40, 12, 12])
@@ -269,7 +271,7 @@ def test_prompts_that_no_model_reads_are_refused(engine: LocalEngine, prompt: li
         engine.generate([good, GenerateRequest(np.array(prompt, dtype=np.int64), GREEDY)])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 @pytest.mark.parametrize("tied", [True, False])
 def test_new_weights_replace_all_of_the_old(family: str, tied: bool) -> None:
     config = tiny_config(family, tie_word_embeddings=tied)
@@ -277,9 +279,9 @@ def test_new_weights_replace_all_of_the_old(family: str, tied: bool) -> None:
     engine = engine_with(first)
     prompts = _prompts([8, 3])
     before = engine.generate(_requests(prompts, GREEDY))
-    arriving = dict(second.state_dict())
+    arriving = dict(stored_weights(second))
     if tied:
-        del arriving["lm_head.weight"]
+        arriving.pop("lm_head.weight", None)
     engine.update_weights(((name, tensor.double()) for name, tensor in arriving.items()), "second")
     after = engine.generate(_requests(prompts, GREEDY))
     assert engine.weight_version == "second"

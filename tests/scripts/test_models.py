@@ -44,7 +44,12 @@ def expected_options(config: dict[str, Any]) -> dict[str, Any]:
     """What the flags must say, from the published config and what each family is known for."""
     scaling = config.get("rope_scaling")
     heads = config["num_attention_heads"]
+    normalised = config.get("norm_topk_prob", True)
     return {
+        "num_experts": config.get("num_experts"),
+        "moe_router_topk": config.get("num_experts_per_tok"),
+        "moe_ffn_hidden_size": config.get("moe_intermediate_size"),
+        "moe_router_pre_softmax": not normalised,
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
         "ffn_hidden_size": config["intermediate_size"],
@@ -52,7 +57,7 @@ def expected_options(config: dict[str, Any]) -> dict[str, Any]:
         "group_query_attention": config["num_key_value_heads"] != heads,
         "num_query_groups": config["num_key_value_heads"],
         "kv_channels": config.get("head_dim", config["hidden_size"] // heads),
-        "qk_layernorm": config["model_type"] == "qwen3",
+        "qk_layernorm": config["model_type"] in ("qwen3", "qwen3_moe"),
         "add_qkv_bias": config["model_type"] == "qwen2",
         "disable_bias_linear": True,
         "swiglu": True,
@@ -73,7 +78,11 @@ def parameters(architecture: ModelArchitecture) -> int:
     queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
     attention += (queries + 2 * keys) * model.add_qkv_bias + 2 * model.kv_channels * model.qk_layernorm
-    layer = attention + 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
+    feed_forward = 3 * model.hidden_size * model.ffn_hidden_size
+    if model.mixture is not None:
+        expert = 3 * model.hidden_size * model.mixture.moe_ffn_hidden_size
+        feed_forward = model.mixture.num_experts * (expert + model.hidden_size)
+    layer = attention + feed_forward + 2 * model.hidden_size
     embeddings = model.vocab_size * model.hidden_size * (1 + model.untie_embeddings_and_output_weights)
     return model.num_layers * layer + embeddings + model.hidden_size
 

@@ -10,7 +10,7 @@ import pytest
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.teacher.local_server import free_port
+from opd_megatron.system import free_port
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang, server_info
 from tests.sglang.conftest import CONTEXT, Served

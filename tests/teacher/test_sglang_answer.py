@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opd_megatron.sample import Sample
-from opd_megatron.teacher.local_server import free_port
+from opd_megatron.system import free_port
 from opd_megatron.teacher.protocol import Teacher, TeacherError
 from opd_megatron.teacher.sglang import SGLangTeacher, read_answer
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.teacher.local_server import free_port
+from opd_megatron.system import free_port
 from opd_megatron.teacher.protocol import TeacherError
 from opd_megatron.teacher.sglang_client import HttpStatusError, SGLangClient
 from tests.teacher.scripted_server import ScriptedServer, Step, drop, reply

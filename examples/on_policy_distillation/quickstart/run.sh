@@ -25,7 +25,7 @@ train_teacher
 step "student: supervised fine-tuning, stopped while it is still weak"
 train_student
 step "on-policy distillation: the student samples, the teacher scores, no task reward"
-set_distil_command --opd-type megatron --opd-teacher-load "$RUN_ROOT/teacher/checkpoints"
+set_distil_command --opd-type megatron --opd-baseline optimal --opd-teacher-load "$RUN_ROOT/teacher/checkpoints"
 opd_started=$SECONDS
 "${distil_command[@]}"
 opd_seconds=$((SECONDS - opd_started))

@@ -56,7 +56,7 @@ train_student() {
   convert "$RUN_ROOT/student/checkpoints" "$RUN_ROOT/student_before_hf"
 }
 
-# set_distil_command TEACHER_ARGS...: 600 steps of 128 prompts x 1 sample; the task reward is zero, so the only signal
+# set_distil_command TEACHER_ARGS...: 500 steps of 128 prompts x 1 sample; the task reward is zero, so the only signal
 # is log p_student - log p_teacher. The command is left in the array distil_command.
 set_distil_command() {
   distil_command=(
@@ -65,7 +65,7 @@ set_distil_command() {
     --advantage-estimator none --rm-type zero
     --prompt-data "$RUN_ROOT/data/prompts.jsonl"
     --eval-prompt-data dev "$RUN_ROOT/data/dev.jsonl" --eval-rm-type column_arithmetic --eval-interval 20
-    --num-rollout "${OPD_STEPS:-600}" --rollout-batch-size 128 --micro-batch-size 128
+    --num-rollout "${OPD_STEPS:-500}" --rollout-batch-size 128 --micro-batch-size 128
     --lr 1e-3 --lr-warmup-iters 5 --lr-decay-style linear
     --run-dir "$RUN_ROOT/opd"
   )

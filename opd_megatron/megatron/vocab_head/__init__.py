@@ -1,5 +1,6 @@
 """Vocabulary-parallel head: from hidden rows and the output weight, in chunks of tokens, without a batch of logits."""
 
+from opd_megatron.megatron.vocab_head.baseline import kl_and_baseline
 from opd_megatron.megatron.vocab_head.divergence import full_divergence, record_divergence, reverse_kl
 from opd_megatron.megatron.vocab_head.selected import selected_log_probs, token_log_probs
 from opd_megatron.megatron.vocab_head.top_k import TopK, top_k
@@ -7,6 +8,7 @@ from opd_megatron.megatron.vocab_head.top_k import TopK, top_k
 __all__ = [
     "TopK",
     "full_divergence",
+    "kl_and_baseline",
     "record_divergence",
     "reverse_kl",
     "selected_log_probs",

@@ -24,7 +24,7 @@ from opd_megatron.objectives import divergences
 from opd_megatron.objectives.divergences import Divergence
 
 
-class _BothLogits:
+class BothLogits:
     """Student's and teacher's logits of one chunk at a time, in two buffers that are used again."""
 
     def __init__(
@@ -63,7 +63,7 @@ class _FullDivergence(torch.autograd.Function):
         shard: VocabShard,
     ) -> Tensor:
         tokens = hidden_Nh.shape[0]
-        both = _BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
+        both = BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
         dtype = statistics_dtype(hidden_Nh)
         log_normalizers_2N = hidden_Nh.new_zeros((2, tokens), dtype=dtype)
         # rows: value, sum of the slopes
@@ -86,7 +86,7 @@ class _FullDivergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_Nh, weight_Vh, teacher_Nk, log_normalizers_2N, slope_N = ctx.saved_tensors
         teacher, divergence, temperature, shard = ctx.constants
-        both = _BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
+        both = BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
         gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
         scale_N = grads[0].to(slope_N.dtype) / temperature
         for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):

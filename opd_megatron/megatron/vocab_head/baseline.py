@@ -1,0 +1,79 @@
+"""Exact moments of ``d = log p_S - log p_T`` under the student at each position: the KL and the quietest baseline."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opd_megatron.megatron.vocab_head.align import align
+from opd_megatron.megatron.vocab_head.divergence import BothLogits
+from opd_megatron.megatron.vocab_head.shard import VocabShard, statistics_dtype
+
+
+@torch.no_grad()
+def kl_and_baseline(
+    student_hidden_Nh: Tensor,
+    student_weight_Vh: Tensor,
+    teacher_hidden_Nk: Tensor,
+    teacher_weight_Vk: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """``KL(S||T)`` and the baseline of least variance, each ``[N]`` float32, over the whole vocabulary.
+
+    The gradient of one sampled token is ``(d_a - b) (onehot_a - p)`` with respect to the logits; its variance is least
+    for ``b = E[|onehot - p|^2 d] / E[|onehot - p|^2]`` (Weaver and Tao, arXiv 1301.2315), which with ``s = sum p^2`` is
+    ``sum p (1 + s - 2 p) d / (1 - s)``. The sides may differ as in
+    :func:`~opd_megatron.megatron.vocab_head.divergence.full_divergence`, which also says what is needed of the ranks.
+    """
+    shard = VocabShard.of(student_weight_Vh, vocab_size, group)
+    both = BothLogits(student_hidden_Nh, student_weight_Vh, teacher_hidden_Nk, align(teacher_weight_Vk, shard), shard)
+    tokens = student_hidden_Nh.shape[0]
+    moments_2N = student_hidden_Nh.new_zeros((2, tokens), dtype=statistics_dtype(student_hidden_Nh))
+    for part in shard.chunks(tokens, student_hidden_Nh.device):
+        moments_2N[:, part] = _moments(*both.of(part, temperature), shard)
+    return moments_2N[0], moments_2N[1]
+
+
+def _moments(student_CV: Tensor, teacher_CV: Tensor, shard: VocabShard) -> Tensor:
+    """``[2, C]``: KL and baseline from scaled logits, which are overwritten.
+
+    Everything is a sum over the tokens other than the student's likeliest one, with ``d`` measured from that one's:
+    where the student is nearly certain, sums over all tokens would be differences of nearly equal numbers.
+    """
+    count = len(student_CV)
+    if shard.columns:
+        top_C1 = student_CV.argmax(-1, keepdim=True)
+        tops = [student_CV.gather(1, top_C1)[:, 0], teacher_CV.gather(1, top_C1)[:, 0], teacher_CV.amax(-1)]
+    else:
+        tops = list(student_CV.new_full((3, count), -torch.inf))
+    tops_G3C = shard.gather(torch.stack(tops))
+    owner_C = tops_G3C[:, 0].argmax(0)
+    student_top_C, teacher_top_C, _ = tops_G3C[owner_C, :, torch.arange(count, device=owner_C.device)].unbind(1)
+    teacher_maximum_C = tops_G3C[:, 2].amax(0)
+    # rows: sums of exp(l_T), and over the other tokens, with odds e = p / p_top, of e, e^2, e d, e^2 d
+    sums_5C = student_CV.new_zeros((5, count))
+    if shard.columns:
+        odds_CV = torch.exp(student_CV - student_top_C[:, None])
+        mine_C1 = owner_C[:, None] == shard.first // shard.rows
+        odds_CV.scatter_(1, top_C1, torch.where(mine_C1, 0.0, odds_CV.gather(1, top_C1)))
+        d_CV = student_CV.sub_(teacher_CV).sub_((student_top_C - teacher_top_C)[:, None])
+        sums_5C[0] = teacher_CV.sub_(teacher_maximum_C[:, None]).exp_().sum(-1)
+        sums_5C[1] = odds_CV.sum(-1)
+        sums_5C[2] = torch.linalg.vecdot(odds_CV, odds_CV)
+        sums_5C[3] = torch.linalg.vecdot(odds_CV, d_CV)
+        sums_5C[4] = torch.linalg.vecdot(odds_CV, d_CV.mul_(odds_CV))
+    teacher_sum_C, odds_C, squared_C, odds_d_C, squared_d_C = shard.sum(sums_5C)
+    top_prob_C = 1 / (1 + odds_C)
+    top_d_C = -torch.log1p(odds_C) - (teacher_top_C - teacher_maximum_C - torch.log(teacher_sum_C))
+    kl_C = top_d_C + top_prob_C * odds_d_C
+    others_C = top_prob_C.square() * squared_C
+    missing_C = top_prob_C * odds_C
+    spread_C = missing_C * (2 - missing_C) - others_C
+    weighted_C = top_prob_C * (1 + top_prob_C.square() + others_C) * odds_d_C - 2 * top_prob_C.square() * squared_d_C
+    certain_C = spread_C <= 0
+    baseline_C = top_d_C + torch.where(certain_C, 0.0, weighted_C) / torch.where(certain_C, 1.0, spread_C)
+    return torch.stack([kl_C, baseline_C])
