@@ -2,9 +2,10 @@
 
     python benchmarks/vocab_head.py --json benchmarks/vocab_head.json --picture docs/images/vocab_head.png
 
-Every point is a forward and a backward pass with gradients of hidden rows and output weight, in float32. Both paths
-take turns in one process and the ratio is the median of the turns' ratios. Extra memory is the largest resident size
-during the passes, less that before them and the two gradients, which both paths must make.
+Every point is a forward and a backward pass with gradients of hidden rows and output weight, in float32, with the
+library's choice of matrix products (``megatron/cpu_products.py``) for both paths. They take turns in one process and the
+ratio is the median of the turns' ratios. Extra memory is the largest resident size during the passes, less that before
+them and the two gradients, which both paths must make.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.declare import option
 from opd_megatron.config.parse import parse_groups
+from opd_megatron.megatron import cpu_products
 from opd_megatron.megatron.vocab_head import full_divergence, record_divergence, token_log_probs
 from opd_megatron.megatron.vocab_head.shard import chunk_tokens
 from opd_megatron.objectives.divergences import jensen_shannon
@@ -271,6 +273,7 @@ def curve(vocab_size: int, options: BenchmarkOptions) -> list[dict[str, Any]]:
 
 def run(options: BenchmarkOptions) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
+    cpu_products.install()
     ratios = [time_ratio("log-probability", size, options) for size in options.hidden_sizes]
     ratios += [time_ratio(name, options.hidden_sizes[0], options) for name in list(PATHS)[1:]]
     cpu = torch.device("cpu")
