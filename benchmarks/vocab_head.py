@@ -3,7 +3,7 @@
     python benchmarks/vocab_head.py --json benchmarks/vocab_head.json --picture docs/images/vocab_head.png
 
 Every point is a forward and a backward pass with gradients of hidden rows and output weight, in float32, with the
-library's choice of matrix products (``megatron/cpu_products.py``) for both paths. They take turns in one process and the
+library's choice of matrix products (``megatron/cpu_products.py``) for both paths. They take turns in one process; the
 ratio is the median of the turns' ratios. Extra memory is the largest resident size during the passes, less that before
 them and the two gradients, which both paths must make.
 """
