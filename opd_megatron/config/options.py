@@ -121,11 +121,6 @@ class ParallelOptions:
         """Tensor-parallel ranks of one expert."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
-    @property
-    def expert_ranks(self) -> int:
-        """Ranks that hold one copy of the experts of a pipeline stage."""
-        return self.expert_tensor_size * self.expert_model_parallel_size
-
 
 @dataclass(frozen=True)
 class OptimizerOptions:

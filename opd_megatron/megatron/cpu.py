@@ -127,12 +127,12 @@ def _dispatch_tokens_on_cpu() -> None:
 
     def gather_any(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
-            return gather(input_, group, None, *rest)  # type: ignore[no-any-return]
+            return gather(input_, group, None, *rest)
         return _gather_padded(input_, group, output_split_sizes)
 
     def reduce_scatter_any(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
-            return reduce_scatter(input_, group, None, *rest)  # type: ignore[no-any-return]
+            return reduce_scatter(input_, group, None, *rest)
         return _reduce_and_cut(input_, group, input_split_sizes)
 
     def counts_to_host(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
