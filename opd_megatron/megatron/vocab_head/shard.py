@@ -18,12 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
-"""Logits of a chunk by kind of device: 32 MiB and 1 GiB in float32."""
-LEAST_CHUNK_TOKENS = 64
-"""With fewer the multiplications wait for the weight to be read."""
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
-"""Logits of a block by kind of device: 1 MiB and 128 MiB in float32."""
+from opd_megatron.config.vocab_chunks import BLOCK_ELEMENTS, CHUNK_ELEMENTS, tokens_of_chunk
+
 MASKED = -1e30
 """Logit of a column that is left out: its exponential is 0, and unlike that of ``-inf`` so is its product with it."""
 
@@ -84,7 +80,7 @@ class VocabShard:
 
 def chunk_tokens(rows: int, device: torch.device) -> int:
     """Tokens of a chunk for a shard of ``rows`` columns."""
-    return max(LEAST_CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // max(1, rows))
+    return tokens_of_chunk(rows, CHUNK_ELEMENTS[device.type])
 
 
 def blocks(logits_CV: Tensor) -> Iterator[slice]:
