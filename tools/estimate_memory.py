@@ -21,8 +21,16 @@ from opd_megatron.config.cli import run_cli
 from opd_megatron.config.declare import option
 from opd_megatron.config.errors import RunError, refuse
 from opd_megatron.config.layouts import layout_and_run_faults, tried_layouts
-from opd_megatron.config.memory import Models, estimate
-from opd_megatron.config.memory_report import as_json, candidate_table, gib, layout_flags, layout_sizes, memory_table
+from opd_megatron.config.memory import Models, RankMemory, estimate
+from opd_megatron.config.memory_report import (
+    LABELS,
+    as_json,
+    candidate_table,
+    gib,
+    layout_flags,
+    layout_sizes,
+    memory_table,
+)
 from opd_megatron.config.options import (
     CheckpointOptions,
     ClusterOptions,
@@ -172,17 +180,26 @@ def _print_proposal(asked: EstimateOptions, options: Options, models: Models) ->
     else:
         print(candidate_table(tried))
     if best is None:
-        saving = {
-            "--use-distributed-optimizer": options.optimizer.use_distributed_optimizer,
-            "--recompute-granularity full": options.parallel.recompute_granularity == "full",
-            "--bf16": options.optimizer.bf16,
-        }
-        further = [flag for flag, given in saving.items() if not given] or ["more ranks"]
+        least = min((item.memory for item in tried), key=lambda memory: memory.total)
         raise RunError(
-            f"no layout of {asked.world_size} ranks fits into {gib(_usable(asked))} GiB: try {', '.join(further)}"
+            f"no layout of {asked.world_size} ranks fits into {gib(_usable(asked))} GiB: {_advice(options, least)}"
         )
     if not asked.json:
         print(f"\nProposed: {layout_flags(best.options) or 'no model parallelism'}\n\n{memory_table(best.memory)}")
+
+
+def _advice(options: Options, least: RankMemory) -> str:
+    """What takes most of the layout that needs least, and what to do about it."""
+    name, count = max(least.device_parts.items(), key=lambda part: part[1])
+    remedies = {
+        "gradients": None if options.optimizer.bf16 else "--bf16",
+        "optimizer": None if options.optimizer.use_distributed_optimizer else "--use-distributed-optimizer",
+        "activations": "--recompute-granularity full" if options.parallel.recompute_granularity != "full" else None,
+        "rollout": "a smaller --rollout-engine-batch-size",
+        "teacher": "a smaller teacher, or one on an SGLang server",
+    }
+    remedy = remedies.get(name) or "more ranks"
+    return f"the least is {gib(least.total)} GiB, of which {gib(count)} are {LABELS[name]}: try {remedy}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from opd_megatron.config.architecture import ModelArchitecture
-from opd_megatron.config.options import Options, OptimizerOptions, ParallelOptions
+from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
 from opd_megatron.config.resolve import needs_reference, teacher_folder
 from opd_megatron.config.vocab_chunks import BLOCK_ELEMENTS, CHUNK_ELEMENTS, DeviceKind, tokens_of_chunk
@@ -42,9 +42,10 @@ class RankMemory:
     """Bytes of one rank.
 
     ``activations`` are kept between forward and backward, ``recomputed`` those of the layers that are made again at a
-    time. ``head`` are the chunked vocabulary head's buffers and gradients, ``rollout`` the local engine with its cache of keys
-    and values, which only the controller's device has; ``host`` are the teacher's hidden rows in the host's memory, of
-    which each rank keeps its own, and no part of the total. The total counts everything as if it were there at once.
+    time. ``head`` are the chunked vocabulary head's buffers and gradients, ``rollout`` the local engine with its cache
+    of keys and values, which only the controller's device has. ``host`` are the teacher's hidden rows in the host's
+    memory, of which each rank keeps its own, and no part of the total. The total counts everything as if it were there
+    at once: controller and trainer are different processes, and the memory that one has freed stays with it.
     """
 
     stage: int
@@ -78,8 +79,8 @@ class Saved:
     """What a layer keeps for its backward pass, in rows of one number per token and channel.
 
     ``hidden`` rows of ``h``, ``qk_norm`` rows of the normalised heads ``(a + g) d``, ``qkv`` rows of ``(a + 2g) d``,
-    ``context`` rows of ``a d``, ``feed_forward`` rows of ``f``; the ``float32`` ones are kept in that precision whatever
-    the model's. ``core_attention`` are the rows of ``(a + 2g) d`` that selective recomputation drops.
+    ``context`` rows of ``a d``, ``feed_forward`` rows of ``f``; the ``float32`` ones are kept in that precision
+    whatever the model's. ``core_attention`` are the rows of ``(a + 2g) d`` that selective recomputation drops.
     """
 
     hidden: float
@@ -215,9 +216,7 @@ class Work:
         )
 
 
-def activation_bytes(
-    options: Options, model: ModelArchitecture, stage: int, device: DeviceKind
-) -> tuple[int, int]:
+def activation_bytes(options: Options, model: ModelArchitecture, stage: int, device: DeviceKind) -> tuple[int, int]:
     """What the micro-batches that a stage has under way keep for their backward passes, and what is made again.
 
     One forward, one backward (1F1B): stage ``i`` of ``p`` has up to ``p - i`` under way. With full recomputation only
@@ -301,7 +300,7 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     short = number if number < 4 else 0
     weight = padded * student.hidden_size
     forward = 4 * logits + max(8 * block, short * logits)
-    temporary = max(short * logits * 3 // 2, short * weight)
+    temporary = short * max(logits + min(logits // 2, weight), weight)
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
     exact = 0
     if models.teacher is not None and keeps_hidden_rows(options):

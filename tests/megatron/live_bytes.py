@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from opd_megatron.config.options import Options
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.megatron.vocab_head import token_log_probs
+from opd_megatron.sample import Sample
 
 
 class LiveBytes(TorchDispatchMode):
@@ -112,3 +117,50 @@ def held_bytes(trainer: MegatronTrainer) -> dict[str, int]:
         "teacher": sum(_bytes(model.parameters()) for name, model in trainer.frozen.items() if name == "teacher"),
         "reference": sum(_bytes(model.parameters()) for name, model in trainer.frozen.items() if name == "reference"),
     }
+
+
+def full_samples(options: Options, vocab_size: int) -> list[Sample]:
+    """A rollout in which every prompt and response is as long as the options allow."""
+    random = np.random.default_rng(0)
+    prompt, response = options.rollout.rollout_max_prompt_len, options.rollout.rollout_max_response_len
+    return [
+        Sample(
+            index=index,
+            group_index=index,
+            prompt="",
+            prompt_tokens=random.integers(0, vocab_size, prompt),
+            response_tokens=random.integers(0, vocab_size, response),
+            loss_mask=np.ones(response, dtype=bool),
+            advantages=np.ones(response),
+        )
+        for index in range(options.samples_per_rollout)
+    ]
+
+
+def saved_activations(trainer: MegatronTrainer) -> int:
+    """Bytes that autograd keeps, before the loss, in an optimizer step of one full micro-batch on this rank."""
+    samples = full_samples(trainer.options, trainer.spec.architecture.vocab_size)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.student.parameters()}
+    loss, kept = trainer._loss, [0]
+    with saved_for_backward(weights) as found, pytest.MonkeyPatch.context() as patch:
+
+        def watched(*arguments: Any) -> Any:
+            kept[0] = found.total
+            return loss(*arguments)
+
+        patch.setattr(trainer, "_loss", watched)
+        trainer.train(samples)
+    return kept[0] or found.total  # only the last pipeline stage has a loss
+
+
+def measured_head(rows: int, hidden: int, padded: int, vocab_size: int, dtype: torch.dtype, group: Any = None) -> int:
+    """Most bytes alive in a forward and a backward pass of the head, besides its inputs."""
+    hidden_Nh = torch.randn(rows, hidden).to(dtype).requires_grad_()
+    weight_Vh = torch.randn(padded, hidden).to(dtype).requires_grad_()
+    target_N = torch.randint(0, vocab_size, (rows,))
+    with LiveBytes() as counter:
+        log_probs_N, _ = token_log_probs(
+            hidden_Nh, weight_Vh, target_N, temperature=1.0, vocab_size=vocab_size, group=group
+        )
+        log_probs_N.sum().backward()
+    return counter.peak
