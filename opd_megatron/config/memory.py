@@ -230,8 +230,9 @@ def activation_bytes(options: Options, model: ModelArchitecture, stage: int, dev
         layer_activation_bytes(options, model, work.tokens, device, has_experts=model.has_experts(layer))
         for layer in range(stage * count, (stage + 1) * count)
     ]
-    row = number * work.tokens * model.hidden_size
-    between = row // parallel.tensor_model_parallel_size if parallel.sequence_parallel else row
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    channels = work.tokens * model.hidden_size // split
+    between = number * channels
     kept, again = sum(layers), 0
     if parallel.recompute_granularity == "full":
         size = min(parallel.recompute_num_layers or 1, count)
@@ -241,7 +242,7 @@ def activation_bytes(options: Options, model: ModelArchitecture, stage: int, dev
             kept, again = _share(count, size) * between, size * max(layers)
     under_way = pipeline - stage
     if stage == pipeline - 1:
-        final_norm = between * 2 + (work.tokens * model.hidden_size * 4 if SAVED[device].hidden_float32 else 0)
+        final_norm = between + (4 * channels if SAVED[device].hidden_float32 else 0)
         kept += final_norm + number * work.rows * model.hidden_size
     return under_way * kept, again
 
