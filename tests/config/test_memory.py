@@ -19,9 +19,12 @@ from tests.scripts.test_models import ROWS, sourced
 from tools import estimate_memory
 
 PUBLISHED_BYTES = {"Qwen/Qwen3-8B": 16_381_470_720, "Qwen/Qwen3-32B": 65_524_246_528}
-"""``metadata.total_size`` of ``model.safetensors.index.json`` in the models' repositories at huggingface.co: bfloat16."""
+"""``metadata.total_size`` of ``model.safetensors.index.json`` in the models' repositories at huggingface.co (bf16)."""
 
-EIGHT = ["--bf16", "--accumulate-allreduce-grads-in-fp32", "--actor-num-gpus-per-node", "8", "--tensor-model-parallel-size", "8", "--sequence-parallel", "--use-opd", "--opd-type", "megatron", "--opd-teacher-load", "teacher", "--rollout-batch-size", "64"]  # fmt: skip
+EIGHT = """
+    --bf16 --accumulate-allreduce-grads-in-fp32 --actor-num-gpus-per-node 8 --tensor-model-parallel-size 8
+    --sequence-parallel --use-opd --opd-type megatron --opd-teacher-load teacher --rollout-batch-size 64
+""".split()  # noqa: SIM905
 
 
 def published(checkpoint: str) -> ModelArchitecture:
@@ -30,7 +33,7 @@ def published(checkpoint: str) -> ModelArchitecture:
 
 @pytest.mark.parametrize("row", ROWS, ids=[row["checkpoint"] for row in ROWS])
 def test_parameters_are_those_of_the_model_cards(row: dict[str, Any]) -> None:
-    assert total_parameters(published(row["checkpoint"])) == pytest.approx(row["parameters_billion"] * 1e9, rel=0.011)
+    assert total_parameters(published(row["checkpoint"])) == pytest.approx(row["parameters_billion"] * 1e9, rel=0.0125)
 
 
 @pytest.mark.parametrize("checkpoint", PUBLISHED_BYTES)
@@ -103,7 +106,7 @@ def test_a_proposal_is_the_first_that_fits(models: Path, capsys: pytest.CaptureF
     products = [size["tensor"] * size["context"] * size["pipeline"] for size in sizes]
     assert products == sorted(products)
     assert found["proposal"] == sizes[-1]
-    code, out, _ = run(f"{line} --device-memory 40GiB", capsys)
+    code, out, _ = run(f"{line} --device-memory 60GiB", capsys)
     assert json.loads(out)["proposal"]["tensor"] > found["proposal"]["tensor"]
 
 

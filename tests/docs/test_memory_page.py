@@ -20,7 +20,7 @@ def test_the_example_prints_the_table_of_the_page(
     for name in ("Qwen3-8B", "Qwen3-32B"):
         write_hf(tmp_path / "models" / name, weights=False, **published(f"Qwen/{name}"))
     monkeypatch.chdir(tmp_path)
-    program, tool, *arguments = shlex.split(code_blocks(page, "bash")[0])
+    program, tool, *arguments = shlex.split(code_blocks(page, "bash")[0].replace("\\\n", " "))
     assert (program, tool) == ("python", "tools/estimate_memory.py")
     estimate_memory.main(arguments)
     assert capsys.readouterr().out.rstrip() == code_blocks(page, "text")[0].rstrip()
