@@ -177,7 +177,8 @@ def expert_copies(options: Options) -> int:
     parallel = options.parallel
     if parallel.expert_model_parallel_size == 1:
         return dense_copies(options)
-    return options.world_size // (parallel.expert_ranks * parallel.pipeline_model_parallel_size)
+    holders = parallel.expert_tensor_size * parallel.expert_model_parallel_size
+    return options.world_size // (holders * parallel.pipeline_model_parallel_size)
 
 
 def _share(count: int, ranks: int) -> int:

@@ -6,10 +6,10 @@ from typing import Literal
 
 DeviceKind = Literal["cpu", "cuda"]
 
-CHUNK_ELEMENTS: dict[str, int] = {"cpu": 2**23, "cuda": 2**28}
-"""Logits of a chunk by kind of device: 32 MiB and 1 GiB in float32."""
-LEAST_CHUNK_TOKENS = 64
-"""With fewer the multiplications wait for the weight to be read."""
+CHUNK_ELEMENTS: dict[str, int] = {"cpu": 15 * 2**19, "cuda": 2**28}
+"""Logits of a chunk by kind of device: 30 MiB (from 32 on the C library maps memory anew each time) and 1 GiB."""
+LEAST_CHUNK_TOKENS = 128
+"""With fewer the multiplications wait for the weight and its gradient to be read."""
 BLOCK_ELEMENTS: dict[str, int] = {"cpu": 2**18, "cuda": 2**25}
 """Logits of a block by kind of device: 1 MiB and 128 MiB in float32."""
 
