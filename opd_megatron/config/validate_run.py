@@ -26,7 +26,7 @@ def run_faults(options: Options) -> list[str]:
     """Every fault of the run as a whole. Options that are still missing are not judged."""
     return [
         *_batch_faults(options),
-        *_layout_faults(options),
+        *layout_faults(options),
         *_model_faults(options),
         *_recompute_faults(options),
         *_objective_faults(options),
@@ -76,7 +76,8 @@ def _batch_faults(options: Options) -> Iterator[str]:
         )
 
 
-def _layout_faults(options: Options) -> Iterator[str]:
+def layout_faults(options: Options) -> Iterator[str]:
+    """What of the layout does not go with the number of ranks or with itself, whatever the model."""
     parallel = options.parallel
     if options.world_size % options.model_parallel_size:
         yield (
