@@ -129,8 +129,8 @@ def log_sum_over_ranks(parts_GN: Tensor) -> Tensor:
 class HeadGradients:
     """Gradients of hidden rows and weight, added up chunk by chunk.
 
-    The weight's is kept in at least float32 until it is read. Each chunk's part of it is made in slices of rows: neither
-    a slice nor what goes into it takes more than a quarter of the memory of the chunk's logits (oneDNN copies the latter).
+    The weight's is kept in at least float32 until it is read. Each chunk's part of it is made in slices of rows, and
+    neither a slice nor what goes into it (oneDNN makes a copy of that) takes more than a quarter of the chunk's logits.
     """
 
     def __init__(self, hidden_Nh: Tensor, weight_Vh: Tensor, columns: int, needed: tuple[bool, bool]) -> None:
