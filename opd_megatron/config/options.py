@@ -24,6 +24,25 @@ class OpdOptions:
         None, "teacher checkpoint for --opd-type megatron: a torch_dist or Hugging Face folder", metavar="DIR"
     )
     opd_teacher_ckpt_step: int | None = option(None, "step of --opd-teacher-load (default: its latest)", minimum=0)
+    opd_teacher_dtype: str = option(
+        "same",
+        "precision of the Megatron teacher's weights (same: the student's)",
+        choices=("same", "float32", "bfloat16"),
+    )
+    opd_teacher_micro_batch_size: int | None = option(
+        None, "samples per forward pass of the Megatron teacher (default: the student's way)", unit="samples", minimum=1
+    )
+    opd_teacher_max_tokens_per_gpu: int | None = option(
+        None,
+        "tokens per forward pass of one rank of the Megatron teacher (default: the student's way)",
+        unit="tokens",
+        minimum=1,
+    )
+    opd_teacher_hidden_dtype: str = option(
+        "same",
+        "precision of the teacher's hidden states on the host, kept for the exact KL (same: that of its weights)",
+        choices=("same", "float32", "bfloat16"),
+    )
     opd_teacher_url: tuple[str, ...] = option(
         (),
         "address of the SGLang server for --opd-type sglang, e.g. http://127.0.0.1:30000",

@@ -83,6 +83,22 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sglang with step": (SGLANG + "--opd-teacher-ckpt-step 5", ("--opd-teacher-ckpt-step goes with",)),
     "megatron with url": (MEGATRON + "--opd-teacher-url http://h:2", ("--opd-teacher-url goes with --opd-type sgl",)),
     "megatron with timeout": (MEGATRON + "--opd-teacher-timeout 3", ("--opd-teacher-timeout goes with",)),
+    "sglang with a precision": (
+        SGLANG + "--opd-teacher-dtype bfloat16 --opd-teacher-micro-batch-size 2 --opd-teacher-max-tokens-per-gpu 64",
+        (
+            "--opd-teacher-dtype goes with --opd-type megatron only",
+            "--opd-teacher-micro-batch-size goes",
+            "--opd-teacher-max-tokens-per-gpu goes",
+        ),
+    ),
+    "two sizes of the teacher's micro-batches": (
+        MEGATRON + "--opd-teacher-micro-batch-size 2 --opd-teacher-max-tokens-per-gpu 64 --qkv-format bshd",
+        ("both size the teacher's micro-batches", "--opd-teacher-max-tokens-per-gpu counts packed tokens"),
+    ),
+    "precision of hidden states that nobody keeps": (
+        MEGATRON + "--opd-exact-kl-interval 0 --opd-teacher-hidden-dtype bfloat16",
+        ("--opd-teacher-hidden-dtype has no effect",),
+    ),
     "opd options without opd": (
         BASE + "--opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load nowhere --opd-allow-sampling-mismatch",
         (

@@ -28,8 +28,9 @@ from opd_megatron.config.resolve import StartingPoint
 from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.forward import add_over_context, run_micro_batches
+from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.trainer import FrozenModel, MegatronTrainer, ModelName, TrainerSpec
+from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec
 from opd_megatron.sample import Sample, TeacherScores
 
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -150,14 +151,15 @@ def make_spec(
     **flags: Any,
 ) -> TrainerSpec:
     """What a trainer of the model in ``folder`` needs; frozen models come from Hugging Face folders."""
+    settings: dict[str, Any] = {"rollout_batch_size": 12, "micro_batch_size": 3, "distributed_timeout_minutes": 0.5}
+    options = make_options(**(settings | flags))
     frozen: dict[ModelName, FrozenModel] = {}
     if teacher is not None:
-        frozen["teacher"] = FrozenModel(architecture_of(teacher), teacher)
+        frozen["teacher"] = teacher_model(options, architecture_of(teacher), teacher)
     if reference is not None:
         frozen["reference"] = FrozenModel(architecture_of(reference), reference)
-    settings: dict[str, Any] = {"rollout_batch_size": 12, "micro_batch_size": 3, "distributed_timeout_minutes": 0.5}
     return TrainerSpec(
-        make_options(**(settings | flags)),
+        options,
         architecture_of(folder),
         start or StartingPoint("hf_checkpoint", folder),
         num_rollouts,
@@ -307,7 +309,7 @@ def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 @torch.no_grad()
 def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName = "student") -> dict[int, np.ndarray]:
     """``[T, V]`` logits of each response by place, on the ranks of the last stage that share the samples."""
-    model = trainer.student if name == "student" else trainer.frozen[name]
+    model = trainer.student if name == "student" else trainer.frozen[name].model
     group = parallel_state.get_tensor_model_parallel_group()
 
     def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
