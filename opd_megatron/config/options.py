@@ -147,6 +147,20 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True)
+class OffloadOptions:
+    """What leaves the device while it is not needed"""
+
+    offload_teacher: bool = option(False, "keep teacher and reference on the host but for their scoring")
+    offload_optimizer: bool = option(False, "keep the optimizer's state on the host but for its step")
+    offload_train: bool = option(
+        False, "keep the student's weights, gradients and optimizer on the host while others sample and score"
+    )
+    offload_dir: str | None = option(
+        None, "files for what leaves, mapped into memory, in this folder (default: pinned memory)", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     """Optimizer, schedule and precision"""
 
@@ -373,6 +387,7 @@ class Options:
     opd: OpdOptions = field(default_factory=OpdOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    offload: OffloadOptions = field(default_factory=OffloadOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     data: DataOptions = field(default_factory=DataOptions)

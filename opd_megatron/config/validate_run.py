@@ -29,6 +29,7 @@ def run_faults(options: Options) -> list[str]:
         *_layout_faults(options),
         *_model_faults(options),
         *_recompute_faults(options),
+        *_offload_faults(options),
         *_objective_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
@@ -150,6 +151,17 @@ def _recompute_faults(options: Options) -> Iterator[str]:
             yield f"--recompute-granularity full needs {flag}"
     elif given:
         yield f"{' and '.join(given)} need --recompute-granularity full"
+
+
+def _offload_faults(options: Options) -> Iterator[str]:
+    offload = options.offload
+    taught = options.opd.use_opd and options.opd.opd_type == "megatron"
+    if offload.offload_teacher and not taught and not needs_reference(options):
+        yield "--offload-teacher has no effect: there is neither a Megatron teacher nor a reference: leave it out"
+    if offload.offload_dir is not None and not (
+        offload.offload_teacher or offload.offload_optimizer or offload.offload_train
+    ):
+        yield "--offload-dir has nothing to hold: add --offload-teacher, --offload-optimizer or --offload-train"
 
 
 def _objective_faults(options: Options) -> Iterator[str]:

@@ -74,4 +74,5 @@ def optimizer_step(optimizer: MegatronOptimizer) -> float:
     """Clip and apply the gradients; the global gradient norm before clipping."""
     with cpu.cuda_type_names():
         _, norm, _ = optimizer.step()
+    optimizer.zero_grad()  # with bf16 the gradients of the master weights are copies
     return float(norm) if norm is not None else 0.0

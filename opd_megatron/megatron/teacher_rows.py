@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_megatron.megatron import cpu
 from opd_megatron.megatron.batching import MicroBatches
 from opd_megatron.megatron.exchange import exchange
 from opd_megatron.megatron.micro_batch import MicroBatch
@@ -25,10 +26,15 @@ class TeacherRows:
     def __init__(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
         self._rows: dict[int, Tensor] = {}
+        self._weight_Vh: Tensor | None = None
 
     def keep(self, batch: MicroBatch, rows_Nh: Tensor) -> None:
         """Take the rows ``[N, h]`` of a micro-batch to the host."""
         self._rows.update(batch.rows_by_place(rows_Nh.to("cpu", self._dtype)))
+
+    def take_weight(self, weight_Vh: Tensor, *, leaves: bool) -> None:
+        """Remember this rank's rows of the output weight, as a copy if the model itself ``leaves`` the device."""
+        self._weight_Vh = weight_Vh.detach().to("cpu", copy=True) if leaves else weight_Vh.detach()
 
     def bring(self, given: Shares, wanted: Shares) -> None:
         """Pass the rows of shares ``given`` on to the ranks that train shares ``wanted``; all ranks call it."""
@@ -42,10 +48,12 @@ class TeacherRows:
             brought |= {place: found[place, part] for place in _all_places([after[rank]]) if (place, part) in found}
         self._rows = brought
 
-    def of(self, batch: MicroBatch, weight_Vh: Tensor) -> Tensor:
-        """``[N, h]`` rows of a micro-batch on the device, in the data type of the output weight."""
+    def of(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """On the device: the rows ``[N, h]`` of a micro-batch in the data type of the output weight, and that."""
+        assert self._weight_Vh is not None
+        self._weight_Vh = weight_Vh = self._weight_Vh.to(cpu.device())
         empty = weight_Vh.new_zeros((0, weight_Vh.shape[1]))
-        return torch.cat([empty, *(self._rows[place].to(weight_Vh) for place in batch.indices)])
+        return torch.cat([empty, *(self._rows[place].to(weight_Vh) for place in batch.indices)]), weight_Vh
 
 
 def _trains() -> bool:

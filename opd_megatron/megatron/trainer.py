@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from opd_megatron.megatron.frozen import (
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
+from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, gradients_of, tensors_of, weights_of
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
 from opd_megatron.megatron.teacher_rows import TeacherRows
@@ -88,10 +90,28 @@ class MegatronTrainer:
         self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
         decay, warmup = schedule_steps(self.options, spec.num_rollouts)
         self.scheduler = build_scheduler(self.optimizer, self.options.optimizer, decay, warmup)
-        self.frozen = {
-            name: FrozenScorer(model, self.options, spec.architecture) for name, model in spec.frozen.items()
-        }
+        store = HostStore(None if self.options.offload.offload_dir is None else Path(self.options.offload.offload_dir))
+        self.memory = DeviceMemory()
+        self._let_leave(store)
+        self.frozen: dict[ModelName, FrozenScorer] = {}
+        for name, model in spec.frozen.items():
+            self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
+            if self.options.offload.offload_teacher:
+                self.memory.add(name, Part(partial(weights_of, self.frozen[name].model), store, constant=True))
         self._teacher_rows: TeacherRows | None = None
+
+    def _let_leave(self, store: HostStore) -> None:
+        """Tell the memory which parts of the training may leave, as the ``--offload-*`` options want it."""
+        offload = self.options.offload
+        weights = Part(partial(weights_of, self.student), store)
+        gradients = Part(partial(gradients_of, self.student), store, discarded=True)
+        optimizer = Part(partial(tensors_of, self.optimizer), store, but_not=(weights, gradients))
+        if offload.offload_train:
+            self.memory.add("gradients", gradients)
+        if offload.offload_train or offload.offload_optimizer:
+            self.memory.add("optimizer", optimizer)
+        if offload.offload_train:
+            self.memory.add("weights", weights)
 
     def resume(self) -> dict[str, Any] | None:
         """Restore optimizer, schedule and random state if the run starts from a trainer's checkpoint.
@@ -101,7 +121,8 @@ class MegatronTrainer:
         if self.spec.start.source != "load" or not checkpoint.has_training_state(self.spec.start.folder):
             return None
         check_optimizer_layout(self.options, checkpoint.saved_layout(self.spec.start.folder))
-        return checkpoint.load_training_state(self.spec.start.folder, self.student, self.optimizer, self.scheduler)
+        with self.memory.holding("weights", "optimizer"):
+            return checkpoint.load_training_state(self.spec.start.folder, self.student, self.optimizer, self.scheduler)
 
     def _steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
         """Every rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
@@ -125,20 +146,28 @@ class MegatronTrainer:
         """
         if name == "student":
             micro_batches = [places for step in self._share(samples) for places in step]
-            return response_log_probs(self.student, samples, micro_batches, self.temperature)
+            with self.memory.holding("weights"):
+                return response_log_probs(self.student, samples, micro_batches, self.temperature)
         if name == "teacher":
             self._teacher_rows = None
         frozen = self.frozen[name]
-        if not keep_hidden:
-            return frozen.score(samples, self.temperature)
-        rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype))
-        found = frozen.score(samples, self.temperature, rows.keep)
-        rows.bring(frozen.steps(samples), self._steps(samples))
+        rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
+        with self.memory.holding(name):
+            found = frozen.score(samples, self.temperature, rows.keep if rows else None)
+            if rows and parallel_state.is_pipeline_last_stage():
+                rows.take_weight(frozen.model.head_weight(), leaves=self.options.offload.offload_teacher)
+        if rows:
+            rows.bring(frozen.steps(samples), self._steps(samples))
         self._teacher_rows = rows
         return found
 
     def train(self, samples: Sequence[Sample]) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite."""
+        needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
+        with self.memory.holding(*needed):
+            return self._train(samples)
+
+    def _train(self, samples: Sequence[Sample]) -> TrainResult:
         per_step: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         size = self.options.global_batch_size
@@ -170,7 +199,8 @@ class MegatronTrainer:
 
         results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, last_stage, with_gradients=True)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        gradient_norm = optimizer_step(self.optimizer)
+        with self.memory.holding("optimizer"):
+            gradient_norm = optimizer_step(self.optimizer)
         if not math.isfinite(gradient_norm):
             raise RunError(
                 f"the gradient norm is {gradient_norm}; nothing was saved since the last checkpoint. "
@@ -228,11 +258,11 @@ class MegatronTrainer:
         """
         if self._teacher_rows is None:
             return None, None
-        teacher_weight = self.frozen["teacher"].model.head_weight()
+        teacher_rows_Nh, teacher_weight = self._teacher_rows.of(batch)
         return kl_and_baseline(
             rows_Nh.detach(),
             self.student.head_weight(),
-            self._teacher_rows.of(batch, teacher_weight),
+            teacher_rows_Nh,
             teacher_weight,
             temperature=self.temperature,
             vocab_size=self.spec.architecture.vocab_size,
@@ -241,19 +271,21 @@ class MegatronTrainer:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
-        return export_hf_weights(self.student)
+        with self.memory.holding("weights"):
+            yield from export_hf_weights(self.student)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues."""
-        checkpoint.save_checkpoint(
-            folder,
-            step,
-            self.student,
-            hf_folder=hf_folder,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            run_state={**run_state, "layout": optimizer_layout(self.options)},
-        )
+        with self.memory.holding("weights", "optimizer"):
+            checkpoint.save_checkpoint(
+                folder,
+                step,
+                self.student,
+                hf_folder=hf_folder,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                run_state={**run_state, "layout": optimizer_layout(self.options)},
+            )
 
     def close(self) -> None:
         """Leave the process group."""

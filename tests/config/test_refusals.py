@@ -99,6 +99,9 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         MEGATRON + "--opd-exact-kl-interval 0 --opd-teacher-hidden-dtype bfloat16",
         ("--opd-teacher-hidden-dtype has no effect",),
     ),
+    "nobody to offload": (BASE + "--offload-teacher", ("--offload-teacher has no effect",)),
+    "nothing to hold": (BASE + "--offload-dir $root/away", ("--offload-dir has nothing to hold",)),
+    "offload to a file": (BASE + "--offload-train --offload-dir $file", ("--offload-dir", "is a file")),
     "opd options without opd": (
         BASE + "--opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load nowhere --opd-allow-sampling-mismatch",
         (

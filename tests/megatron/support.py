@@ -273,6 +273,11 @@ def step_gradients(trainer: MegatronTrainer, samples: Sequence[Sample]) -> tuple
 
 def optimizer_state(trainer: MegatronTrainer) -> dict[str, Tensor]:
     """This rank's part of the optimizer: the weights it steps and their state, numbered in the optimizer's order."""
+    with trainer.memory.holding("weights", "optimizer"):
+        return _optimizer_state(trainer)
+
+
+def _optimizer_state(trainer: MegatronTrainer) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for part_number, part in enumerate(getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])):
         weights = [weight for group in part.optimizer.param_groups for weight in group["params"]]

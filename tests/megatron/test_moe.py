@@ -164,7 +164,7 @@ def test_gradients_agree_with_transformers(
     mixtures: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str, kind: str, flags: dict[str, Any]
 ) -> None:
     samples = [sample for seed in range(2) for sample in make_samples(seed) if len(sample.tokens) > 1][:12]
-    monkeypatch.setattr("opd_megatron.megatron.trainer.plan", _in_order)
+    monkeypatch.setattr("opd_megatron.megatron.batching.plan", _in_order)
     coefficient = 0.0 if kind == "none" else COEFFICIENT
     settings = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": coefficient, "loss_type": "sft_loss"}
     trainer = make_trainer(mixtures[family], **GRADIENT_FLAGS, **settings, **flags)
