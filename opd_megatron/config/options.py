@@ -38,6 +38,12 @@ class OpdOptions:
         unit="tokens",
         minimum=1,
     )
+    opd_teacher_tensor_model_parallel_size: int | None = option(
+        None, "tensor-parallel ranks of the Megatron teacher (default: the student's)", minimum=1
+    )
+    opd_teacher_pipeline_model_parallel_size: int | None = option(
+        None, "pipeline-parallel ranks of the Megatron teacher (default: the student's)", minimum=1
+    )
     opd_teacher_hidden_dtype: str = option(
         "same",
         "precision of the teacher's hidden states on the host, kept for the exact KL (same: that of its weights)",

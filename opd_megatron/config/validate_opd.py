@@ -18,6 +18,8 @@ _MEGATRON_ONLY = (
     "opd_teacher_dtype",
     "opd_teacher_micro_batch_size",
     "opd_teacher_max_tokens_per_gpu",
+    "opd_teacher_tensor_model_parallel_size",
+    "opd_teacher_pipeline_model_parallel_size",
     "opd_teacher_hidden_dtype",
     "opd_exact_kl_interval",
     "opd_baseline",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step
-from opd_megatron.config.options import Options
-from opd_megatron.megatron import checkpoint
+from opd_megatron.config.options import Options, ParallelOptions
+from opd_megatron.config.resolve import teacher_parallel
+from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
+from opd_megatron.megatron.exchange import Key, exchange
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, build_model
 from opd_megatron.megatron.scoring import response_log_probs
@@ -34,7 +37,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class FrozenModel:
     """A model that only scores: its architecture and the folder its weights come from.
 
-    ``dtype``, ``micro_batch_size`` (samples) and ``max_tokens`` (of one rank) are the student's where they are None.
+    ``dtype``, ``micro_batch_size`` (samples), ``max_tokens`` (of one rank) and ``parallel``, the layout, are the
+    student's where they are None.
     """
 
     architecture: ModelArchitecture
@@ -43,11 +47,13 @@ class FrozenModel:
     dtype: str | None = None
     micro_batch_size: int | None = None
     max_tokens: int | None = None
+    parallel: ParallelOptions | None = None
 
 
 def teacher_model(options: Options, architecture: ModelArchitecture, folder: Path) -> FrozenModel:
     """The teacher in ``folder`` as the ``--opd-teacher-*`` options want it."""
     opd = options.opd
+    own_layout = opd.opd_teacher_tensor_model_parallel_size or opd.opd_teacher_pipeline_model_parallel_size
     return FrozenModel(
         architecture,
         folder,
@@ -55,14 +61,20 @@ def teacher_model(options: Options, architecture: ModelArchitecture, folder: Pat
         dtype=None if opd.opd_teacher_dtype == "same" else opd.opd_teacher_dtype,
         micro_batch_size=opd.opd_teacher_micro_batch_size,
         max_tokens=opd.opd_teacher_max_tokens_per_gpu,
+        parallel=teacher_parallel(options, architecture) if own_layout else None,
     )
 
 
-def build_from_options(options: Options, architecture: ModelArchitecture, dtype: str | None = None) -> HiddenStateModel:
-    """This rank's part of a model of the run, its weights not yet set; ``dtype`` None is that of training."""
+def build_from_options(
+    options: Options,
+    architecture: ModelArchitecture,
+    dtype: str | None = None,
+    parallel: ParallelOptions | None = None,
+) -> HiddenStateModel:
+    """This rank's part of a model of the run, its weights not yet set; None means that of training."""
     return build_model(
         architecture,
-        options.parallel,
+        parallel or options.parallel,
         dtype=DTYPES[dtype or ("bfloat16" if options.optimizer.bf16 else "float32")],
         make_vocab_size_divisible_by=options.model.make_vocab_size_divisible_by,
         router_dtype=options.model.moe_router_dtype,
@@ -89,8 +101,11 @@ class FrozenScorer:
         self.spec = spec
         self._options = options
         self._cost = sequence_cost(planned_for)
-        self.model = build_from_options(options, spec.architecture, spec.dtype)
-        checkpoint.load_weights(self.model, spec.folder, spec.step)
+        self._groups = None if spec.parallel is None else distributed.other_groups(spec.parallel)
+        self._head_for_student: Tensor | None = None
+        with distributed.using(self._groups):
+            self.model = build_from_options(options, spec.architecture, spec.dtype, spec.parallel)
+            checkpoint.load_weights(self.model, spec.folder, spec.step)
         self.model.requires_grad_(False).eval()
 
     @property
@@ -102,13 +117,10 @@ class FrozenScorer:
 
     def steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
         """Micro-batches of every data-parallel rank of this model for each optimizer step."""
-        return plan_steps(
-            [len(sample.tokens) for sample in samples],
-            self._options.global_batch_size,
-            self._rule,
-            ranks=parallel_state.get_data_parallel_world_size(),
-            cost=self._cost,
-        )
+        with distributed.using(self._groups):
+            ranks = parallel_state.get_data_parallel_world_size()
+        lengths = [len(sample.tokens) for sample in samples]
+        return plan_steps(lengths, self._options.global_batch_size, self._rule, ranks=ranks, cost=self._cost)
 
     def score(
         self,
@@ -117,6 +129,52 @@ class FrozenScorer:
         keep: Callable[[MicroBatch, Tensor], None] | None = None,
     ) -> dict[int, np.ndarray]:
         """See :func:`~opd_megatron.megatron.scoring.response_log_probs`."""
-        rank = parallel_state.get_data_parallel_rank()
-        micro_batches = [places for step in self.steps(samples) for places in step[rank]]
-        return response_log_probs(self.model, samples, micro_batches, temperature, keep)
+        steps = self.steps(samples)
+        with distributed.using(self._groups):
+            rank = parallel_state.get_data_parallel_rank()
+            micro_batches = [places for step in steps for places in step[rank]]
+            return response_log_probs(self.model, samples, micro_batches, temperature, keep)
+
+    @property
+    def has_own_layout(self) -> bool:
+        return self._groups is not None
+
+    def head_weight(self) -> Tensor | None:
+        """Rows of the output weight for the student's columns on this rank; None where the student has no head.
+
+        With a layout of its own they are brought once from the ranks that have them, and stay on the host.
+        """
+        is_last = parallel_state.is_pipeline_last_stage()
+        if self._groups is None:
+            return self.model.head_weight() if is_last else None
+        if self._head_for_student is None:
+            self._head_for_student = self._bring_head(is_last)
+        return self._head_for_student if is_last else None
+
+    def _bring_head(self, is_last: bool) -> Tensor:
+        """See :meth:`head_weight`; without rows where nothing is wanted."""
+        vocab_size, multiple = self.spec.architecture.vocab_size, self._options.model.make_vocab_size_divisible_by
+        own = self._columns(multiple, vocab_size)
+        with distributed.using(self._groups):
+            theirs = self._columns(multiple, vocab_size)
+            has_head = parallel_state.is_pipeline_last_stage()
+        cuts = {*range(0, vocab_size, own.step), *range(0, vocab_size, theirs.step), vocab_size}
+        blocks = list(pairwise(sorted(cuts)))
+        held: dict[Key, Tensor] = {}
+        if has_head:
+            weight_Vh = self.model.head_weight()
+            first = theirs.start
+            held = {(a, b): weight_Vh[a - first : b - first] for a, b in blocks if first <= a < theirs.stop}
+        wanted = [(a, b) for a, b in blocks if own.start <= a < own.stop] if is_last else []
+        found = exchange(held, wanted)
+        rows = torch.zeros((own.step, self.spec.architecture.hidden_size), dtype=self.model.config.params_dtype)
+        for a, b in wanted:
+            rows[a - own.start : b - own.start] = found[a, b]
+        return rows
+
+    def _columns(self, multiple: int, vocab_size: int) -> range:
+        """The vocabulary's columns of this rank in the layout in use; the step is the rows of a shard with padding."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rows = self.spec.architecture.padded_vocab_size(multiple, ranks) // ranks
+        first = rows * parallel_state.get_tensor_model_parallel_rank()
+        return range(first, min(first + rows, vocab_size), rows)

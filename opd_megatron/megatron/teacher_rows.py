@@ -27,23 +27,30 @@ class TeacherRows:
         self._dtype = dtype
         self._rows: dict[int, Tensor] = {}
         self._weight_Vh: Tensor | None = None
+        self._part = 0
 
     def keep(self, batch: MicroBatch, rows_Nh: Tensor) -> None:
-        """Take the rows ``[N, h]`` of a micro-batch to the host."""
+        """Take the rows ``[N, h]`` of a micro-batch to the host; the teacher's process groups are in use."""
+        self._part = parallel_state.get_context_parallel_rank()
         self._rows.update(batch.rows_by_place(rows_Nh.to("cpu", self._dtype)))
 
-    def take_weight(self, weight_Vh: Tensor, *, leaves: bool) -> None:
+    def take_weight(self, weight_Vh: Tensor | None, *, leaves: bool) -> None:
         """Remember this rank's rows of the output weight, as a copy if the model itself ``leaves`` the device."""
+        if weight_Vh is None:
+            return
         self._weight_Vh = weight_Vh.detach().to("cpu", copy=True) if leaves else weight_Vh.detach()
 
-    def bring(self, given: Shares, wanted: Shares) -> None:
-        """Pass the rows of shares ``given`` on to the ranks that train shares ``wanted``; all ranks call it."""
-        if _places(given) == _places(wanted):
+    def bring(self, given: Shares, wanted: Shares, *, other_ranks: bool) -> None:
+        """Pass the rows of shares ``given`` on to the ranks that train shares ``wanted``; all ranks call it.
+
+        ``other_ranks`` says that the shares are numbered by ranks of another layout.
+        """
+        if not other_ranks and _places(given) == _places(wanted):
             return
         part, rank = parallel_state.get_context_parallel_rank(), parallel_state.get_data_parallel_rank()
         brought: dict[int, Tensor] = {}
         for before, after in zip(given, wanted, strict=True):
-            held = {(place, part): self._rows.pop(place) for place in _all_places(before) if place in self._rows}
+            held = {(place, self._part): self._rows.pop(place) for place in _all_places(before) if place in self._rows}
             found = exchange(held, [(place, part) for place in _all_places([after[rank]])] if _trains() else [])
             brought |= {place: found[place, part] for place in _all_places([after[rank]]) if (place, part) in found}
         self._rows = brought

@@ -154,10 +154,10 @@ class MegatronTrainer:
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
         with self.memory.holding(name):
             found = frozen.score(samples, self.temperature, rows.keep if rows else None)
-            if rows and parallel_state.is_pipeline_last_stage():
-                rows.take_weight(frozen.model.head_weight(), leaves=self.options.offload.offload_teacher)
+            if rows:
+                rows.take_weight(frozen.head_weight(), leaves=self.options.offload.offload_teacher)
         if rows:
-            rows.bring(frozen.steps(samples), self._steps(samples))
+            rows.bring(frozen.steps(samples), self._steps(samples), other_ranks=frozen.has_own_layout)
         self._teacher_rows = rows
         return found
 

@@ -99,6 +99,18 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         MEGATRON + "--opd-exact-kl-interval 0 --opd-teacher-hidden-dtype bfloat16",
         ("--opd-teacher-hidden-dtype has no effect",),
     ),
+    "teacher layout that does not fit": (
+        MEGATRON + "--actor-num-gpus-per-node 2 --opd-teacher-tensor-model-parallel-size 3",
+        (
+            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 x",
+            "does not divide the 2 ranks",
+            "--opd-teacher-tensor-model-parallel-size 3 does not divide the teacher's",
+        ),
+    ),
+    "teacher layout with sglang": (
+        SGLANG + "--opd-teacher-pipeline-model-parallel-size 2",
+        ("--opd-teacher-pipeline-model-parallel-size goes with --opd-type megatron only",),
+    ),
     "nobody to offload": (BASE + "--offload-teacher", ("--offload-teacher has no effect",)),
     "nothing to hold": (BASE + "--offload-dir $root/away", ("--offload-dir has nothing to hold",)),
     "offload to a file": (BASE + "--offload-train --offload-dir $file", ("--offload-dir", "is a file")),
