@@ -54,15 +54,18 @@ class Interrupt:
 
 
 def resume_command(options: Options, argv: list[str]) -> str:
-    """The command of this process with ``--load`` set to the folder of its checkpoints and no ``--ckpt-step``.
+    """The command of this process with ``--load`` set to the folder of its checkpoints.
 
+    What said how an earlier ``--load`` was to be read goes, and ``--no-load-optim`` comes where no optimizer is saved.
     Secrets in the teacher's address are masked, so that address has to be given anew.
     """
     replaced = ("--load", "--ckpt-step")
+    dropped = ("--finetune", "--no-load-optim", "--no-load-rng")
     command = ["python", *argv]
     kept = [
         mask_url(word) if "://" in word else word
         for place, word in enumerate(command)
-        if word.partition("=")[0] not in replaced and command[place - 1] not in replaced
+        if word not in dropped and word.partition("=")[0] not in replaced and command[place - 1] not in replaced
     ]
-    return shlex.join([*kept, "--load", str(options.save_folder)])
+    without_optimizer = ["--no-load-optim"] if options.checkpoint.no_save_optim else []
+    return shlex.join([*kept, "--load", str(options.save_folder), *without_optimizer])

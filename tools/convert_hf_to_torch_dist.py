@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 2 tools/convert_hf_to_torch_dist.py --tensor-model-parallel-size 2 ...
 
 ``--save`` gets the weights (``release/``), config and tokenizer (``hf/``) and the tracker. The weights keep their data
-type. The layout divides the memory of the conversion over the ranks; the checkpoint loads in every layout. MODEL_ARGS
-may be given and must agree with the folder's config.
+type. They pass through memory tensor by tensor, so one process can convert a model of any size; several share the
+reading and writing by the parts of their layout. The checkpoint loads in every layout. MODEL_ARGS may be given and must
+agree with the folder's config.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ModelOptions, ParallelOptions
 from opd_megatron.config.parse import parse_groups
 from opd_megatron.megatron import checkpoint, tooling
+from opd_megatron.megatron.conversion import entries_from_hf
+from opd_megatron.megatron.model import build_model
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,14 @@ def main(argv: Sequence[str]) -> None:
     is_first = tooling.join(parallel, architecture)
     if is_first:
         print(f"{source}: reading {architecture.family}, {architecture.num_layers} layers, {dtype}", flush=True)
-    model = tooling.load_model(source, architecture, parallel, dtype, model_options.make_vocab_size_divisible_by)
-    checkpoint.save_release(target, model, source)
+    model = build_model(
+        architecture,
+        tooling.without_recompute(parallel),
+        dtype=dtype,
+        make_vocab_size_divisible_by=model_options.make_vocab_size_divisible_by,
+        without_memory=True,
+    )
+    checkpoint.save_release(target, entries_from_hf(model, source, dtype), source)
     if is_first:
         print(f"{target}: written")
 

@@ -1,16 +1,15 @@
 """Convert a torch_dist checkpoint to a Hugging Face folder: safetensors, config and tokenizer.
 
     python tools/convert_torch_dist_to_hf.py --load runs/demo/checkpoints --save demo_hf
-    torchrun --nproc-per-node 2 tools/convert_torch_dist_to_hf.py --tensor-model-parallel-size 2 ...
 
-The weights keep the data type that they have in the checkpoint, and the config comes to name it. The layout divides the
-memory of the conversion over the ranks and need not be that of the run.
+The weights keep the data type that they have in the checkpoint, and the config comes to name it. They pass through
+memory tensor by tensor, so one process converts a model of any size, whatever layout wrote it.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,9 @@ from opd_megatron.config.parse import parse_groups
 from opd_megatron.config.resolve import checkpoint_architecture
 from opd_megatron.config.validate_paths import holds_only_a_model
 from opd_megatron.megatron import checkpoint, tooling
-from opd_megatron.megatron.hf_weights import export_hf_weights, model_maps
+from opd_megatron.megatron.conversion import stream_to_hf
+from opd_megatron.megatron.hf_weights import model_maps
+from opd_megatron.megatron.model import build_model
 from opd_megatron.observe.progress import track
 
 
@@ -38,13 +39,15 @@ class ConversionOptions:
 
 
 def main(argv: Sequence[str]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("one process converts a model of any size: start convert_torch_dist_to_hf.py without torchrun")
     parsed = parse_groups(
         argv,
-        {"conversion": ConversionOptions, "parallel": ParallelOptions},
+        {"conversion": ConversionOptions},
         prog="convert_torch_dist_to_hf.py",
         description="Convert a torch_dist checkpoint to a Hugging Face folder.",
     )
-    options, parallel = parsed[ConversionOptions], parsed[ParallelOptions]
+    options = parsed[ConversionOptions]
     source, target = tooling.weights_folder("--load", options.load, options.ckpt_step), Path(options.save)
     info = inspect_checkpoint(source)
     if info.kind != "torch_dist":
@@ -53,17 +56,15 @@ def main(argv: Sequence[str]) -> None:
     assert info.hf_folder is not None  # the architecture was read from it
     tooling.refuse_target(target, replaceable=holds_only_a_model(target), overwrite=options.overwrite, what="a model")
     dtype = checkpoint.stored_dtype(source)
-    is_first = tooling.join(parallel, architecture)
-    if is_first:
-        print(f"{source}: reading {architecture.family}, {architecture.num_layers} layers, {dtype}", flush=True)
-    model = tooling.load_model(source, architecture, parallel, dtype)
-    tensors = export_hf_weights(model)
-    if is_first:
-        total = sum(len(row.hf_names) for row in model_maps(model))
-        checkpoint.write_hf_folder(track(tensors, "writing weights", total), target, info.hf_folder)
-        print(f"{target}: written")
-    else:
-        deque(tensors, maxlen=0)  # the others take part until the first has everything
+    tooling.join(ParallelOptions(), architecture)
+    print(f"{source}: reading {architecture.family}, {architecture.num_layers} layers, {dtype}", flush=True)
+    model = build_model(
+        architecture, ParallelOptions(), dtype=dtype, make_vocab_size_divisible_by=1, without_memory=True
+    )
+    total = sum(len(row.hf_names) for row in model_maps(model))
+    tensors = track(stream_to_hf(model, source, dtype), "writing weights", total)
+    checkpoint.write_hf_folder(tensors, target, info.hf_folder)
+    print(f"{target}: written")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 #   RUN_DIR       the run folder                      (default runs/NAME of the repository)
 #   NUM_ROLLOUT   length of the run                   (default 200)
 #   PYTHON        interpreter with this project       (default: the active environment's, else that of .venv)
-#   DRY_RUN=1     print the resolved configuration; nothing is downloaded, started or written
+#   DRY_RUN=1     print the resolved configuration; nothing is downloaded, started or written, so the
+#                 prompt files must be there (tools/prepare_gsm8k.py)
 #
 # Arguments of a script are passed on to train.py and win over what the script says.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -31,15 +31,42 @@ class TrainerError(RunError):
     """A rank of the trainer failed; the message names it and its error."""
 
 
+class Place(NamedTuple):
+    """Where an actor runs: the address of its node and Ray's names of its devices there (none without GPUs)."""
+
+    node: str
+    devices: tuple[int | str, ...]
+
+
+def rank_order(places: Sequence[Place]) -> list[int]:
+    """Positions of actors in the order of their ranks: node after node, on a node by device.
+
+    Ray fills nodes in any order. Ranks that follow one another form the tensor-parallel groups, which must lie within a
+    node to be fast. Nodes come in the order of their first actor, so that rank 0 stays where the first one is.
+    """
+    nodes = list(dict.fromkeys(place.node for place in places))
+    keys = [(nodes.index(place.node), place.devices, position) for position, place in enumerate(places)]
+    return [position for _, _, position in sorted(keys)]
+
+
+def local_ranks(nodes: Sequence[str]) -> list[int]:
+    """Number of each rank among those of its node."""
+    return [nodes[:rank].count(node) for rank, node in enumerate(nodes)]
+
+
 class _TrainerRank:
     """What runs in an actor: one rank, built after all of them are placed."""
 
     def __init__(self) -> None:
         self._trainer: MegatronTrainer | None = None
 
-    def address(self) -> tuple[str, int]:
-        """Where the ranks can meet on this actor's node."""
-        return ray.util.get_node_ip_address(), free_port()
+    def place(self) -> Place:
+        """The node and the device that this actor was given."""
+        return Place(ray.util.get_node_ip_address(), tuple(sorted(ray.get_gpu_ids())))
+
+    def port(self) -> int:
+        """A port where the ranks can meet on this actor's node."""
+        return free_port()
 
     def build(self, spec: TrainerSpec, rendezvous: Rendezvous) -> None:
         self._trainer = MegatronTrainer(spec, rendezvous)
@@ -77,7 +104,9 @@ class RayTrainerGroup:
             _connect(cluster, self._world_size)
         try:
             self._place(cluster)
-            address, port = self._wait([self._actors[0].address.remote()])[0]
+            nodes = self._sort_actors()
+            port = self._wait([self._actors[0].port.remote()])[0]
+            local = local_ranks(nodes)
             self._wait(
                 [
                     actor.build.remote(
@@ -85,8 +114,8 @@ class RayTrainerGroup:
                         Rendezvous(
                             rank=rank,
                             world_size=self._world_size,
-                            local_rank=rank % cluster.actor_num_gpus_per_node,
-                            address=address,
+                            local_rank=local[rank],
+                            address=nodes[0],
                             port=port,
                         ),
                     )
@@ -121,6 +150,13 @@ class RayTrainerGroup:
             ).remote()
             for rank in range(self._world_size)
         ]
+
+    def _sort_actors(self) -> list[str]:
+        """Put the actors into the order of their ranks; the node of each."""
+        places: list[Place] = self._wait([actor.place.remote() for actor in self._actors])
+        order = rank_order(places)
+        self._actors = [self._actors[position] for position in order]
+        return [places[position].node for position in order]
 
     def _wait(self, references: list[Any]) -> list[Any]:
         """Results of one call per rank. The first failure ends every rank: the others would wait for it forever."""

@@ -3,8 +3,9 @@
 Two kinds are known. A **Hugging Face folder** has ``config.json`` and ``model.safetensors`` (or shards and an index).
 A **torch_dist folder** has one folder per saved step, ``iter_0000010``, or ``release`` for converted weights; beside
 them ``latest_checkpointed_iteration.txt`` (a number or ``release``) and ``hf/`` (config and tokenizer). Each step
-folder made by this library ends with its manifest ``opd_megatron.json``, ``{"files": {name: bytes}}``, and is complete
-if every file is there in full. Names that end in ``.tmp`` are unfinished.
+folder made by this library ends with its manifest ``opd_megatron.json``, ``{"files": {name: bytes}, "crc32": {name:
+sum}}``, and is complete if every file is there in full. Names that end in ``.tmp`` are unfinished, but for a step that
+a killed process was about to replace: ``iter_0000010.replaced.tmp`` counts where there is no ``iter_0000010``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
+from zlib import crc32
 
 from opd_megatron.config.errors import UserError
 
@@ -23,6 +25,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "opd_megatron.json"
 RELEASE: Final = "release"
 HF_FOLDER = "hf"
+REPLACED = ".replaced.tmp"
+"""Ending of the name that a folder has while another one takes its place."""
+SUMMED = (".metadata", "metadata.json", "common.pt")
+"""Files of a step folder without which none of its tensors can be found; the manifest has their checksums."""
 
 _STEP_NAME = re.compile(r"iter_(\d{7,})")
 _LONGEST_HEADER = 100_000_000
@@ -89,17 +95,48 @@ def resolve_step(path: str | Path, step: Step | None = None) -> Path:
             raise UserError(f"{folder} is a Hugging Face folder and has no step {step}: leave the step out")
         return folder
     if info.kind != "torch_dist":
-        raise UserError(f"{folder} holds no complete checkpoint{f' ({info.problem})' if info.problem else ''}")
+        problem = f" ({info.problem})" if info.problem else ""
+        beside = alternatives(folder) if _is_step_folder(folder) else ""
+        raise UserError(f"{folder} holds no complete checkpoint{problem}{beside}")
     available = [*info.steps, *([RELEASE] if info.latest == RELEASE or _has_release(folder) else [])]
     if step is not None and step not in available:
         raise UserError(f"step {step} is not in {folder} (it has {', '.join(map(str, available))})")
     if step is None and info.problem:
         raise UserError(f"{folder}: {info.problem}")
     if _is_step_folder(folder):
-        return folder
-    chosen = info.latest if step is None else step
-    assert chosen is not None  # a torch_dist tree without a problem has a latest step
-    return folder / step_folder_name(chosen)
+        chosen = folder
+    else:
+        wanted = info.latest if step is None else step
+        assert wanted is not None  # a torch_dist tree without a problem has a latest step
+        chosen = dict(_step_folders(folder))[wanted]
+    fault = _content_fault(chosen)
+    if fault:
+        raise UserError(f"{chosen} is damaged: {fault}{alternatives(chosen)}")
+    return chosen
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The numbered steps of a torch_dist tree that are complete, in ascending order."""
+    steps = [step for step, inner in _step_folders(folder) if isinstance(step, int) and step_fault(inner) is None]
+    return sorted(steps)
+
+
+def alternatives(damaged: Path) -> str:
+    """The end of an error about one step folder: the newest good step beside it and how to load that."""
+    step = _step_of(damaged.absolute())
+    if step is None:
+        return ""
+    beside = damaged.absolute().parent
+    good = [other for other in complete_steps(beside) if other != step]
+    earlier = [other for other in good if step == RELEASE or other < step]
+    folders = dict(_step_folders(beside))
+    for other in [*reversed(earlier), *(other for other in good if other not in earlier)]:
+        if _content_fault(folders[other]) is None:
+            return (
+                f"; step {other} is complete: load it with --ckpt-step {other} (a teacher: --opd-teacher-ckpt-step "
+                f"{other}), or name its folder {folders[other]}"
+            )
+    return ""
 
 
 def step_fault(folder: Path) -> str | None:
@@ -115,6 +152,16 @@ def step_fault(folder: Path) -> str | None:
     if not any(folder.glob("*.distcp")):
         missing.append("*.distcp")
     return f"{', '.join(missing)} missing" if missing else None
+
+
+def _content_fault(folder: Path) -> str | None:
+    """Which of the small files of a complete step folder is not the one that was written, or None."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return None
+    sums: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")).get("crc32", {})
+    changed = [name for name, value in sums.items() if crc32((folder / name).read_bytes()) != value]
+    return f"{changed[0]} has other bytes than were written" if changed else None
 
 
 def _manifest_fault(folder: Path, manifest: Path) -> str | None:
@@ -135,26 +182,33 @@ def _manifest_fault(folder: Path, manifest: Path) -> str | None:
 
 
 def _step_of(folder: Path) -> Step | None:
-    match = _STEP_NAME.fullmatch(folder.name)
+    name = folder.name.removesuffix(REPLACED)
+    match = _STEP_NAME.fullmatch(name)
     if match:
         return int(match[1])
-    return RELEASE if folder.name == RELEASE else None
+    return RELEASE if name == RELEASE else None
 
 
 def _step_folders(folder: Path) -> Iterator[tuple[Step, Path]]:
+    """Steps and their folders, each step once: its own folder, or the one that was about to be replaced."""
     for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not inner.is_dir():
+            continue
+        own = inner.with_name(inner.name.removesuffix(REPLACED))
         step = _step_of(inner)
-        if step is not None and inner.is_dir():
+        if step is not None and (own == inner or not own.exists()):
             yield step, inner
 
 
 def _is_step_folder(folder: Path) -> bool:
     named = _step_of(folder.absolute()) is not None
-    return (folder / ".metadata").is_file() or (named and (folder / MANIFEST).is_file())
+    return (folder / ".metadata").is_file() or (
+        named and ((folder / MANIFEST).is_file() or any(folder.glob("*.distcp")))
+    )
 
 
 def _has_release(folder: Path) -> bool:
-    return (folder / RELEASE).is_dir() and step_fault(folder / RELEASE) is None
+    return any(step == RELEASE and step_fault(inner) is None for step, inner in _step_folders(folder))
 
 
 def _with_config(folder: Path) -> Path | None:
@@ -164,7 +218,7 @@ def _with_config(folder: Path) -> Path | None:
 def _inspect_step_folder(folder: Path) -> CheckpointInfo:
     hf_folder = _with_config(folder.absolute().parent / HF_FOLDER)
     fault = step_fault(folder)
-    if fault or folder.name.endswith(".tmp"):
+    if fault or folder.name.removesuffix(REPLACED).endswith(".tmp"):
         return CheckpointInfo(None, [], None, hf_folder, fault or "the save was not finished")
     step = _step_of(folder.absolute())
     numbered = [step] if isinstance(step, int) else []
@@ -188,6 +242,8 @@ def _inspect_tree(folder: Path, steps: list[int], released: bool, unfinished: li
             broken = f" ({'; '.join(unfinished)})" if unfinished else ""
             complete = ", ".join([*map(str, steps), *([RELEASE] if released else [])])
             problem = f"{TRACKER} names {named[:40]!r}, which is not complete{broken}; complete: {complete}"
+            if named.isdecimal():
+                problem += alternatives(folder / step_folder_name(int(named)))
             return CheckpointInfo("torch_dist", steps, None, hf_folder, problem)
     return CheckpointInfo("torch_dist", steps, latest, hf_folder)
 

@@ -17,6 +17,9 @@ MOST = 2**31 - 1
 """Largest whole number of an option that declares no maximum: one that every library takes as a size or a seed."""
 
 
+LARGEST_FLOAT32 = 3.4e38
+
+
 class BadValueError(ValueError):
     """A value that its option does not take; the message follows the flag and the value."""
 
@@ -111,6 +114,8 @@ def _check_bounds(value: float, limits: Mapping[str, Any]) -> None:
         raise BadValueError(f"must be at most {maximum if isinstance(maximum, int) else format(maximum, 'g')}")
     if limits["below"] is not None and value >= limits["below"]:
         raise BadValueError(f"must be below {limits['below']:g}")
+    if abs(value) > LARGEST_FLOAT32:
+        raise BadValueError("is too large for a 32-bit number")
 
 
 def spoken(words: Iterable[Any]) -> str:

@@ -121,7 +121,7 @@ def mixture_from_hf(config: Mapping[str, Any], source: str) -> MixtureOfExperts 
     experts = config["num_experts"] if "num_experts" in config else config.get("num_local_experts")
     step = config.get("decoder_sparse_step", 1)
     shared = config.get("shared_expert_intermediate_size") if config["model_type"] == "qwen2_moe" else None
-    values = {
+    values: dict[str, Any] = {
         "num_experts": experts,
         "moe_intermediate_size": config.get("moe_intermediate_size"),
         "num_experts_per_tok": config.get("num_experts_per_tok"),
@@ -142,7 +142,7 @@ def mixture_from_hf(config: Mapping[str, Any], source: str) -> MixtureOfExperts 
     if not any(pattern):
         return None
     return MixtureOfExperts(
-        num_experts=experts,
+        num_experts=values["num_experts"],
         moe_ffn_hidden_size=values["moe_intermediate_size"],
         moe_router_topk=topk,
         moe_router_pre_softmax=not normalised,

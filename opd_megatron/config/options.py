@@ -146,11 +146,6 @@ class ParallelOptions:
         """Tensor-parallel ranks of one expert."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
-    @property
-    def expert_ranks(self) -> int:
-        """Ranks that hold one copy of the experts of a pipeline stage."""
-        return self.expert_tensor_size * self.expert_model_parallel_size
-
 
 @dataclass(frozen=True)
 class OffloadOptions:
@@ -193,6 +188,10 @@ class OptimizerOptions:
     bf16: bool = option(False, "train in bfloat16 with float32 master weights (default: float32)")
     accumulate_allreduce_grads_in_fp32: bool = option(False, "gradients in float32 with --bf16")
     use_distributed_optimizer: bool = option(False, "shard the optimizer's state over data-parallel ranks")
+    overlap_grad_reduce: bool = option(False, "sum gradients over the ranks while the backward pass goes on")
+    overlap_param_gather: bool = option(
+        False, "gather the distributed optimizer's weights while the next forward pass goes on"
+    )
 
 
 @dataclass(frozen=True)
@@ -206,12 +205,27 @@ class CheckpointOptions:
     )
     load: str | None = option(None, "resume from this folder if it holds a checkpoint of a run", metavar="DIR")
     ckpt_step: int | None = option(None, "step of --load (default: its latest)", minimum=0)
+    finetune: bool = option(
+        False, "take the weights of --load alone: step 0, a new optimizer, random state and position in the prompts"
+    )
+    no_load_optim: bool = option(False, "resume without the optimizer's state: moments and schedule begin anew")
+    no_load_rng: bool = option(False, "resume without the random state: it begins from --seed")
     ref_load: str | None = option(
         None, "initial and reference weights: a torch_dist or Hugging Face folder", metavar="DIR"
     )
     save: str | None = option(None, "where checkpoints go (default: checkpoints in --run-dir)", metavar="DIR")
     save_interval: int | None = option(
         None, "save every so many rollouts (default: only at the end)", unit="rollouts", minimum=1
+    )
+    no_save_optim: bool = option(False, "save without the optimizer's state (resume needs --no-load-optim)")
+    save_keep_last: int | None = option(
+        None, "keep this many of the newest steps and remove older ones (default: keep all)", minimum=1
+    )
+    save_retain_interval: int | None = option(
+        None,
+        "keep every step that is a multiple of this and the newest (or --save-keep-last), remove the others",
+        unit="rollouts",
+        minimum=1,
     )
     save_hf: str | None = option(
         None, "also write Hugging Face weights here at each save; {rollout_id} is replaced", metavar="DIR"

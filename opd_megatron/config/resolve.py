@@ -135,30 +135,21 @@ def weight_differences(options: Options, student: ModelArchitecture) -> list[str
     return faults
 
 
-def optimizer_layout(options: Options) -> dict[str, str | int | bool]:
-    """The options that decide what an optimizer's state looks like; a resumed run must have the same."""
-    return {
-        "--optimizer": options.optimizer.optimizer,
-        "--bf16": options.optimizer.bf16,
-        "--use-distributed-optimizer": options.optimizer.use_distributed_optimizer,
-        "--tensor-model-parallel-size": options.parallel.tensor_model_parallel_size,
-        "--pipeline-model-parallel-size": options.parallel.pipeline_model_parallel_size,
-        "--expert-model-parallel-size": options.parallel.expert_model_parallel_size,
-        "--expert-tensor-parallel-size": options.parallel.expert_tensor_size,
-        "ranks": options.world_size,
-    }
+def optimizer_kind(options: Options) -> dict[str, str | int | bool]:
+    """The options that decide what an optimizer keeps for each parameter; a resumed run must have the same."""
+    return {"--optimizer": options.optimizer.optimizer, "--bf16": options.optimizer.bf16}
 
 
-def check_optimizer_layout(options: Options, saved: Mapping[str, Any]) -> None:
-    """Raise :class:`UserError` if a checkpoint's optimizer was saved with other options than this run has."""
-    wanted = optimizer_layout(options)
+def check_optimizer_kind(options: Options, saved: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` if a checkpoint's optimizer kept other things than that of this run does."""
+    wanted = optimizer_kind(options)
     changed = [
         f"{name} {saved[name]} (now {wanted[name]})" for name in wanted if name in saved and saved[name] != wanted[name]
     ]
     if changed:
         raise UserError(
             f"--load {options.checkpoint.load}: its optimizer was saved with {', '.join(changed)}: resume with the "
-            "same, or begin anew from its weights with --ref-load"
+            "same, or with a new optimizer by --no-load-optim"
         )
 
 

@@ -12,7 +12,7 @@ def expert_layout_faults(parallel: ParallelOptions, ranks: int) -> Iterator[str]
     """Whether the groups of ranks that hold the experts divide all ``ranks``."""
     tensor, experts = parallel.expert_tensor_size, parallel.expert_model_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
-    if experts > 1 and ranks % (parallel.expert_ranks * pipeline):
+    if experts > 1 and ranks % (tensor * experts * pipeline):
         yield (
             f"--expert-model-parallel-size {experts} x --pipeline-model-parallel-size {pipeline} x {tensor} "
             f"tensor-parallel ranks of an expert does not divide the {ranks} ranks: the experts are spread over the "

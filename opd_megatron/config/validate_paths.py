@@ -85,6 +85,8 @@ def _weight_faults(options: Options) -> Iterator[str]:
             yield f"{'--load' if step is None else '--ckpt-step:'} {fault}"
     elif load is not None and step is not None:
         yield f"--ckpt-step: step {step} is not in --load {load}, which holds no complete checkpoint"
+    elif load is not None and options.checkpoint.finetune:
+        yield f"--finetune has no weights to begin from: --load {load} holds no complete checkpoint"
     hf_checkpoint = options.checkpoint.hf_checkpoint
     if ref_load is not None:
         fault = _missing("--ref-load", ref_load)
@@ -197,10 +199,13 @@ def holds_only_a_model(folder: Path) -> bool:
 
 
 def earlier_run_faults(options: Options) -> Iterator[str]:
-    """A run never writes over another: where one has been, it is resumed or another folder is named."""
+    """A run never writes over another: where one has been, it is resumed or another folder is named.
+
+    With ``--finetune`` a run begins, wherever its weights come from.
+    """
     if options.run.run_dir is None:
         return
-    resumed = options.checkpoint.load
+    resumed = None if options.checkpoint.finetune else options.checkpoint.load
     if resumed is not None and Path(resumed).resolve() == options.save_folder.resolve():
         return
     for flag, folder, traces in (
@@ -208,8 +213,9 @@ def earlier_run_faults(options: Options) -> Iterator[str]:
         ("--save", options.save_folder, (TRACKER,)),
     ):
         if any((folder / trace).exists() for trace in traces):
+            without = " and without --finetune" if options.checkpoint.finetune else ""
             yield (
-                f"{flag} {folder} holds a run already: resume it with --load {options.save_folder}, "
+                f"{flag} {folder} holds a run already: resume it with --load {options.save_folder}{without}, "
                 "or choose another folder"
             )
             return

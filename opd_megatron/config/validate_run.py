@@ -35,6 +35,7 @@ def run_faults(options: Options) -> list[str]:
         *_objective_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
+        *_checkpoint_faults(options),
         *_reward_and_evaluation_faults(options),
         *_logging_faults(options),
     ]
@@ -174,7 +175,8 @@ def _recompute_faults(options: Options) -> Iterator[str]:
 
 def _offload_faults(options: Options) -> Iterator[str]:
     offload = options.offload
-    taught = options.opd.use_opd and options.opd.opd_type == "megatron"
+    recorded = options.rollout.load_debug_rollout_data is not None
+    taught = options.opd.use_opd and options.opd.opd_type == "megatron" and not recorded
     if offload.offload_teacher and not taught and not needs_reference(options):
         yield "--offload-teacher has no effect: there is neither a Megatron teacher nor a reference: leave it out"
     if offload.offload_dir is not None and not (
@@ -222,6 +224,8 @@ def _schedule_faults(options: Options) -> Iterator[str]:
         yield f"--lr-warmup-init {settings.lr_warmup_init:g} is above --lr {settings.lr:g}"
     if settings.lr_warmup_fraction is not None and settings.lr_warmup_iters:
         yield "--lr-warmup-fraction and --lr-warmup-iters say the same thing: leave out one of them"
+    if settings.overlap_param_gather and not (settings.use_distributed_optimizer and settings.overlap_grad_reduce):
+        yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add them"
     if settings.use_distributed_optimizer and settings.optimizer != "adam":
         yield f"--use-distributed-optimizer does not go with --optimizer {settings.optimizer}: use adam"
     length = options.data.num_rollout
@@ -240,11 +244,25 @@ def _data_faults(options: Options) -> Iterator[str]:
         yield "--num-epoch counts passes over --prompt-data: with --load-debug-rollout-data use --num-rollout"
     if "apply_chat_template_kwargs" in options.given and not data.apply_chat_template:
         yield "--apply-chat-template-kwargs has no effect without --apply-chat-template: add it"
-    if options.checkpoint.ckpt_step is not None and options.checkpoint.load is None:
-        yield "--ckpt-step is a step of --load: name its folder"
     pattern = rollout.save_debug_rollout_data
     if pattern is not None and ROLLOUT_ID not in pattern and data.num_rollout != 1:
         yield f"--save-debug-rollout-data {pattern} would keep the last rollout only: put {ROLLOUT_ID} into the name"
+
+
+def _checkpoint_faults(options: Options) -> Iterator[str]:
+    paths = options.checkpoint
+    if paths.load is None:
+        if paths.ckpt_step is not None:
+            yield "--ckpt-step is a step of --load: name its folder"
+        for name in ("finetune", "no_load_optim", "no_load_rng"):
+            if getattr(paths, name):
+                yield f"--{name.replace('_', '-')} says how --load is read: name its folder"
+    if paths.finetune and (paths.no_load_optim or paths.no_load_rng):
+        yield "--finetune loads weights alone: leave out --no-load-optim and --no-load-rng"
+    if paths.save_retain_interval is not None and (
+        paths.save_interval is None or paths.save_retain_interval % paths.save_interval
+    ):
+        yield f"--save-retain-interval {paths.save_retain_interval} must be a multiple of --save-interval"
 
 
 def _reward_and_evaluation_faults(options: Options) -> Iterator[str]:

@@ -5,61 +5,45 @@ Layout of a checkpoint folder (read without torch by ``config.checkpoint_paths``
     latest_checkpointed_iteration.txt     a step number, or "release" for converted weights
     hf/                                   config and tokenizer of the model
     iter_0000010/ or release/             torch_dist files and the manifest opd_megatron.json
+
+What is in a step folder does not depend on the layout that wrote it (see ``chunks`` and ``optimizer_state``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from opd_megatron.config.checkpoint_paths import (
-    HF_FOLDER,
-    MANIFEST,
-    RELEASE,
-    TRACKER,
-    Step,
-    resolve_step,
-    step_folder_name,
-)
+from opd_megatron.config.checkpoint_paths import RELEASE, Step, resolve_step, step_folder_name
 from opd_megatron.config.errors import UserError
-from opd_megatron.megatron import cpu
+from opd_megatron.megatron import step_folders
+from opd_megatron.megatron.chunks import ChunkedTensor, Entries, model_entries
 from opd_megatron.megatron.hf_weights import hf_weights_dtype, load_hf_weights, write_hf_weights
 from opd_megatron.megatron.model import HiddenStateModel
-from opd_megatron.megatron.safe_checkpoint import SafeLoad, SynchronousSave, read_metadata
-from opd_megatron.system import replacing
-
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
-_WEIGHT_FILES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
+from opd_megatron.megatron.optimizer_state import (
+    PREFIX,
+    optimizer_entries,
+    set_steps_taken,
+    steps_taken,
 )
-_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-"""How the keys of a model's weights begin in torch_dist; those of the optimizer's state begin otherwise."""
+from opd_megatron.megatron.safe_checkpoint import COMMON, StepReader, read_common, write_step
+
+Models = HiddenStateModel | Sequence[HiddenStateModel]
+"""A rank's part of the model: one chunk, or one per virtual pipeline stage."""
+
+
+def _chunks(models: Models) -> Sequence[HiddenStateModel]:
+    return [models] if isinstance(models, HiddenStateModel) else models
 
 
 def _barrier() -> None:
@@ -67,47 +51,19 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as stream:
-        stream.write(text)
-
-
-def _temporary_name(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".tmp")
-
-
-def _empty_folder(folder: Path) -> Path:
-    """Make ``folder`` anew; what a process that died has left in it goes."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _replace_folder(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name; the folder that has it so far goes when the new one is in place."""
-    replaced = final.with_name(final.name + ".replaced.tmp")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    _sync_directory(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def copy_hf_files(source: Path, target: Path) -> None:
-    """Copy config and tokenizer of a Hugging Face folder (every file but weights) through a temporary name."""
-    temporary = _empty_folder(_temporary_name(target))
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHT_FILES):
-            shutil.copyfile(path, temporary / path.name)
-    _replace_folder(temporary, target)
+def _together(action: Callable[[], None]) -> None:
+    """Do ``action``; a ``UserError`` of one rank, which alone may have met a damaged file, is raised on all."""
+    fault: UserError | None = None
+    try:
+        action()
+    except UserError as error:
+        fault = error
+    faults: list[UserError | None] = [fault] * dist.get_world_size()
+    if len(faults) > 1:
+        dist.all_gather_object(faults, fault)
+    for found in faults:
+        if found is not None:
+            raise found
 
 
 def write_hf_folder(tensors: Iterable[tuple[str, Tensor]], target: Path, hf_folder: Path) -> None:
@@ -117,14 +73,10 @@ def write_hf_folder(tensors: Iterable[tuple[str, Tensor]], target: Path, hf_fold
     comes to name the data type of the weights, by which transformers chooses the one it loads.
     """
     target = target.resolve()
-    temporary = _temporary_name(target)
-    copy_hf_files(hf_folder, temporary)
+    temporary = step_folders.temporary_name(target)
+    step_folders.copy_hf_files(hf_folder, temporary)
     _name_dtype(temporary / "config.json", write_hf_weights(tensors, temporary))
-    _replace_folder(temporary, target)
-
-
-_EXTRA_STATE = "_extra_state"
-"""Ending of what Transformer Engine's layers store beside parameters; without fp8 there is nothing in it."""
+    step_folders.replace_folder(temporary, target)
 
 
 def _name_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -137,105 +89,63 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _model_state(model: HiddenStateModel) -> dict[str, Any]:
-    # Megatron puts the process groups of the moment into the mapping, so it gets one of its own each time.
-    state: dict[str, Any] = model.sharded_state_dict(metadata=dict(_OPTIMIZER_FORMAT))
-    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
-
-
-def _training_state(
-    model: HiddenStateModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, *, is_loading: bool
-) -> dict[str, Any]:
-    _allocate_moments(optimizer)
-    state = _model_state(model)
-    with cpu.cuda_type_names():
-        moments = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=dict(_OPTIMIZER_FORMAT))
-    return {"model": state, "optimizer": moments, "scheduler": scheduler.state_dict()}
-
-
-def _nothing_to_do(inner: torch.optim.Optimizer, config: Any) -> None:
-    """The state was allocated by :func:`_allocate_moments`."""
-
-
-def _allocate_moments(optimizer: MegatronOptimizer) -> None:
-    """Give an optimizer that has not stepped yet its zero moments, so that there is something to save or load."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if part.init_state_fn is None:
-            # Megatron has no such function for SGD but calls it when it loads.
-            part.init_state_fn = _nothing_to_do
-        if inner is None or inner.state:
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if isinstance(inner, torch.optim.SGD):
-                    inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                elif isinstance(inner, torch.optim.AdamW):
-                    inner.state[parameter]["step"] = torch.tensor(0.0)
-                    inner.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
-                    inner.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
-        if not inner.state:
-            part.init_state_fn(inner, part.config)
-
-
 def save_checkpoint(
     folder: str | Path,
     step: Step,
-    model: HiddenStateModel,
+    models: Models,
     *,
     hf_folder: Path,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     run_state: dict[str, Any] | None = None,
 ) -> Path:
-    """Write one step folder; all ranks call it. Without an optimizer only the weights are written.
+    """Write one step folder; all ranks call it.
+
+    ``run_state`` is a JSON-like mapping; without it only the weights are written. Without an optimizer and its
+    scheduler a run can resume with new ones only.
 
     The folder is written under a name that ends in ``.tmp`` and renamed when it is whole, then the tracker is replaced;
-    a process that dies on the way leaves the earlier checkpoint as it was. ``run_state`` is a JSON-like mapping.
+    a process that dies on the way leaves the earlier checkpoint as it was.
     """
-    root = Path(folder)
+    entries = model_entries(_chunks(models), to_write=True)
+    common: dict[str, Any] = {}
+    if run_state is not None:
+        common |= {"run": run_state, "rng": torch.get_rng_state()}
+    if optimizer is not None and scheduler is not None:
+        entries |= optimizer_entries(optimizer, _chunks(models), to_write=True)
+        common |= {"scheduler": scheduler.state_dict(), "optimizer_steps": steps_taken(optimizer)}
+    return save_entries(Path(folder), step, entries, common, hf_folder)
+
+
+def save_entries(root: Path, step: Step, entries: Entries, common: dict[str, Any], hf_folder: Path) -> Path:
+    """Write one step folder from this rank's pieces; all ranks call it."""
     final = root / step_folder_name(step)
-    temporary = _temporary_name(final)
+    temporary = step_folders.temporary_name(final)
     is_first = dist.get_rank() == 0
     if is_first:
-        _empty_folder(temporary)
+        step_folders.empty_folder(temporary)
     _barrier()
-    if optimizer is None or scheduler is None:
-        state: dict[str, Any] = {"model": _model_state(model)}
-    else:
-        state = _training_state(model, optimizer, scheduler, is_loading=False)
-        state["run"] = run_state or {}
-        state["rng"] = torch.get_rng_state()
-    dist_checkpointing.save(state, str(temporary), SynchronousSave())
+    write_step(temporary, entries, common)
     _barrier()
     if is_first:
-        _publish(temporary, final, root, hf_folder)
+        step_folders.publish(temporary, final, hf_folder)
     _barrier()
     return final
 
 
-def _publish(temporary: Path, final: Path, root: Path, hf_folder: Path) -> None:
-    files = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
-    _write_text(temporary / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
-    if not (root / HF_FOLDER / "config.json").exists():
-        copy_hf_files(hf_folder, root / HF_FOLDER)
-    _replace_folder(temporary, final)
-    _write_text(root / TRACKER, final.name.removeprefix("iter_").lstrip("0") or "0")
-
-
-def save_release(target: Path, model: HiddenStateModel, hf_folder: Path) -> None:
+def save_release(target: Path, entries: Entries, hf_folder: Path) -> None:
     """Write weights, config and tokenizer as a checkpoint folder of their own; all ranks call it.
 
     The whole folder takes the place of ``target`` when it is written, so that weights never stand beside the config of
     other ones.
     """
     target = target.resolve()
-    temporary = _temporary_name(target)
+    temporary = step_folders.temporary_name(target)
     if dist.get_rank() == 0:
-        _empty_folder(temporary)
-    save_checkpoint(temporary, RELEASE, model, hf_folder=hf_folder)
+        step_folders.empty_folder(temporary)
+    save_entries(temporary, RELEASE, entries, {}, hf_folder)
     if dist.get_rank() == 0:
-        _replace_folder(temporary, target)
+        step_folders.replace_folder(temporary, target)
     _barrier()
 
 
@@ -246,96 +156,110 @@ def stored_dtype(source: Path) -> torch.dtype:
     """
     if (source / "config.json").exists():
         return hf_weights_dtype(source)
-    tensors = read_metadata(source).state_dict_metadata
-    dtypes = [
-        entry.properties.dtype
-        for name, entry in tensors.items()
-        if name.startswith(_MODEL_KEYS) and isinstance(entry, TensorStorageMetadata)
-    ]
+    stored = StepReader(source).tensors()
+    dtypes = [entry.properties.dtype for name, entry in stored.items() if not name.startswith("optimizer")]
     if not dtypes:
         raise UserError(f"{source} holds no weights of a model")
     return reduce(torch.promote_types, dtypes)
 
 
-def load_weights(model: HiddenStateModel, path: str | Path, step: Step | None = None) -> None:
+def load_weights(models: Models, path: str | Path, step: Step | None = None) -> None:
     """Load weights from a torch_dist or Hugging Face folder; the layout that wrote them does not matter."""
-    load_model_folder(model, resolve_step(path, step))
+    load_model_folder(models, resolve_step(path, step))
 
 
-def load_model_folder(model: HiddenStateModel, source: Path) -> None:
-    """Load weights from a Hugging Face folder or from one torch_dist step folder.
+def load_model_folder(models: Models, source: Path) -> None:
+    """Load weights from a Hugging Face folder or from one torch_dist step folder, piece by piece into their place.
 
-    Raises ``UserError`` if they are those of another model.
+    Raises ``UserError`` if they are those of another model, or damaged.
     """
+    chunks = _chunks(models)
     if (source / "config.json").exists():
-        load_hf_weights(model, source)
+        for model in chunks:
+            load_hf_weights(model, source)
         return
-    wanted = _model_state(model)
-    _check_stored(wanted, source, model.architecture.vocab_size)
-    state = dist_checkpointing.load({"model": wanted}, str(source), SafeLoad())
-    _load_parameters(model, state["model"])
+    wanted = model_entries(chunks, to_write=False)
+    vocab_size = chunks[0].architecture.vocab_size
+
+    def read() -> None:
+        reader = StepReader(source)
+        check_weights(reader, wanted, vocab_size)
+        read_entries(reader, wanted)
+
+    _together(read)
 
 
-def _check_stored(wanted: dict[str, Any], source: Path, vocab_size: int) -> None:
-    """Raise ``UserError`` unless the step folder has every weight in its shape (padding of the vocabulary aside)."""
-    stored = read_metadata(source).state_dict_metadata
-    for tensor in wanted.values():
-        if not isinstance(tensor, ShardedTensor):
-            continue
-        entry = stored.get(tensor.key)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise UserError(f"{source}: weight {tensor.key} is missing, which the model of the config has")
-        found, expected = tuple(entry.size), tuple(tensor.global_shape)
-        if tensor.allow_shape_mismatch and found[0] >= vocab_size:
-            expected = (found[0], *expected[1:])
-        if found != expected:
-            raise UserError(f"{source}: weight {tensor.key} has shape {found}, the config says {expected}")
+def check_weights(reader: StepReader, wanted: Entries, vocab_size: int) -> None:
+    """Raise ``UserError`` unless a step folder has all of ``wanted`` in its shape (padding of the vocabulary aside)."""
+    stored = reader.tensors()
+    for name, entry in wanted.items():
+        if name not in stored:
+            raise UserError(f"{reader.folder}: weight {name} is missing, which the model of the config has")
+        fault = _shape_fault(entry, stored[name], vocab_size)
+        if fault:
+            raise UserError(f"{reader.folder}: weight {name} has {fault}")
 
 
-def _load_parameters(model: HiddenStateModel, state: dict[str, Any]) -> None:
-    """Load the parameters of a model state; raises ``ValueError`` if one is missing or foreign."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    faults = model.load_state_dict(tensors, strict=False)
-    missing = [name for name in faults.missing_keys if not name.endswith(_EXTRA_STATE)]
-    if missing or faults.unexpected_keys:
-        raise ValueError(f"the checkpoint lacks {missing} and has {faults.unexpected_keys} too many")
+def _shape_fault(entry: ChunkedTensor, stored: TensorStorageMetadata, vocab_size: int) -> str | None:
+    found, expected = tuple(stored.size), entry.shape
+    if entry.padded and found[0] >= vocab_size:
+        expected = (found[0], *expected[1:])
+    return None if found == expected else f"shape {found}, the config says {entry.shape}"
+
+
+@torch.no_grad()
+def read_entries(reader: StepReader, wanted: Entries) -> None:
+    """Read pieces into their place; rows of a padded vocabulary that the folder lacks become zero."""
+    stored = reader.tensors()
+    for name, entry in wanted.items():
+        if entry.shape != tuple(stored[name].size):
+            for _, tensor in entry.pieces.values():
+                tensor().zero_()
+    reader.read(wanted)
 
 
 def has_training_state(source: Path) -> bool:
     """Whether a folder holds more than weights: the state of a run that can go on."""
-    return (source / "common.pt").exists() and "run" in dist_checkpointing.load_common_state_dict(str(source))
-
-
-def saved_layout(source: Path) -> dict[str, Any]:
-    """The options that shaped the optimizer state in a step folder with a training state."""
-    layout: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(source))["run"].get("layout", {})
-    return layout
+    return (source / COMMON).exists() and "run" in read_common(source)
 
 
 def load_training_state(
     source: Path,
-    model: HiddenStateModel,
+    models: Models,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    *,
+    check: Callable[[dict[str, Any]], None],
+    with_optimizer: bool = True,
+    with_rng: bool = True,
 ) -> dict[str, Any]:
-    """Resume from a step folder that :func:`save_checkpoint` wrote in the same layout; returns its ``run_state``."""
-    state = _training_state(model, optimizer, scheduler, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(source), SafeLoad())
-    _load_parameters(model, loaded["model"])
-    _restore_first_step(loaded["optimizer"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    scheduler.load_state_dict(loaded["scheduler"])
-    torch.set_rng_state(loaded["rng"])
-    run_state: dict[str, Any] = loaded["run"]
+    """Resume from a step folder of any layout, whose weights are loaded already; returns its ``run_state``.
+
+    ``check`` may refuse the run state before the optimizer's tensors are read. Raises ``UserError`` if the optimizer's
+    state is not there or not that of these models.
+    """
+    common = read_common(source)
+    run_state: dict[str, Any] = common["run"]
+    if with_optimizer:
+        check(run_state)
+        if "optimizer_steps" not in common:
+            raise UserError(f"{source} was saved without the optimizer's state: resume with --no-load-optim")
+        wanted = optimizer_entries(optimizer, _chunks(models), to_write=False)
+        vocab_size = _chunks(models)[0].architecture.vocab_size
+        _together(lambda: _read_optimizer(StepReader(source), wanted, vocab_size))
+        set_steps_taken(optimizer, common["optimizer_steps"])
+        scheduler.load_state_dict(common["scheduler"])
+    if with_rng:
+        torch.set_rng_state(common["rng"])
     return run_state
 
 
-def _restore_first_step(state: dict[str, Any]) -> None:
-    """Put a step count of 0, which Megatron leaves out when it saves, back where torch's Adam wants one.
-
-    Where experts are spread over ranks their weights have an optimizer of their own, and the states are numbered.
-    """
-    for part in [part for key, part in state.items() if isinstance(key, int)] or [state]:
-        moments: dict[Any, Any] = part.get("optimizer", part).get("state", {})
-        if "common_step" not in moments and any("exp_avg" in entry for entry in moments.values()):
-            moments["common_step"] = torch.tensor(0.0)
+def _read_optimizer(reader: StepReader, wanted: Entries, vocab_size: int) -> None:
+    stored = reader.tensors()
+    for name, entry in wanted.items():
+        if name not in stored or _shape_fault(entry, stored[name], vocab_size):
+            raise UserError(
+                f"{reader.folder} has no optimizer state {name.removeprefix(PREFIX)} that fits: resume with "
+                "--no-load-optim, or take the weights alone with --finetune"
+            )
+    read_entries(reader, wanted)

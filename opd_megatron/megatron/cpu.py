@@ -31,9 +31,6 @@ _MODULES_WITH_LITERAL_DEVICES = (
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.distrib_optimizer",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async",
-    "megatron.core.dist_checkpointing.exchange_utils",
 )
 _FACTORIES = ("empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like", "arange")
 
@@ -100,27 +97,6 @@ def _no_stream(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
 
 
-def _keep_adam_step() -> None:
-    """Let the distributed optimizer load a state of ``torch.optim.AdamW``.
-
-    Without Transformer Engine the inner optimizer is torch's, whose state has a ``step`` beside the moments. Megatron
-    restores it with the parameter groups, as one tensor that all parameters share (each would advance it), and then
-    looks for it among the sharded tensors as well.
-    """
-    optimizer: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
-    restore = optimizer._set_main_param_and_optimizer_states
-
-    def restore_with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors = {"step": state["step"], **tensors}
-        restore(self, model_param, tensors)
-
-    optimizer._set_main_param_and_optimizer_states = restore_with_step
-
-
 def _route_without_transformer_engine() -> None:
     """Define the function that Megatron's router looks for before it does without: the name is missing, not None."""
     utilities: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -151,12 +127,12 @@ def _dispatch_tokens_on_cpu() -> None:
 
     def gather_any(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
-            return gather(input_, group, None, *rest)  # type: ignore[no-any-return]
+            return gather(input_, group, None, *rest)
         return _gather_padded(input_, group, output_split_sizes)
 
     def reduce_scatter_any(input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any) -> torch.Tensor:
         if input_split_sizes is None or group.size() == 1:
-            return reduce_scatter(input_, group, None, *rest)  # type: ignore[no-any-return]
+            return reduce_scatter(input_, group, None, *rest)
         return _reduce_and_cut(input_, group, input_split_sizes)
 
     def counts_to_host(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
@@ -176,11 +152,10 @@ def _dispatch_tokens_on_cpu() -> None:
 
 
 def install() -> None:
-    """Prepare this process for Megatron-Core; safe to repeat. With CUDA only Megatron's own faults are mended."""
+    """Prepare this process for Megatron-Core; safe to repeat. With CUDA only Megatron's own fault is mended."""
     if getattr(install, "done", False):
         return
     install.done = True  # type: ignore[attr-defined]
-    _keep_adam_step()
     _route_without_transformer_engine()
     if has_cuda():
         return

@@ -91,7 +91,7 @@ def other_groups(parallel: ParallelOptions) -> Groups:
     sizes = _sizes(parallel)
     key = tuple(sizes.values())
     if key not in _others:
-        unset = {name: {} if isinstance(value, dict) else None for name, value in _groups_in_use().items()}
+        unset: Groups = {name: {} if isinstance(value, dict) else None for name, value in _groups_in_use().items()}
         with using(unset):
             parallel_state.initialize_model_parallel(
                 **sizes, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))

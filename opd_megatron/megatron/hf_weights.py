@@ -17,12 +17,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.errors import UserError
 from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.safetensors_writer import DTYPES, SafetensorsWriter
 from opd_megatron.megatron.weight_map import ParameterMap, global_name, parameter_maps
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -31,7 +31,6 @@ SINGLE_NAME = "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPUTED = "rotary_emb.inv_freq"
 """Old Llama checkpoints store these frequencies, which follow from the config."""
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHOWN_FAULTS = 3
 
 
@@ -92,13 +91,13 @@ class HFWeights:
 def hf_weights_dtype(folder: str | Path) -> torch.dtype:
     """Data type of the weights in a Hugging Face folder, whatever its config says: the smallest that holds them all."""
     names = {dtype for dtype, _ in HFWeights(folder).headers().values()}
-    unsupported = sorted(names - set(_DTYPES))
+    unsupported = sorted(names - set(DTYPES))
     if unsupported or not names:
         raise UserError(
             f"{folder}: weights of the type {', '.join(unsupported) or 'nothing'} are not supported: take a checkpoint "
-            f"in {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES.values())}"
+            f"in {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES.values())}"
         )
-    return reduce(torch.promote_types, [_DTYPES[name] for name in sorted(names)])
+    return reduce(torch.promote_types, [DTYPES[name] for name in sorted(names)])
 
 
 def model_maps(model: HiddenStateModel) -> list[ParameterMap]:
@@ -115,7 +114,7 @@ def local_parameters(model: HiddenStateModel) -> dict[str, torch.nn.Parameter]:
     return {global_name(name, layers, experts): parameter for name, parameter in model.named_parameters()}
 
 
-def _shard_place(row: ParameterMap) -> tuple[int, int]:
+def shard_place(row: ParameterMap) -> tuple[int, int]:
     """This rank's shard of a parameter that it holds, and the number of shards."""
     if row.is_expert:
         return (
@@ -140,7 +139,7 @@ def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
             tensors = row.random(model.architecture, seed, model.config.params_dtype)
         else:
             tensors = [source.tensor(name) for name in row.hf_names]
-        shard = row.layout.shard(row.layout.merge(tensors), *_shard_place(row))
+        shard = row.layout.shard(row.layout.merge(tensors), *shard_place(row))
         for target in targets:
             if target is not None:
                 if target.shape != shard.shape:
@@ -173,7 +172,7 @@ class _Shard:
 def _shards(model: HiddenStateModel, parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[_Shard]]:
     """The shards of every global parameter in their order, on every rank."""
     mine = {
-        row.megatron_name: (_shard_place(row), tuple(parameters[row.megatron_name].shape))
+        row.megatron_name: (shard_place(row), tuple(parameters[row.megatron_name].shape))
         for row in model_maps(model)
         if row.megatron_name in parameters
     }
@@ -220,34 +219,27 @@ def write_hf_weights(
 ) -> torch.dtype:
     """Write a stream of tensors as safetensors files of at most about ``shard_bytes`` with an index.
 
-    Returns the smallest data type that holds them all; raises ``ValueError`` if there are none.
+    No more than one tensor of the stream is held. Returns the smallest data type that holds them all; raises
+    ``ValueError`` if there are none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
+    writer: SafetensorsWriter | None = None
     dtype: torch.dtype | None = None
-    total = pending_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        if pending:
-            part = folder / f"part-{len(shards):05d}.safetensors"
-            save_file(pending, part, metadata={"format": "pt"})
-            part.chmod(0o644)  # safetensors makes its files for the owner alone
-            shards.append(list(pending))
-            pending, pending_bytes = {}, 0
-
+    total = 0
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > shard_bytes:
-            flush()
+        if writer is not None and (writer.data_bytes + tensor.nbytes > shard_bytes or not writer.has_room(name)):
+            shards.append(writer.close())
+            writer = None
+        if writer is None:
+            writer = SafetensorsWriter(folder / f"part-{len(shards):05d}.safetensors")
+        writer.add(name, tensor)
         dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
-        pending[name] = tensor.contiguous()
-        pending_bytes += size
-        total += size
-    flush()
-    if dtype is None:
+        total += tensor.nbytes
+        del tensor  # before the stream makes the next one
+    if writer is None or dtype is None:
         raise ValueError("there are no weights to write")
+    shards.append(writer.close())
     if len(shards) == 1:
         (folder / "part-00000.safetensors").replace(folder / SINGLE_NAME)
         return dtype

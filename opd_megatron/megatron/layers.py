@@ -40,8 +40,9 @@ from opd_megatron.megatron.packing import PackedSequences
 
 
 def use_transformer_engine() -> bool:
-    """Whether layers are built from Transformer Engine (it is installed and there is a CUDA device)."""
-    return find_spec("transformer_engine") is not None and torch.cuda.is_available()
+    """Whether layers are built from Transformer Engine: it is installed, and the model goes to a CUDA device."""
+    without_memory = torch.get_default_device().type == "meta"
+    return find_spec("transformer_engine") is not None and torch.cuda.is_available() and not without_memory
 
 
 class RMSNorm(torch.nn.Module):

@@ -122,8 +122,17 @@ def build_model(
     dtype: torch.dtype,
     make_vocab_size_divisible_by: int,
     router_dtype: str | None = None,
+    without_memory: bool = False,
 ) -> HiddenStateModel:
-    """This rank's part of the model, its weights not yet set; process groups must be initialised."""
+    """This rank's part of the model, its weights not yet set; process groups must be initialised.
+
+    ``without_memory`` makes one on torch's meta device, which has names and shapes only.
+    """
+    if without_memory:
+        with torch.device("meta"):
+            return build_model(
+                architecture, parallel, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by
+            )
     config = transformer_config(architecture, parallel, dtype, router_dtype)
     model = HiddenStateModel(
         config=config,
@@ -145,7 +154,7 @@ def build_model(
     if architecture.rope_scaling is not None:
         # Megatron-Core fixes the original context of Llama 3's scaling at 8192, so the frequencies are set from here.
         model.rotary_pos_emb.inv_freq = scale_frequencies(model.rotary_pos_emb.inv_freq, architecture.rope_scaling)
-    return model.to(cpu.device())
+    return model if torch.get_default_device().type == "meta" else model.to(cpu.device())
 
 
 def sequence_layout(parallel: ParallelOptions) -> SequenceLayout:

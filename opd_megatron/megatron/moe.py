@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -161,7 +162,7 @@ class GroupedRowLinear(GroupedLinear):
     split_dim = 1
 
 
-def mark_expert_weights(model: torch.nn.Module) -> None:
+def mark_expert_weights(model: MegatronModule) -> None:
     """Tell Megatron which weights are those of experts.
 
     ``allreduce`` off means that the gradient is summed over the ranks with the same experts only. Every rank that
@@ -280,7 +281,7 @@ def set_load_balancing(model: torch.nn.Module, options: Options) -> None:
         router.balancing = balancing
 
 
-def router_statistics(model: torch.nn.Module) -> dict[str, float]:
+def router_statistics(model: MegatronModule) -> dict[str, float]:
     """Metrics of the routers since the last call, on every rank; a dense model has none. All ranks call it.
 
     Means over the layers with experts of: the entropy of the distribution over experts (nats, over the step's tokens),

@@ -18,10 +18,21 @@ def wrap_model(model: HiddenStateModel, options: OptimizerOptions) -> Distribute
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=options.accumulate_allreduce_grads_in_fp32,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_grad_reduce=options.overlap_grad_reduce,
+        overlap_param_gather=options.overlap_param_gather,
     )
     wrapped = DistributedDataParallel(model.config, config, model)
     model.config.finalize_model_grads_func = _finalize_grads
+    if options.overlap_grad_reduce:
+        # the schedules call it around all micro-batches but the last, which starts the reduction
+        model.config.no_sync_func = wrapped.no_sync
     return wrapped
+
+
+def gather_weights(wrapped: DistributedDataParallel) -> None:
+    """Wait until every rank has the weights of the last optimizer step, which may still be under way."""
+    if wrapped.ddp_config.overlap_param_gather:
+        wrapped.start_param_sync(force_sync=True)
 
 
 def _finalize_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
@@ -44,6 +55,7 @@ def build_optimizer(wrapped: DistributedDataParallel, options: OptimizerOptions)
         bf16=options.bf16,
         params_dtype=torch.bfloat16 if options.bf16 else torch.float32,
         use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=options.overlap_param_gather,
     )
     with cpu.cuda_type_names():
         return get_megatron_optimizer(config, [wrapped])

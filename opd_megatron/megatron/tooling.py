@@ -122,6 +122,11 @@ def join(parallel: ParallelOptions, architecture: ModelArchitecture) -> bool:
     return rendezvous.rank == 0
 
 
+def without_recompute(parallel: ParallelOptions) -> ParallelOptions:
+    """The layout of a model that is not trained."""
+    return dataclasses.replace(parallel, recompute_granularity=None, recompute_method=None, recompute_num_layers=None)
+
+
 def load_model(
     source: Path,
     architecture: ModelArchitecture,
@@ -135,7 +140,7 @@ def load_model(
     """
     model = build_model(
         architecture,
-        dataclasses.replace(parallel, recompute_granularity=None, recompute_method=None, recompute_num_layers=None),
+        without_recompute(parallel),
         dtype=dtype,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import StartingPoint, check_optimizer_layout, optimizer_layout, schedule_steps
+from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
@@ -39,8 +39,15 @@ from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weigh
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, gradients_of, tensors_of, weights_of
-from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_step, wrap_model
+from opd_megatron.megatron.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gather_weights,
+    optimizer_step,
+    wrap_model,
+)
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
+from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
 from opd_megatron.megatron.vocab_head import kl_and_baseline
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
@@ -114,15 +121,23 @@ class MegatronTrainer:
             self.memory.add("weights", weights)
 
     def resume(self) -> dict[str, Any] | None:
-        """Restore optimizer, schedule and random state if the run starts from a trainer's checkpoint.
+        """Restore what ``--load`` holds beside the weights if the run goes on from a trainer's checkpoint.
 
-        Raises ``UserError`` if its optimizer was saved under other options.
+        Raises ``UserError`` if its optimizer is of another kind than this run's.
         """
-        if self.spec.start.source != "load" or not checkpoint.has_training_state(self.spec.start.folder):
+        options, start = self.options.checkpoint, self.spec.start
+        if start.source != "load" or options.finetune or not checkpoint.has_training_state(start.folder):
             return None
-        check_optimizer_layout(self.options, checkpoint.saved_layout(self.spec.start.folder))
         with self.memory.holding("weights", "optimizer"):
-            return checkpoint.load_training_state(self.spec.start.folder, self.student, self.optimizer, self.scheduler)
+            return checkpoint.load_training_state(
+                start.folder,
+                self.student,
+                self.optimizer,
+                self.scheduler,
+                check=lambda state: check_optimizer_kind(self.options, state.get("optimizer", {})),
+                with_optimizer=not options.no_load_optim,
+                with_rng=not options.no_load_rng,
+            )
 
     def _steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
         """Every rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
@@ -158,14 +173,17 @@ class MegatronTrainer:
                 rows.take_weight(frozen.head_weight(), leaves=self.options.offload.offload_teacher)
         if rows:
             rows.bring(frozen.steps(samples), self._steps(samples), other_ranks=frozen.has_own_layout)
-        self._teacher_rows = rows
+            self._teacher_rows = rows
         return found
 
     def train(self, samples: Sequence[Sample]) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite."""
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
-            return self._train(samples)
+            result = self._train(samples)
+            if self.options.offload.offload_train:
+                gather_weights(self.wrapped)
+            return result
 
     def _train(self, samples: Sequence[Sample]) -> TrainResult:
         per_step: list[dict[str, float]] = []
@@ -272,20 +290,25 @@ class MegatronTrainer:
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
         with self.memory.holding("weights"):
+            gather_weights(self.wrapped)
             yield from export_hf_weights(self.student)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
-        """Write a checkpoint from which :meth:`resume` continues."""
+        """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept."""
+        options = self.options.checkpoint
         with self.memory.holding("weights", "optimizer"):
+            gather_weights(self.wrapped)
             checkpoint.save_checkpoint(
                 folder,
                 step,
                 self.student,
                 hf_folder=hf_folder,
-                optimizer=self.optimizer,
+                optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,
-                run_state={**run_state, "layout": optimizer_layout(self.options)},
+                run_state={**run_state, "optimizer": optimizer_kind(self.options)},
             )
+        if dist.get_rank() == 0:
+            remove_old_steps(folder, step, options)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -41,12 +41,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
     ),
     "absurd numbers": (
-        BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300",
+        BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300 "
+        "--lr 1e300",
         (
             f"--seed {10**30}: must be at most 2147483647",
             f"--num-rollout {2**31}: must be at most",
             "--opd-teacher-timeout 1e30: must be at most 1e+07",
             "--distributed-timeout-minutes 1e300: must be at most",
+            "--lr 1e300: is too large for a 32-bit number",
         ),
     ),
     "top-k of zero": (BASE + "--rollout-top-k 0", ("--rollout-top-k 0: must be -1 (off) or at least 1",)),
@@ -176,6 +178,20 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "step of a resume": (BASE + "--load $checkpoint --ckpt-step 6", ("--ckpt-step", "not in", "(it has 5, 10)")),
     "step without resume": (BASE + "--load $root/nowhere --ckpt-step 6", ("--ckpt-step", "no complete checkpoint")),
     "step without load": (BASE + "--ckpt-step 6", ("--ckpt-step is a step of --load",)),
+    "ways to load nothing": (
+        BASE + "--finetune --no-load-optim --no-load-rng",
+        (
+            "--finetune says how --load is read",
+            "--no-load-optim says how --load is read",
+            "--no-load-rng says how --load is read",
+            "--finetune loads weights alone: leave out --no-load-optim and --no-load-rng",
+        ),
+    ),
+    "finetune from nothing": (BASE + "--load $root/nowhere --finetune", ("--finetune has no weights to begin from",)),
+    "retained steps that are never saved": (
+        BASE + "--save-interval 4 --save-retain-interval 10",
+        ("--save-retain-interval 10 must be a multiple of --save-interval",),
+    ),
     "no prompts": (BASE + "--prompt-data $root/nowhere.jsonl", ("--prompt-data", "no such file")),
     "empty prompts": (BASE + "--prompt-data $empty_prompts", ("--prompt-data", "no rows")),
     "bad prompts": (BASE + "--prompt-data $bad_prompts", ("--prompt-data", "line 2", "line 3", "--input-key")),

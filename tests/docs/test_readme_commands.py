@@ -62,8 +62,14 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "tokens.jsonl").write_text('{"tokens": [1, 2, 3]}\n')
     (root / "my_run.yaml").write_text(CONFIGURATION)
     (root / "runs" / "mine" / "config.yaml").write_text(CONFIGURATION)
-    (root / ".venv" / "bin").mkdir(parents=True)
-    (root / ".venv" / "bin" / "activate").write_text("")
+    for name in (".venv", ".venv-gpu"):
+        (root / name / "bin").mkdir(parents=True)
+        (root / name / "bin" / "activate").write_text("")
+    for name in ("student_before_hf", "teacher_hf"):
+        write_hf(root / "runs" / "quickstart" / name)
+    (root / "runs" / "quickstart" / "data").mkdir()
+    for name in ("prompts", "dev"):
+        (root / "runs" / "quickstart" / "data" / f"{name}.jsonl").write_text('{"prompt": "1+1=", "label": "2"}\n')
     (root / "shims").mkdir()
     for name in PROGRAMS:
         shim = root / "shims" / name

@@ -12,39 +12,24 @@ import pytest
 
 from opd_megatron.observe.run_folder import read_metrics
 from tests.docs.declared import PAGES, ROOT
+from tests.e2e.support import make_model
 
 PAGE = ROOT / "docs" / "run_folder.md"
 METRIC = re.compile(r"`((?:rollout|reward|opd|train|eval|perf)/[\w/@]+)`")
 
 
-def make_model(folder: Path, seed: int) -> None:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from opd_megatron.data.column_arithmetic import build_tokenizer
-
-    tokenizer = build_tokenizer(folder)
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of a run with a task reward, a Megatron teacher, a KL to the reference and an evaluation."""
+    """Two steps of a mixture of experts with a reward, a Megatron teacher, a KL to the reference, an evaluation."""
     root = tmp_path_factory.mktemp("documented")
-    make_model(root / "student", seed=0)
-    make_model(root / "teacher", seed=1)
+    make_model(root / "student", seed=0, hidden=16, layers=1, experts=4)
+    make_model(root / "teacher", seed=1, hidden=16, layers=1)
     (root / "prompts.jsonl").write_text('{"prompt": "1234+1234=", "label": "2468"}\n' * 4)
     arguments = (
         "--hf-checkpoint student --prompt-data prompts.jsonl --rm-type column_arithmetic --run-dir run "
         "--rollout-batch-size 2 --n-samples-per-prompt 2 --num-rollout 2 --rollout-max-response-len 8 "
         "--save-interval 1 --use-opd --opd-type megatron --opd-teacher-load teacher --use-kl-loss --kl-loss-coef 0.1 "
-        "--eval-prompt-data NAME prompts.jsonl --n-samples-per-eval-prompt 2"
+        "--eval-prompt-data NAME prompts.jsonl --n-samples-per-eval-prompt 2 --moe-aux-loss-coeff 0.01"
     )
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments.split()],

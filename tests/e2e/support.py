@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import train
 from opd_megatron.data.column_arithmetic import build_tokenizer, sample_problems
@@ -17,10 +17,22 @@ VOCABULARY = 18
 
 
 def make_model(
-    folder: Path, *, seed: int, hidden: int = 32, layers: int = 2, weights: bool = True, std: float = 0.3
+    folder: Path,
+    *,
+    seed: int,
+    hidden: int = 32,
+    layers: int = 2,
+    experts: int = 0,
+    weights: bool = True,
+    std: float = 0.3,
 ) -> Path:
-    """A random Qwen3 of the column-arithmetic vocabulary with its tokenizer as a Hugging Face folder."""
-    config = Qwen3Config(
+    """A random Qwen3 of the column-arithmetic vocabulary with its tokenizer as a Hugging Face folder.
+
+    With ``experts`` it is a mixture of so many, two for each token.
+    """
+    mixture = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
+    config = (Qwen3MoeConfig if experts else Qwen3Config)(
+        **(mixture if experts else {}),
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=2 * hidden,

@@ -14,30 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 
+import train
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
+from opd_megatron.config.cli import run_cli
 from opd_megatron.config.errors import UserError
-from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.parse import parse_options
 from opd_megatron.interrupt import resume_command
-from opd_megatron.megatron import distributed
 from opd_megatron.observe.run_folder import read_metrics
 from tests.e2e.support import base_arguments, run_training
+from tests.megatron.support import stored_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in a torch_dist step folder: weights and optimizer state."""
-    distributed.initialize(distributed.Rendezvous(), ParallelOptions(), seed=0)
-    loaded = dist_checkpointing.load_plain_tensors(str(folder))
-    distributed.shutdown()
-    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
-
-
 def assert_same_checkpoint(one: Path, two: Path) -> None:
-    first, second = tensors_of(one), tensors_of(two)
+    first, second = stored_tensors(one), stored_tensors(two)
     assert first.keys() == second.keys()
     assert any("exp_avg" in name for name in first)
     for name, tensor in first.items():
@@ -147,17 +139,69 @@ def test_resume_command_names_the_new_checkpoint_and_no_secret(tmp_path: Path) -
         "--opd-teacher-url",
         "http://me:pw@host:1",
     ]
+    arguments += ["--finetune", "--no-load-rng", "--no-load-optim"]
     command = resume_command(parse_options(["--run-dir", str(tmp_path)]), ["train.py", *arguments])
     assert command.endswith(f"--load {tmp_path / 'checkpoints'}")
+    assert not any(flag in command for flag in ("--finetune", "--no-load"))
     assert "--ckpt-step" not in command
     assert "old" not in command
     assert "pw" not in command
+    without = resume_command(parse_options(["--run-dir", str(tmp_path), "--no-save-optim"]), ["train.py"])
+    assert without.endswith(f"--load {tmp_path / 'checkpoints'} --no-load-optim")
 
 
 def test_an_optimizer_of_another_kind_is_one_line(student: Path, prompts: Path, tmp_path: Path) -> None:
     run_training(student, prompts, tmp_path / "run", num_rollout=1)
-    for change in ({"optimizer": "sgd"}, {"bf16": True}, {"use_distributed_optimizer": True}):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for change in ({"optimizer": "sgd"}, {"bf16": True}):
         with pytest.raises(UserError, match="its optimizer was saved with"):
-            run_training(
-                student, prompts, tmp_path / "run", num_rollout=2, load=tmp_path / "run" / "checkpoints", **change
-            )
+            run_training(student, prompts, tmp_path / "run", num_rollout=2, load=checkpoints, **change)
+    resumed = run_training(
+        student, prompts, tmp_path / "run", num_rollout=2, load=checkpoints, use_distributed_optimizer=True
+    )
+    assert [line["step"] for line in resumed] == [1, 2]
+    run_training(
+        student, prompts, tmp_path / "run", num_rollout=3, load=checkpoints, optimizer="sgd", no_load_optim=True
+    )
+    assert inspect_checkpoint(checkpoints).steps == [1, 2, 3]
+
+
+def test_finetuning_begins_a_run_with_the_weights_of_another(student: Path, prompts: Path, tmp_path: Path) -> None:
+    run_training(student, prompts, tmp_path / "first", num_rollout=2)
+    checkpoints = tmp_path / "first" / "checkpoints"
+    found = run_training(student, prompts, tmp_path / "tuned", num_rollout=2, load=checkpoints, finetune=True)
+    expected = run_training(student, prompts, tmp_path / "expected", num_rollout=2, ref_load=checkpoints)
+    assert [line["step"] for line in found] == [1, 2]
+    for one, two in zip(found, expected, strict=True):
+        for name in ("train/loss", "train/grad_norm", "train/lr", "rollout/response_length_mean"):
+            assert one[name] == two[name], name
+    with pytest.raises(UserError, match=r"holds a run already: resume it .* without --finetune"):
+        run_training(student, prompts, tmp_path / "first", num_rollout=4, load=checkpoints, finetune=True)
+
+
+def test_old_checkpoints_are_removed_as_told(student: Path, prompts: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_interval": 1, "save_keep_last": 2, "save_retain_interval": 3}
+    run_training(student, prompts, tmp_path / "run", num_rollout=6, **settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert inspect_checkpoint(checkpoints).steps == [3, 5, 6]
+    run_training(student, prompts, tmp_path / "run", num_rollout=5, load=checkpoints, ckpt_step=3, **settings)
+    assert (inspect_checkpoint(checkpoints).steps, inspect_checkpoint(checkpoints).latest) == ([3, 4, 5, 6], 5)
+
+
+@pytest.mark.parametrize("file", [".metadata", "common.pt", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(
+    student: Path, prompts: Path, tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_training(student, prompts, tmp_path / "run", num_rollout=2, save_interval=1)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    path = checkpoints / "iter_0000002" / file
+    path.write_bytes(bytes(path.stat().st_size))
+    capsys.readouterr()
+    arguments = base_arguments(student, prompts, tmp_path / "run", num_rollout=3, load=checkpoints)
+    assert run_cli(train.main, arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "iter_0000002" in line
+    assert file in line or "*.distcp" in line
+    assert "step 1 is complete: load it with --ckpt-step 1" in line
+    assert run_cli(train.main, [*arguments, "--ckpt-step", "1"]) == 0
+    assert inspect_checkpoint(checkpoints).latest == 3

@@ -18,6 +18,7 @@ from opd_megatron.config.parse import parse_options
 from opd_megatron.data.tokenizer import train_bpe_tokenizer
 from opd_megatron.sample import read_samples
 from tests.e2e.support import make_model, run_training, write_prompts
+from tools import prepare_gsm8k
 
 
 def opd(teacher: Path, **more: Any) -> dict[str, Any]:
@@ -158,12 +159,20 @@ def test_sft_lowers_the_loss_from_random_weights(prompts: Path, tmp_path: Path) 
     assert metrics[-1]["train/loss"] < metrics[0]["train/loss"] - 0.3
 
 
-def test_gsm8k_like_chat_prompts_with_a_llama_and_its_own_tokenizer(tmp_path: Path) -> None:
+def test_rows_of_gsm8k_with_a_llama_and_its_own_tokenizer(tmp_path: Path) -> None:
+    """From rows of GSM8K's form through the tool that prepares them; the rows are made here."""
     rng = random.Random(0)
-    texts = [
-        f"Anna has {rng.randrange(50)} apples and buys {rng.randrange(50)} more. How many apples has she now?"
-        for _ in range(40)
-    ]
+    rows = []
+    for _ in range(40):
+        has, buys = rng.randrange(900, 2000), rng.randrange(50)
+        question = f"Anna has {has} apples and buys {buys} more. How many apples has she now?"
+        answer = f"She has {has}+{buys}=<<{has}+{buys}={has + buys}>>{has + buys} apples.\n#### {has + buys:,}"
+        rows.append({"question": question, "answer": answer})
+    texts = [row["question"] for row in rows]
+    (tmp_path / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = tmp_path / "gsm8k.jsonl"
+    prepare_gsm8k.main(["--input", str(tmp_path / "raw.jsonl"), "--output", str(data)])
+    assert json.loads(data.read_text().splitlines()[0])["label"].isdecimal()
     folders = []
     for number, name in enumerate(("student", "teacher")):
         folder = tmp_path / name
@@ -181,9 +190,6 @@ def test_gsm8k_like_chat_prompts_with_a_llama_and_its_own_tokenizer(tmp_path: Pa
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         folders.append(folder)
-    data = tmp_path / "gsm8k.jsonl"
-    rows = [{"prompt": [{"role": "user", "content": text}], "label": "7"} for text in texts]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     metrics = run_training(
         folders[0],
         data,
@@ -249,6 +255,37 @@ def test_empty_and_long_prompts_are_counted(student: Path, tmp_path: Path) -> No
     )
     assert all(line["rollout/prompt_too_long_frac"] == 1 / 8 for line in metrics)
     assert all(np.isfinite(line["train/loss"]) for line in metrics)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_plus_plus", "none"])
+def test_a_rollout_without_a_token_changes_nothing(
+    student: Path, teacher: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, estimator: str
+) -> None:
+    metrics = run_training(
+        student,
+        prompts,
+        tmp_path / "run",
+        **opd(teacher),
+        advantage_estimator=estimator,
+        normalize_advantages=True,
+        rollout_max_prompt_len=1,
+        weight_decay=0.0,
+        save_hf=tmp_path / "hf",
+    )
+    assert [line["rollout/empty_frac"] for line in metrics] == [1.0] * 3
+    assert "has no token to train on" in caplog.text
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, tensor in load_file(student / "model.safetensors").items():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_one_prompt_serves_a_larger_batch_and_an_evaluation(student: Path, tmp_path: Path) -> None:
+    one = write_prompts(tmp_path / "one.jsonl", 1, seed=4)
+    sets = {"eval_prompt_data": ["one", one], "eval_rm_type": "column_arithmetic"}
+    metrics = run_training(student, one, tmp_path / "run", **sets, num_rollout=2)
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    assert metrics[2]["eval/one/pass@1"] in (0.0, 1.0)
+    assert "eval/one/pass@1_se" not in metrics[2]
 
 
 def test_hugging_face_export_replaces_no_foreign_folder(student: Path, prompts: Path, tmp_path: Path) -> None:

@@ -12,29 +12,25 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from opd_megatron.config.architecture import ModelArchitecture, architecture_from_hf, read_hf_config
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint
 from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
+from opd_megatron.megatron.chunks import ChunkedTensor
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.forward import add_over_context, run_micro_batches
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.micro_batch import MicroBatch
+from opd_megatron.megatron.safe_checkpoint import StepReader
 from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec
 from opd_megatron.sample import Sample, TeacherScores
+from tests.support.models import FAMILIES as FAMILIES
+from tests.support.models import MIXTURES as MIXTURES
+from tests.support.models import family_config
+from tests.support.models import reference_model as reference_model
 
-FAMILIES = ("qwen2", "qwen3", "llama")
-MIXTURES = ("qwen3_moe", "qwen2_moe")
 VOCAB_SIZE = 53
 ORIGINAL_CONTEXT = 16
 """Original context of the scaled RoPE of the tiny Llama."""
@@ -53,62 +49,11 @@ GRADIENT_FLAGS: dict[str, Any] = {
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Two layers, 4 heads in 2 groups, an odd vocabulary; Qwen3 is tied, and its heads are not hidden / heads wide.
-
-    The mixtures choose 2 of 4 experts; that of Qwen2 has a shared expert, does not normalise, and one dense layer.
-    """
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": family == "qwen3",
-        "initializer_range": 0.2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
-    }
-    if family == "qwen3":
-        settings["head_dim"] = 12
-    if family == "llama":
-        settings["rope_parameters"] = {
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": ORIGINAL_CONTEXT,
-        }
-    if family in MIXTURES:
-        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-    if family == "qwen3_moe":
-        settings["head_dim"] = 12
-    if family == "qwen2_moe":
-        settings |= {"norm_topk_prob": False, "shared_expert_intermediate_size": 40, "num_hidden_layers": 4}
-        settings["mlp_only_layers"] = [1]
-    classes = {
-        "qwen2": Qwen2Config,
-        "qwen3": Qwen3Config,
-        "llama": LlamaConfig,
-        "qwen2_moe": Qwen2MoeConfig,
-        "qwen3_moe": Qwen3MoeConfig,
-    }
-    return classes[family](**(settings | overrides))
-
-
-def reference_model(config: PreTrainedConfig, seed: int = 0) -> Any:
-    """transformers' model in float32 with random weights, norms and biases included."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.copy_(torch.rand_like(parameter) + 0.5)
-                elif name.endswith("bias"):
-                    parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return model
+    """A model with an odd vocabulary."""
+    settings: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.2}
+    if family != "llama":
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 700.0}
+    return family_config(family, original_context=ORIGINAL_CONTEXT, **(settings | overrides))
 
 
 def save_reference(folder: Path, config: PreTrainedConfig, seed: int = 0) -> Path:
@@ -285,6 +230,19 @@ def _optimizer_state(trainer: MegatronTrainer) -> dict[str, Tensor]:
             state = {name: value for name, value in part.optimizer.state[weight].items() if torch.is_tensor(value)}
             for name, tensor in ({"weight": weight} | state).items():
                 found[f"{part_number}.{number}.{name}"] = tensor.detach().clone()
+    return found
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a torch_dist step folder as a whole: weights and optimizer state, by name."""
+    reader = StepReader(folder)
+    found: dict[str, Tensor] = {}
+    for name, entry in reader.tensors().items():
+        shape = tuple(entry.size)
+        found[name] = torch.full(shape, torch.nan, dtype=entry.properties.dtype)
+        whole = ChunkedTensor(shape, found[name].dtype)
+        whole.add(((0,) * len(shape), shape), lambda name=name: found[name])  # type: ignore[misc]
+        reader.read({name: whole})
     return found
 
 

@@ -15,6 +15,7 @@ from tests.parallel.pool import WorkerPool
 from tests.parallel.test_layouts import assert_same_metrics, check_voices, reporting
 from tests.tools.models import largest_difference, read_log_probs, token_lines, write_lines
 from tests.tools.models import reference_log_probs as reference_scores
+from tools import convert_torch_dist_to_hf
 
 pytestmark = pytest.mark.parallel
 
@@ -26,9 +27,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, TP2),
     "tp2-ep2-etp1": (2, TP2 | EP2 | {"expert_tensor_parallel_size": 1}),
     "pp2": (2, PP2),
+    "cp2-ep2": (2, {"context_parallel_size": 2} | EP2),
     "tp2-ep2": (4, TP2 | EP2),
-    "ep2-dp2": (4, EP2 | {"use_distributed_optimizer": True}),
+    "ep2-dp2-dynamic": (
+        4,
+        EP2 | {"use_distributed_optimizer": True, "use_dynamic_batch_size": True, "max_tokens_per_gpu": 60},
+    ),
     "pp2-ep2": (4, PP2 | EP2),
+    "tp2-cp2-ep4-etp1": (
+        4,
+        TP2 | {"context_parallel_size": 2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1},
+    ),
 }
 BALANCED = {"moe_aux_loss_coeff": 0.3, "moe_router_load_balancing_type": "seq_aux_loss"}
 Alone = Callable[..., Any]
@@ -57,24 +66,30 @@ def flags(layout: str) -> dict[str, Any]:
     return found | {"actor_num_gpus_per_node": size}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
 def test_a_loaded_mixture_is_that_of_transformers(
-    ranks: WorkerPool, flags: dict[str, Any], mixtures: dict[str, Path], family: str
+    ranks: WorkerPool, flags: dict[str, Any], mixtures: dict[str, Path]
 ) -> None:
-    check_voices(ranks.run(work.voices, mixtures[family], flags), mixtures[family])
+    check_voices(ranks.run(work.voices, mixtures["qwen3_moe"], flags), mixtures["qwen3_moe"])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
-@pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("qwen3_moe", {}), ("qwen3_moe", BALANCED), ("qwen2_moe", BALANCED)],
+    ids=["plain", "balanced", "shared-expert-balanced"],
+)
 def test_every_gradient_and_metric_is_that_of_one_process(
-    ranks: WorkerPool, alone: Alone, flags: dict[str, Any], mixtures: dict[str, Path], family: str, balanced: bool
+    ranks: WorkerPool,
+    alone: Alone,
+    flags: dict[str, Any],
+    mixtures: dict[str, Path],
+    family: str,
+    settings: dict[str, Any],
 ) -> None:
-    settings = BALANCED if balanced else {}
     parts = ranks.run(work.gradients, mixtures[family], flags | settings, "opd")
     metrics, expected = alone(work.gradients, mixtures[family], tuple(settings.items()), "opd")
     assert_same_tensors(parts[0][1], expected, 1e-5)
     assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
-    assert ("train/load_balancing_loss" in metrics) == balanced
+    assert ("train/load_balancing_loss" in metrics) == bool(settings)
 
 
 def test_the_tools_spread_experts(two: WorkerPool, four: WorkerPool, tmp_path: Path, mixtures: dict[str, Path]) -> None:
@@ -82,7 +97,7 @@ def test_the_tools_spread_experts(two: WorkerPool, four: WorkerPool, tmp_path: P
     source, converted, back = mixtures["qwen2_moe"], tmp_path / "torch_dist", tmp_path / "hf"
     ep, tp = ["--expert-model-parallel-size", "2"], ["--tensor-model-parallel-size", "2"]
     two.run(work.run_tool, "convert_hf_to_torch_dist", ["--hf-checkpoint", str(source), "--save", str(converted), *ep])
-    four.run(work.run_tool, "convert_torch_dist_to_hf", ["--load", str(converted), "--save", str(back), *ep, *tp])
+    convert_torch_dist_to_hf.main(["--load", str(converted), "--save", str(back)])
     assert_equal_tensors(load_file(back / "model.safetensors"), load_file(source / "model.safetensors"))
     assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
     lines = token_lines(VOCAB_SIZE, (9, 1, 30))
@@ -95,8 +110,21 @@ def test_the_tools_spread_experts(two: WorkerPool, four: WorkerPool, tmp_path: P
         output.unlink()
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_loss_over_micro_batches_depends_on_nothing_but_them(
+    two: WorkerPool, four: WorkerPool, alone: Alone, mixtures: dict[str, Path], size: int
+) -> None:
+    """One data-parallel rank has the micro-batches of a single process; its tokens are split in all other ways."""
+    settings = BALANCED | {"moe_router_load_balancing_type": "aux_loss"}
+    _, layout = LAYOUTS["cp2-ep2" if size == 2 else "tp2-cp2-ep4-etp1"]
+    flags = layout | settings | {"actor_num_gpus_per_node": size}
+    parts = (two if size == 2 else four).run(work.gradients, mixtures["qwen3_moe"], flags, "opd")
+    metrics, expected = alone(work.gradients, mixtures["qwen3_moe"], tuple(settings.items()), "opd")
+    assert_same_tensors(parts[0][1], expected, 1e-5)
+    assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
+
+
 RESUMED = {
-    "ep2": (2, EP2),
     "ep2-dp2-distributed-optimizer": (4, EP2 | {"use_distributed_optimizer": True}),
     "tp2-ep2-bf16": (4, TP2 | EP2 | {"bf16": True}),
 }

@@ -32,6 +32,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp": TWO | {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": TWO | {"pipeline_model_parallel_size": 2},
     "dp2": TWO,
+    "dp2-overlap": TWO | {"overlap_grad_reduce": True},
+    "dp2-distributed-optimizer-overlap": TWO
+    | {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
     "cp2": TWO | {"context_parallel_size": 2},
     "dp2-dynamic": TWO | {"use_dynamic_batch_size": True, "max_tokens_per_gpu": 60},
     "tp2-sp-padded": TWO | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "qkv_format": "bshd"},

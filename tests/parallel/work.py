@@ -12,10 +12,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, resolve_step
 from opd_megatron.megatron import distributed
-from opd_megatron.megatron.checkpoint import save_checkpoint
+from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import TeacherScores
@@ -63,6 +64,16 @@ def gradients(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics of the first step and every parameter's gradient."""
     return step_gradients(_trainer(rendezvous, folder, flags | LOSSES[loss] | GRADIENT_FLAGS), make_samples(1))
+
+
+def step_and_scores(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Tensor], dict[int, Any]]:
+    """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it."""
+    terms: dict[str, Any] = {"entropy_coef": 0.01, "rollout_temperature": 0.8, "calculate_per_token_loss": True}
+    trainer = _trainer(rendezvous, folder, flags | LOSSES["opd"] | GRADIENT_FLAGS | terms)
+    scores = trainer.score("student", make_samples(1))
+    return *step_gradients(trainer, make_samples(1)), scores
 
 
 def losses(
@@ -114,6 +125,16 @@ def load_and_export(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any],
     return exported(_trainer(rendezvous, folder, flags | {"start": start}))
 
 
+def refusal(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path) -> str:
+    """What loading weights says about a checkpoint that cannot be loaded."""
+    trainer = _trainer(rendezvous, folder, flags)
+    try:
+        load_weights(trainer.student, source)
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
 def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path) -> list[str]:
     """What differs on this rank between four steps straight and two steps, a save, a resume and two steps."""
     settings = TRAINING | flags | {"use_opd": True}
@@ -135,6 +156,23 @@ def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: 
         assert mine.keys() == theirs.keys()
         differing += [f"{what} {name}" for name in mine if not torch.equal(mine[name], theirs[name])]
     return differing
+
+
+def train_and_save(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], rollouts: range, target: Path, source: Path | None
+) -> None:
+    """Train on ``rollouts``, from the checkpoint in ``source`` if there is one, and save in ``target``."""
+    settings = TRAINING | {"use_opd": True} | flags
+    if source is not None:
+        settings["start"] = StartingPoint("load", resolve_step(source))
+    trainer = _trainer(rendezvous, folder, settings)
+    if source is not None:
+        state = trainer.resume()
+        assert state is not None
+        assert state["rollouts"] == rollouts.start
+    for number in rollouts:
+        trainer.train(make_samples(number))
+    trainer.save(target, rollouts.stop, folder, {"rollouts": rollouts.stop})
 
 
 def first_step_after_resume(

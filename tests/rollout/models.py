@@ -10,21 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from opd_megatron.rollout.local import LocalEngine
+from tests.support.models import FAMILIES as FAMILIES
+from tests.support.models import MIXTURES as MIXTURES
+from tests.support.models import family_config
+from tests.support.models import reference_model as reference_model
 
-FAMILIES = ("qwen2", "qwen3", "llama")
-MIXTURES = ("qwen2_moe", "qwen3_moe")
 CHARACTERS = "0123456789+-=,; " + string.ascii_lowercase
 PAD, EOS, TURN = "<pad>", "<eos>", "<turn>"
 VOCAB_SIZE = 3 + len(CHARACTERS)
@@ -52,61 +45,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """Two layers, 4 heads in 2 groups; Llama with scaled RoPE whose original context is 32 positions.
-
-    The mixtures choose 2 of 5 experts; that of Qwen2 has a shared expert, does not normalise, and begins dense.
-    """
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": family == "qwen3",
-        "initializer_range": 0.3,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-    if family == "qwen3":
-        settings["head_dim"] = 12
-    if family == "llama":
-        settings["rope_parameters"] = {
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
-    if family in MIXTURES:
-        settings |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-    if family == "qwen2_moe":
-        settings |= {"norm_topk_prob": False, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}
-    classes = {
-        "qwen2": Qwen2Config,
-        "qwen3": Qwen3Config,
-        "llama": LlamaConfig,
-        "qwen2_moe": Qwen2MoeConfig,
-        "qwen3_moe": Qwen3MoeConfig,
-    }
-    return classes[family](**(settings | overrides))
-
-
-def reference_model(config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """transformers' model with random weights, norms and biases included."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.copy_(torch.rand_like(parameter) + 0.5)
-                elif name.endswith("bias"):
-                    parameter.copy_(torch.randn_like(parameter))
-    return model
+    """A model that speaks the characters; the original context of the tiny Llama is 32 positions."""
+    ends = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    settings = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.3, **ends, **overrides}
+    return family_config(family, original_context=32, **settings)
 
 
 def engine_with(model: Any, tokenizer: Any = None, **settings: Any) -> LocalEngine:

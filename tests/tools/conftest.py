@@ -76,8 +76,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 def two_ranks(models: Models) -> Path:
     """What the tools write on two ranks.
 
-    ``<layout>/<case>_<kind>.jsonl`` are scores, ``<layout>/<case>_torch_dist`` conversions of the Hugging Face folder,
-    and ``<layout>/<case>_hf`` conversions of the torch_dist folder that one rank wrote.
+    ``<layout>/<case>_<kind>.jsonl`` are scores, ``<layout>/<case>_torch_dist`` conversions of the Hugging Face folder.
     """
     out = models.root / "two_ranks"
     jobs: list[tuple[str, list[str]]] = []
@@ -89,8 +88,6 @@ def two_ranks(models: Models) -> Path:
                 jobs.append(("score", [*files, "--micro-batch-size", "2", *flags]))
             source, target = models.hf[case], out / layout / f"{case}_torch_dist"
             jobs.append(("convert_hf_to_torch_dist", ["--hf-checkpoint", str(source), "--save", str(target), *flags]))
-            source, target = models.torch_dist[case], out / layout / f"{case}_hf"
-            jobs.append(("convert_torch_dist_to_hf", ["--load", str(source), "--save", str(target), *flags]))
     file = models.root / "jobs.json"
     file.write_text(json.dumps(jobs))
     done = torchrun(ROOT / "tests" / "tools" / "ranks.py", file)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_megatron.megatron.vocab_head.shard import VocabShard, write_logits
+from opd_megatron.megatron.vocab_head.shard import VocabShard, scaled_logits, statistics_dtype
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,17 @@ class AlignedWeight:
 
     pieces: tuple[tuple[slice, Tensor], ...]
 
-    def write_logits(self, out_CV: Tensor, hidden_Ch: Tensor, temperature: float) -> None:
-        """``out = hidden @ weight^T / temperature`` for the columns of the other shard."""
-        for columns, weight in self.pieces:
-            write_logits(out_CV[:, columns], hidden_Ch, weight, temperature)
+    def scaled_logits(self, hidden_Ch: Tensor, temperature: float) -> Tensor:
+        """``hidden @ weight^T / temperature`` for the columns of the other shard."""
+        if len(self.pieces) == 1:
+            return scaled_logits(hidden_Ch, self.pieces[0][1], temperature)
+        tokens, columns = hidden_Ch.shape[0], sum(weight.shape[0] for _, weight in self.pieces)
+        out_CV = hidden_Ch.new_empty((tokens, columns), dtype=statistics_dtype(hidden_Ch))
+        # in two halves: each piece is made on its own and then put in its place
+        for half in (slice(0, tokens // 2), slice(tokens // 2, tokens)):
+            for place, weight in self.pieces:
+                out_CV[half, place] = scaled_logits(hidden_Ch[half], weight, temperature)
+        return out_CV
 
 
 def _overlaps(wanted: VocabShard, rows: int, rank: int) -> Iterator[tuple[int, slice]]:

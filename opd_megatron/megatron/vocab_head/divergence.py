@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,35 +17,44 @@ from opd_megatron.megatron.vocab_head.shard import (
     blocks,
     log_sum_exp,
     log_sum_over_ranks,
+    scaled_logits,
     statistics_dtype,
-    write_logits,
 )
 from opd_megatron.objectives import divergences
 from opd_megatron.objectives.divergences import Divergence
 
 
 class BothLogits:
-    """Student's and teacher's logits of one chunk at a time, in two buffers that are used again."""
+    """Student's and teacher's logits of one chunk at a time; who asks for the next must have dropped the last."""
 
     def __init__(
         self, student_Nh: Tensor, weight_Vh: Tensor, teacher_Nk: Tensor, teacher: AlignedWeight, shard: VocabShard
     ) -> None:
         self.student_Nh, self.weight_Vh, self.teacher_Nk = student_Nh, weight_Vh[: shard.columns], teacher_Nk
         self.teacher, self.shard = teacher, shard
-        self.buffers = shard.buffer(student_Nh), shard.buffer(student_Nh)
 
     def of(self, part: slice, temperature: float) -> tuple[Tensor, Tensor]:
-        student_CV, teacher_CV = (buffer[: part.stop - part.start] for buffer in self.buffers)
-        write_logits(student_CV, self.student_Nh[part], self.weight_Vh, temperature)
-        self.teacher.write_logits(teacher_CV, self.teacher_Nk[part], temperature)
-        return student_CV, teacher_CV
+        """Both in the precision of the student's statistics."""
+        student_CV = scaled_logits(self.student_Nh[part], self.weight_Vh, temperature)
+        return student_CV, self.teacher.scaled_logits(self.teacher_Nk[part], temperature).to(student_CV.dtype)
 
     def log_normalizers(self, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
         """``[2, C]`` over all ranks."""
         sums_2C = student_CV.new_full((2, student_CV.shape[0]), -torch.inf)
-        for rows in blocks(student_CV):
-            sums_2C[0, rows], sums_2C[1, rows] = log_sum_exp(student_CV[rows]), log_sum_exp(teacher_CV[rows])
+        for side_C, logits_CV in zip(sums_2C, (student_CV, teacher_CV), strict=True):
+            for rows, logits_RV in blocks(logits_CV):
+                side_C[rows] = log_sum_exp(logits_RV)
         return log_sum_over_ranks(self.shard.gather(sums_2C))
+
+
+def _log_probs(
+    student_CV: Tensor, teacher_CV: Tensor, log_normalizers_2N: Tensor, part: slice
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Tokens of each block and both sides' log-probabilities, in the place of the logits."""
+    sides = blocks(student_CV, part.start), blocks(teacher_CV, part.start)
+    for (rows, student_RV), (_, teacher_RV) in zip(*sides, strict=True):
+        student_R1, teacher_R1 = log_normalizers_2N[:, rows, None]
+        yield rows, student_RV.sub_(student_R1), teacher_RV.sub_(teacher_R1)
 
 
 class _FullDivergence(torch.autograd.Function):
@@ -68,15 +77,16 @@ class _FullDivergence(torch.autograd.Function):
         log_normalizers_2N = hidden_Nh.new_zeros((2, tokens), dtype=dtype)
         # rows: value, sum of the slopes
         sums_2N = hidden_Nh.new_zeros((2, tokens), dtype=dtype)
-        for part in shard.chunks(tokens, hidden_Nh.device):
+
+        def take_in(part: slice) -> None:
             student_CV, teacher_CV = both.of(part, temperature)
-            normalizers_2C = log_normalizers_2N[:, part] = both.log_normalizers(student_CV, teacher_CV)
-            for rows in blocks(student_CV):
-                terms_RV, slopes_RV = divergence(
-                    student_CV[rows].sub_(normalizers_2C[0, rows, None]),
-                    teacher_CV[rows].sub_(normalizers_2C[1, rows, None]),
-                )
-                sums_2N[0, part][rows], sums_2N[1, part][rows] = terms_RV.sum(-1), slopes_RV.sum(-1)
+            log_normalizers_2N[:, part] = both.log_normalizers(student_CV, teacher_CV)
+            for rows, log_student_RV, log_teacher_RV in _log_probs(student_CV, teacher_CV, log_normalizers_2N, part):
+                terms_RV, slopes_RV = divergence(log_student_RV, log_teacher_RV)
+                sums_2N[0, rows], sums_2N[1, rows] = terms_RV.sum(-1), slopes_RV.sum(-1)
+
+        for part in shard.chunks(tokens, hidden_Nh.device):
+            take_in(part)
         value_N, slope_N = shard.sum(sums_2N)
         ctx.save_for_backward(hidden_Nh, weight_Vh, teacher_Nk, log_normalizers_2N, slope_N.clone())
         ctx.constants = teacher, divergence, temperature, shard
@@ -89,15 +99,16 @@ class _FullDivergence(torch.autograd.Function):
         both = BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
         gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
         scale_N = grads[0].to(slope_N.dtype) / temperature
-        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
+
+        def add_gradients(part: slice) -> None:
             student_CV, teacher_CV = both.of(part, temperature)
-            for block in blocks(student_CV):
-                rows = slice(part.start + block.start, part.start + block.stop)
-                log_student_RV = student_CV[block].sub_(log_normalizers_2N[0, rows, None])
-                log_teacher_RV = teacher_CV[block].sub_(log_normalizers_2N[1, rows, None])
+            for rows, log_student_RV, log_teacher_RV in _log_probs(student_CV, teacher_CV, log_normalizers_2N, part):
                 _, slopes_RV = divergence(log_student_RV, log_teacher_RV)
                 log_student_RV.exp_().mul_(-slope_N[rows, None]).add_(slopes_RV).mul_(scale_N[rows, None])
             gradients.add(part, student_CV)
+
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
+            add_gradients(part)
         return gradients.hidden_Nh, gradients.weight_Vh, None, None, None, None, None
 
 

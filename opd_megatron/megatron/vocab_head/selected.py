@@ -16,8 +16,8 @@ from opd_megatron.megatron.vocab_head.shard import (
     blocks,
     log_sum_over_ranks,
     mask_columns,
+    scaled_logits,
     statistics_dtype,
-    write_logits,
 )
 
 
@@ -108,7 +108,7 @@ class _BackwardTerms:
         if grads[2] is None:
             return cls(listed_NK, shift_N, constant_N, None)
         slope_N = grads[2].to(constant_N.dtype) * log_rest_N.exp()
-        surprise_NK = found.log_probs_NK.masked_fill(~present_NK, 0.0) + found.entropy_N[:, None]
+        surprise_NK = found.log_probs_NK + found.entropy_N[:, None]
         listed_NK = listed_NK - grads[2][:, None] * probs_NK * surprise_NK
         constant_N = constant_N - slope_N * (shift_N - found.log_normalizer_N + found.entropy_N)
         return cls(listed_NK, shift_N, constant_N, slope_N)
@@ -137,16 +137,17 @@ class _SelectedLogProbs(torch.autograd.Function):
         picked_NK = hidden_Nh.new_zeros(ids_NK.shape, dtype=dtype)
         rest_2N = hidden_Nh.new_zeros((2, len(ids_NK)), dtype=dtype)
         rest_2N[0] = -torch.inf
-        buffer = shard.buffer(hidden_Nh)
-        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
-            logits_CV = buffer[: part.stop - part.start]
-            write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], temperature)
-            for block in blocks(logits_CV):
-                rows = slice(part.start + block.start, part.start + block.stop)
+
+        def take_in(part: slice) -> None:
+            logits_CV = scaled_logits(hidden_Nh[part], weight_Vh[: shard.columns], temperature)
+            for rows, logits_RV in blocks(logits_CV, part.start):
                 column_RK, held_RK = _columns(ids_NK[rows], shard)
-                picked_NK[rows] = torch.where(held_RK, logits_CV[block].gather(1, column_RK), 0.0)
-                mask_columns(logits_CV[block], column_RK, held_RK)
-                rest_2N[0, rows], rest_2N[1, rows] = _rest_sums(logits_CV[block])
+                picked_NK[rows] = torch.where(held_RK, logits_RV.gather(1, column_RK), 0.0)
+                mask_columns(logits_RV, column_RK, held_RK)
+                rest_2N[0, rows], rest_2N[1, rows] = _rest_sums(logits_RV)
+
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
+            take_in(part)
         found = _statistics(picked_NK, rest_2N, _present(ids_NK, shard), shard)
         ctx.save_for_backward(
             hidden_Nh,
@@ -167,14 +168,15 @@ class _SelectedLogProbs(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         terms = _BackwardTerms.of(grads, _Statistics(*statistics), _present(ids_NK, shard))
         gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
-        buffer = shard.buffer(hidden_Nh)
-        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
-            logits_CV = buffer[: part.stop - part.start]
-            write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], ctx.temperature)
-            for block in blocks(logits_CV):
-                rows = slice(part.start + block.start, part.start + block.stop)
-                terms.write(logits_CV[block], rows, *_columns(ids_NK[rows], shard), 1 / ctx.temperature)
+
+        def add_gradients(part: slice) -> None:
+            logits_CV = scaled_logits(hidden_Nh[part], weight_Vh[: shard.columns], ctx.temperature)
+            for rows, logits_RV in blocks(logits_CV, part.start):
+                terms.write(logits_RV, rows, *_columns(ids_NK[rows], shard), 1 / ctx.temperature)
             gradients.add(part, logits_CV)
+
+        for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
+            add_gradients(part)
         return gradients.hidden_Nh, gradients.weight_Vh, None, None, None
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
-"""Logits of a chunk by kind of device: 32 MiB and 1 GiB in float32."""
-LEAST_CHUNK_TOKENS = 64
-"""With fewer the multiplications wait for the weight to be read."""
+CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**28}
+"""Logits of a chunk by kind of device: 30 MiB (from 32 on the C library maps memory anew each time) and 1 GiB."""
+LEAST_CHUNK_TOKENS = 128
+"""With fewer the multiplications wait for the weight and its gradient to be read."""
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 """Logits of a block by kind of device: 1 MiB and 128 MiB in float32."""
 MASKED = -1e30
@@ -62,11 +62,6 @@ class VocabShard:
         size = chunk_tokens(self.rows, device)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
-    def buffer(self, hidden_Nh: Tensor) -> Tensor:
-        """Room for a chunk's logits in at least float32."""
-        tokens = min(hidden_Nh.shape[0], chunk_tokens(self.rows, hidden_Nh.device))
-        return hidden_Nh.new_empty((tokens, self.columns), dtype=statistics_dtype(hidden_Nh))
-
     def gather(self, values: Tensor) -> Tensor:
         """``[G, ...]``: the values of every rank, in the ranks' order."""
         if self.ranks == 1:
@@ -87,12 +82,13 @@ def chunk_tokens(rows: int, device: torch.device) -> int:
     return max(LEAST_CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // max(1, rows))
 
 
-def blocks(logits_CV: Tensor) -> Iterator[slice]:
-    """Slices of a chunk's tokens; none where this rank has no columns."""
+def blocks(logits_CV: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Tokens of each block, counted on from ``first``, and its logits; none where this rank has no columns."""
     tokens, columns = logits_CV.shape
     size = max(1, BLOCK_ELEMENTS[logits_CV.device.type] // max(1, columns))
     for start in range(0, tokens if columns else 0, size):
-        yield slice(start, min(start + size, tokens))
+        stop = min(start + size, tokens)
+        yield slice(first + start, first + stop), logits_CV[start:stop]
 
 
 def statistics_dtype(hidden: Tensor) -> torch.dtype:
@@ -100,14 +96,16 @@ def statistics_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def write_logits(out_CV: Tensor, hidden_Ch: Tensor, weight_Vh: Tensor, temperature: float) -> None:
-    """``out = hidden @ weight^T / temperature``; multiplied in the inputs' precision, kept in ``out``'s."""
-    if out_CV.dtype == hidden_Ch.dtype:
-        torch.addmm(out_CV, hidden_Ch, weight_Vh.t(), beta=0, alpha=1 / temperature, out=out_CV)
-        return
-    out_CV.copy_(hidden_Ch @ weight_Vh.t())
-    if temperature != 1.0:
-        out_CV.div_(temperature)
+def scaled_logits(hidden_Ch: Tensor, weight_Vh: Tensor, temperature: float) -> Tensor:
+    """``hidden @ weight^T / temperature``, ``[C, V]`` in at least float32; multiplied in the inputs' precision.
+
+    Who calls this chunk by chunk must drop one chunk's before asking for the next.
+    """
+    dtype = statistics_dtype(hidden_Ch)
+    if hidden_Ch.dtype == dtype:
+        return (hidden_Ch / temperature) @ weight_Vh.t()
+    logits_CV = (hidden_Ch @ weight_Vh.t()).to(dtype)
+    return logits_CV.div_(temperature) if temperature != 1.0 else logits_CV
 
 
 def mask_columns(logits_RV: Tensor, column_RK: Tensor, held_RK: Tensor) -> None:
@@ -131,33 +129,26 @@ def log_sum_over_ranks(parts_GN: Tensor) -> Tensor:
 class HeadGradients:
     """Gradients of hidden rows and weight, added up chunk by chunk.
 
-    The weight's is kept in at least float32 until :meth:`weight`. With fewer bits in the inputs each chunk's part of it
-    is made in slices of rows, so that it never exists as a whole.
+    The weight's is kept in at least float32 until it is read. Each chunk's part of it is made in slices of rows that
+    take a quarter of the memory of the chunk's logits.
     """
 
     def __init__(self, hidden_Nh: Tensor, weight_Vh: Tensor, columns: int, needed: tuple[bool, bool]) -> None:
         self._hidden_Nh, self._weight_Vh = hidden_Nh, weight_Vh[:columns]
         self.hidden_Nh = torch.zeros_like(hidden_Nh) if needed[0] else None
-        dtype = statistics_dtype(weight_Vh)
-        self._sum_Vh = torch.zeros_like(weight_Vh, dtype=dtype) if needed[1] else None
+        self._sum_Vh = torch.zeros_like(weight_Vh, dtype=statistics_dtype(weight_Vh)) if needed[1] else None
 
     def add(self, part: slice, grad_logits_CV: Tensor) -> None:
         """Take in the gradient with respect to the products ``hidden @ weight^T`` of the tokens ``part``."""
         grad_CV = grad_logits_CV.to(self._hidden_Nh.dtype)
-        columns = grad_CV.shape[1]
-        if columns == 0:
-            return
         if self.hidden_Nh is not None:
-            torch.mm(grad_CV, self._weight_Vh, out=self.hidden_Nh[part])
+            self.hidden_Nh[part] = grad_CV @ self._weight_Vh
         if self._sum_Vh is None:
             return
         hidden_Ch = self._hidden_Nh[part]
-        if self._sum_Vh.dtype == grad_CV.dtype:
-            self._sum_Vh[:columns].addmm_(grad_CV.t(), hidden_Ch)
-            return
-        size = max(1, grad_CV.numel() // (2 * hidden_Ch.shape[1]))
-        for start in range(0, columns, size):
-            rows = slice(start, min(start + size, columns))
+        size = max(1, grad_CV.numel() // (4 * hidden_Ch.shape[1]))
+        for start in range(0, grad_CV.shape[1], size):
+            rows = slice(start, min(start + size, grad_CV.shape[1]))
             self._sum_Vh[rows] += grad_CV[:, rows].t() @ hidden_Ch
 
     @property

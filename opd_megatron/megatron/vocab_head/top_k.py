@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_megatron.megatron.vocab_head.shard import VocabShard, blocks, log_sum_exp, mask_columns, write_logits
+from opd_megatron.megatron.vocab_head.shard import (
+    VocabShard,
+    blocks,
+    log_sum_exp,
+    mask_columns,
+    scaled_logits,
+    statistics_dtype,
+)
 
 
 class TopK(NamedTuple):
@@ -43,21 +50,22 @@ def top_k(
     if not 1 <= k <= vocab_size:
         raise ValueError(f"the {k} most probable of {vocab_size} tokens do not exist")
     shard = VocabShard.of(weight_Vh, vocab_size, group)
-    buffer = shard.buffer(hidden_Nh)
     tokens = hidden_Nh.shape[0]
     own_k = min(k, shard.columns)
-    top_NK = buffer.new_full((tokens, k), -torch.inf)
+    top_NK = hidden_Nh.new_full((tokens, k), -torch.inf, dtype=statistics_dtype(hidden_Nh))
     ids_NK = torch.full((tokens, k), -1, dtype=torch.int64, device=hidden_Nh.device)
-    rest_N = buffer.new_full((tokens,), -torch.inf)
-    for part in shard.chunks(tokens, hidden_Nh.device):
-        logits_CV = buffer[: part.stop - part.start]
-        write_logits(logits_CV, hidden_Nh[part], weight_Vh[: shard.columns], temperature)
-        for block in blocks(logits_CV):
-            rows = slice(part.start + block.start, part.start + block.stop)
-            top_RK, column_RK = logits_CV[block].topk(own_k, dim=-1)
+    rest_N = top_NK.new_full((tokens,), -torch.inf)
+
+    def take_in(part: slice) -> None:
+        logits_CV = scaled_logits(hidden_Nh[part], weight_Vh[: shard.columns], temperature)
+        for rows, logits_RV in blocks(logits_CV, part.start):
+            top_RK, column_RK = logits_RV.topk(own_k, dim=-1)
             top_NK[rows, :own_k], ids_NK[rows, :own_k] = top_RK, column_RK + shard.first
-            mask_columns(logits_CV[block], column_RK, torch.ones_like(column_RK, dtype=torch.bool))
-            rest_N[rows] = log_sum_exp(logits_CV[block])
+            mask_columns(logits_RV, column_RK, torch.ones_like(column_RK, dtype=torch.bool))
+            rest_N[rows] = log_sum_exp(logits_RV)
+
+    for part in shard.chunks(tokens, hidden_Nh.device):
+        take_in(part)
     candidates_NX = shard.gather(top_NK).permute(1, 0, 2).flatten(1)
     found_NX, order_NX = candidates_NX.sort(dim=1, descending=True, stable=True)
     ids_NX = shard.gather(ids_NK).permute(1, 0, 2).flatten(1).gather(1, order_NX)
