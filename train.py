@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.dump import dump_yaml
+from opd_megatron.config.memory_report import memory_comment
 from opd_megatron.config.parse import parse_options
 from opd_megatron.config.validate import validate
 from opd_megatron.data.prompts import check_prompt_file
@@ -17,6 +18,7 @@ def main(argv: Sequence[str]) -> None:
     validate(options, check_prompt_file)
     if options.run.dry_run:
         print(dump_yaml(options), end="")
+        print(memory_comment(options))
         return
     from opd_megatron.loop import run  # here, because it imports torch, which bad options need not wait for
 

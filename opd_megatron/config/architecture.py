@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,40 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON mapping")
     return config
+
+
+def architecture_from_model_args(model: ModelOptions) -> ModelArchitecture:
+    """The model that MODEL_ARGS describe by themselves, for sizes: what only its arithmetic needs is left at a default.
+
+    Raises :class:`UserError` naming the options that are missing.
+    """
+    needed = [*sorted(_DEFINING), "vocab_size"]
+    if model.num_experts is not None:
+        needed += ["moe_ffn_hidden_size", "moe_router_topk"]
+    missing = ["--" + name.replace("_", "-") for name in needed if getattr(model, name) is None]
+    if missing:
+        raise UserError(f"MODEL_ARGS without --hf-checkpoint lack {', '.join(missing)}")
+    values: dict[str, Any] = {name: getattr(model, name) for name in (*_DEFINING, "vocab_size", "add_qkv_bias")}
+    heads, layers = values["num_attention_heads"], values["num_layers"]
+    mixture = None
+    if model.num_experts is not None:
+        try:
+            pattern = layer_pattern(model.moe_layer_freq or "1", layers)
+        except ValueError as error:
+            raise UserError(f"--moe-layer-freq {model.moe_layer_freq}: {error}") from None
+        mixture = MixtureOfExperts(**{name: getattr(model, name) for name in FIELDS} | {"moe_layer_freq": pattern})
+    return ModelArchitecture(
+        **values,
+        family="MODEL_ARGS",
+        num_query_groups=(model.num_query_groups or heads) if model.group_query_attention else heads,
+        kv_channels=model.kv_channels or values["hidden_size"] // heads,
+        max_position_embeddings=model.max_position_embeddings or sys.maxsize,
+        rotary_base=model.rotary_base or 10000.0,
+        norm_epsilon=model.norm_epsilon or 1e-6,
+        qk_layernorm=model.qk_layernorm,
+        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+        mixture=mixture,
+    )
 
 
 def differences(first: ModelArchitecture, second: ModelArchitecture) -> list[str]:

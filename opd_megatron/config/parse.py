@@ -50,9 +50,12 @@ def parse_options(argv: Sequence[str], prog: str = "train.py") -> Options:
     Raises :class:`UserError` with all unknown flags and bad values on one line. ``--help`` prints and raises
     ``SystemExit(0)``.
     """
-    named = option_groups()
-    parsed = parse_groups(argv, named, prog=prog, description=DESCRIPTION)
-    values = {name: parsed.groups[group] for name, group in named.items()}
+    return joined_options(parse_groups(argv, option_groups(), prog=prog, description=DESCRIPTION))
+
+
+def joined_options(parsed: ParsedGroups) -> Options:
+    """The options of ``train.py`` out of groups that have all of them, and maybe others."""
+    values = {name: parsed.groups[group] for name, group in option_groups().items()}
     return Options(**values, given=parsed.given, typed=parsed.typed)
 
 

@@ -106,6 +106,7 @@ def teacher_parallel(options: Options, teacher: ModelArchitecture) -> ParallelOp
             own.opd_teacher_pipeline_model_parallel_size or student.pipeline_model_parallel_size
         ),
         sequence_parallel=tensor > 1 and (student.sequence_parallel or teacher.mixture is not None),
+        num_layers_per_virtual_pipeline_stage=None,
         recompute_granularity=None,
         recompute_method=None,
         recompute_num_layers=None,

@@ -28,7 +28,7 @@ def run_faults(options: Options) -> list[str]:
     """Every fault of the run as a whole. Options that are still missing are not judged."""
     return [
         *_batch_faults(options),
-        *_layout_faults(options),
+        *layout_faults(options),
         *_model_faults(options),
         *_recompute_faults(options),
         *_offload_faults(options),
@@ -79,7 +79,8 @@ def _batch_faults(options: Options) -> Iterator[str]:
         )
 
 
-def _layout_faults(options: Options) -> Iterator[str]:
+def layout_faults(options: Options) -> Iterator[str]:
+    """What of the layout does not go with the number of ranks or with itself, whatever the model."""
     parallel = options.parallel
     if options.world_size % options.model_parallel_size:
         yield (
@@ -88,6 +89,10 @@ def _layout_faults(options: Options) -> Iterator[str]:
             f"not divide the {options.world_size} ranks of --actor-num-nodes {options.cluster.actor_num_nodes} x "
             f"--actor-num-gpus-per-node {options.cluster.actor_num_gpus_per_node}"
         )
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and parallel.pipeline_model_parallel_size == 1:
+        yield "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1: leave it out"
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and parallel.qkv_format == "bshd":
+        yield "--num-layers-per-virtual-pipeline-stage needs packed sequences: leave out --qkv-format bshd"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out"
     if parallel.context_parallel_size > 1 and parallel.qkv_format == "bshd":
@@ -103,6 +108,7 @@ def _model_faults(options: Options) -> Iterator[str]:
             models.append(student)
             yield from layout_faults_of_model(options, student, "model")
             yield from expert_option_faults(options, student)
+            yield from _virtual_stage_faults(options, student)
             yield from weight_differences(options, student)
         except UserError as error:
             yield str(error)
@@ -133,6 +139,16 @@ def _teacher_layout_faults(options: Options, teacher: ModelArchitecture) -> Iter
         if teacher.mixture is not None:
             yield from expert_layout_faults(parallel, options.world_size)
     yield from layout_faults_of_model(dataclasses.replace(options, parallel=parallel), teacher, "teacher", prefix)
+
+
+def _virtual_stage_faults(options: Options, student: ModelArchitecture) -> Iterator[str]:
+    layers = options.parallel.num_layers_per_virtual_pipeline_stage
+    of_rank = student.num_layers // options.parallel.pipeline_model_parallel_size
+    if layers is not None and (of_rank % layers or of_rank == layers):
+        yield (
+            f"--num-layers-per-virtual-pipeline-stage {layers} must divide the {of_rank} layers of a pipeline rank "
+            "into two or more virtual stages"
+        )
 
 
 def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: str, prefix: str = "--") -> list[str]:

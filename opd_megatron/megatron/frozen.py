@@ -7,7 +7,7 @@ gives the log-probabilities of the responses. What else the objective needs of i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.model import HiddenStateModel, build_model
+from opd_megatron.megatron.model import HiddenStateModel, build_chunks
 from opd_megatron.megatron.scoring import response_log_probs
 from opd_megatron.sample import Sample
 
@@ -70,9 +70,9 @@ def build_from_options(
     architecture: ModelArchitecture,
     dtype: str | None = None,
     parallel: ParallelOptions | None = None,
-) -> HiddenStateModel:
+) -> list[HiddenStateModel]:
     """This rank's part of a model of the run, its weights not yet set; None means that of training."""
-    return build_model(
+    return build_chunks(
         architecture,
         parallel or options.parallel,
         dtype=DTYPES[dtype or ("bfloat16" if options.optimizer.bf16 else "float32")],
@@ -83,11 +83,14 @@ def build_from_options(
 
 def student_rule(options: Options, model: HiddenStateModel) -> BatchingRule:
     """How ``--micro-batch-size`` and ``--max-tokens-per-gpu`` make micro-batches for ``model``."""
-    training = options.training
+    training, parallel = options.training, options.parallel
+    is_divided = parallel.num_layers_per_virtual_pipeline_stage is not None
     return BatchingRule(
         micro_batch_size=training.micro_batch_size,
         max_tokens=training.max_tokens_per_gpu if training.use_dynamic_batch_size else None,
         length=model.sequence_layout.tokens_on_rank,
+        # virtual stages take turns with groups of as many micro-batches as there are ranks in the pipeline
+        count_multiple=parallel.pipeline_model_parallel_size if is_divided else 1,
     )
 
 
@@ -104,7 +107,8 @@ class FrozenScorer:
         self._groups = None if spec.parallel is None else distributed.other_groups(spec.parallel)
         self._head_for_student: Tensor | None = None
         with distributed.using(self._groups):
-            self.model = build_from_options(options, spec.architecture, spec.dtype, spec.parallel)
+            undivided = replace(spec.parallel or options.parallel, num_layers_per_virtual_pipeline_stage=None)
+            (self.model,) = build_from_options(options, spec.architecture, spec.dtype, undivided)
             checkpoint.load_weights(self.model, spec.folder, spec.step)
         self.model.requires_grad_(False).eval()
 

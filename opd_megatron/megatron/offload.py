@@ -153,15 +153,17 @@ class DeviceMemory:
                 part.leave()
 
 
-def weights_of(model: torch.nn.Module) -> Iterator[Tensor]:
+def weights_of(models: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
     """Parameters and buffers."""
-    yield from (parameter.data for parameter in model.parameters())
-    yield from model.buffers()
+    for model in models:
+        yield from (parameter.data for parameter in model.parameters())
+        yield from model.buffers()
 
 
-def gradients_of(model: torch.nn.Module) -> Iterator[Tensor]:
+def gradients_of(models: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
     """Where Megatron's data-parallel wrapper adds up the gradients: views of its flat buffers."""
-    yield from (parameter.main_grad for parameter in model.parameters() if hasattr(parameter, "main_grad"))
+    for model in models:
+        yield from (parameter.main_grad for parameter in model.parameters() if hasattr(parameter, "main_grad"))
 
 
 def tensors_of(optimizer: MegatronOptimizer) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
 from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.model import HiddenStateModel, Models, chunks_of
 from opd_megatron.observe.progress import track
 from opd_megatron.sample import Sample
 
@@ -41,7 +41,7 @@ def merge_parts(parts: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]
 
 @torch.no_grad()
 def response_log_probs(
-    model: HiddenStateModel,
+    models: Models,
     samples: Sequence[Sample],
     micro_batches: Sequence[tuple[int, ...]],
     temperature: float,
@@ -53,12 +53,14 @@ def response_log_probs(
     ``[N, h]`` on the last pipeline stage.
     """
 
+    chunks = chunks_of(models)
+
     def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
         if keep is not None:
             keep(batch, rows_Nh)
-        return batch.split(head_log_probs(model, batch, rows_Nh, temperature)[0])
+        return batch.split(head_log_probs(chunks[-1], batch, rows_Nh, temperature)[0])
 
-    return merge_parts(run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False))
+    return merge_parts(run_micro_batches(chunks, chunks[-1], samples, micro_batches, last_stage, with_gradients=False))
 
 
 def score_samples(

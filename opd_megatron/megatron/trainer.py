@@ -87,13 +87,14 @@ class MegatronTrainer:
         self.options = spec.options
         self.temperature = self.options.rollout.rollout_temperature
         distributed.initialize(rendezvous, self.options.parallel, seed=self.options.training.seed)
-        self.student = build_from_options(self.options, spec.architecture)
+        self.chunks = build_from_options(self.options, spec.architecture)
+        self.student = self.chunks[-1]
         if spec.start.source == "random":
-            initialize_weights(self.student, self.options.training.seed)
+            initialize_weights(self.chunks, self.options.training.seed)
         else:
-            checkpoint.load_model_folder(self.student, spec.start.folder)
-        set_load_balancing(self.student, self.options)
-        self.wrapped = wrap_model(self.student, self.options.optimizer)
+            checkpoint.load_model_folder(self.chunks, spec.start.folder)
+        set_load_balancing(self.chunks, self.options)
+        self.wrapped = wrap_model(self.chunks, self.options.optimizer)
         self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
         decay, warmup = schedule_steps(self.options, spec.num_rollouts)
         self.scheduler = build_scheduler(self.optimizer, self.options.optimizer, decay, warmup)
@@ -104,14 +105,14 @@ class MegatronTrainer:
         for name, model in spec.frozen.items():
             self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
             if self.options.offload.offload_teacher:
-                self.memory.add(name, Part(partial(weights_of, self.frozen[name].model), store, constant=True))
+                self.memory.add(name, Part(partial(weights_of, [self.frozen[name].model]), store, constant=True))
         self._teacher_rows: TeacherRows | None = None
 
     def _let_leave(self, store: HostStore) -> None:
         """Tell the memory which parts of the training may leave, as the ``--offload-*`` options want it."""
         offload = self.options.offload
-        weights = Part(partial(weights_of, self.student), store)
-        gradients = Part(partial(gradients_of, self.student), store, discarded=True)
+        weights = Part(partial(weights_of, self.chunks), store)
+        gradients = Part(partial(gradients_of, self.chunks), store, discarded=True)
         optimizer = Part(partial(tensors_of, self.optimizer), store, but_not=(weights, gradients))
         if offload.offload_train:
             self.memory.add("gradients", gradients)
@@ -131,7 +132,7 @@ class MegatronTrainer:
         with self.memory.holding("weights", "optimizer"):
             return checkpoint.load_training_state(
                 start.folder,
-                self.student,
+                self.chunks,
                 self.optimizer,
                 self.scheduler,
                 check=lambda state: check_optimizer_kind(self.options, state.get("optimizer", {})),
@@ -162,7 +163,7 @@ class MegatronTrainer:
         if name == "student":
             micro_batches = [places for step in self._share(samples) for places in step]
             with self.memory.holding("weights"):
-                return response_log_probs(self.student, samples, micro_batches, self.temperature)
+                return response_log_probs(self.chunks, samples, micro_batches, self.temperature)
         if name == "teacher":
             self._teacher_rows = None
         frozen = self.frozen[name]
@@ -209,7 +210,8 @@ class MegatronTrainer:
     def _optimizer_step(
         self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], weights: list[np.ndarray]
     ) -> tuple[dict[str, float], dict[int, np.ndarray]]:
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, Any]:
@@ -219,13 +221,15 @@ class MegatronTrainer:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         with self.memory.holding("optimizer"):
             gradient_norm = optimizer_step(self.optimizer)
+            if self.options.offload.offload_optimizer or self.options.offload.offload_train:
+                self.optimizer.zero_grad()  # those of the master weights are copies, which would stay behind
         if not math.isfinite(gradient_norm):
             raise RunError(
                 f"the gradient norm is {gradient_norm}; nothing was saved since the last checkpoint. "
                 "Lower --lr, or see docs/troubleshooting.md"
             )
         self.scheduler.step(increment=1)
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.student)}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
@@ -291,7 +295,7 @@ class MegatronTrainer:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
         with self.memory.holding("weights"):
             gather_weights(self.wrapped)
-            yield from export_hf_weights(self.student)
+            yield from export_hf_weights(self.chunks)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept."""
@@ -301,7 +305,7 @@ class MegatronTrainer:
             checkpoint.save_checkpoint(
                 folder,
                 step,
-                self.student,
+                self.chunks,
                 hf_folder=hf_folder,
                 optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,

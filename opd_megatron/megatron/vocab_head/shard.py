@@ -18,12 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**28}
-"""Logits of a chunk by kind of device: 30 MiB (from 32 on the C library maps memory anew each time) and 1 GiB."""
-LEAST_CHUNK_TOKENS = 128
-"""With fewer the multiplications wait for the weight and its gradient to be read."""
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
-"""Logits of a block by kind of device: 1 MiB and 128 MiB in float32."""
+from opd_megatron.config.vocab_chunks import BLOCK_ELEMENTS, CHUNK_ELEMENTS, tokens_of_chunk
+
 MASKED = -1e30
 """Logit of a column that is left out: its exponential is 0, and unlike that of ``-inf`` so is its product with it."""
 
@@ -79,7 +75,7 @@ class VocabShard:
 
 def chunk_tokens(rows: int, device: torch.device) -> int:
     """Tokens of a chunk for a shard of ``rows`` columns."""
-    return max(LEAST_CHUNK_TOKENS, CHUNK_ELEMENTS[device.type] // max(1, rows))
+    return tokens_of_chunk(rows, CHUNK_ELEMENTS[device.type])
 
 
 def blocks(logits_CV: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -129,8 +125,8 @@ def log_sum_over_ranks(parts_GN: Tensor) -> Tensor:
 class HeadGradients:
     """Gradients of hidden rows and weight, added up chunk by chunk.
 
-    The weight's is kept in at least float32 until it is read. Each chunk's part of it is made in slices of rows that
-    take a quarter of the memory of the chunk's logits.
+    The weight's is kept in at least float32 until it is read. Each chunk's part of it is made in slices of rows;
+    neither a slice nor what goes into it, which oneDNN copies, takes more than a quarter of the chunk's logits.
     """
 
     def __init__(self, hidden_Nh: Tensor, weight_Vh: Tensor, columns: int, needed: tuple[bool, bool]) -> None:
@@ -146,9 +142,10 @@ class HeadGradients:
         if self._sum_Vh is None:
             return
         hidden_Ch = self._hidden_Nh[part]
-        size = max(1, grad_CV.numel() // (4 * hidden_Ch.shape[1]))
-        for start in range(0, grad_CV.shape[1], size):
-            rows = slice(start, min(start + size, grad_CV.shape[1]))
+        columns = grad_CV.shape[1]
+        size = max(1, min(columns // 4, grad_CV.numel() // (4 * hidden_Ch.shape[1])))
+        for start in range(0, columns, size):
+            rows = slice(start, min(start + size, columns))
             self._sum_Vh[rows] += grad_CV[:, rows].t() @ hidden_Ch
 
     @property
