@@ -287,7 +287,7 @@ def _expert_row_bytes(model: ModelArchitecture, parallel: ParallelOptions, numbe
 def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     """Largest of what the vocabulary head holds besides its inputs: forward, backward, or measuring the exact KL.
 
-    Forward: a chunk's logits in float32 and two blocks of temporaries (with ``--bf16`` first the logits in that).
+    Forward: a chunk's logits in float32 and three blocks of temporaries (with ``--bf16`` first the logits in that).
     Backward: gradients of hidden rows and of the weight, the latter in float32, and a chunk's logits; with ``--bf16``
     also their gradient and a slice of the weight's in that, and at the end the whole weight's. The exact KL: logits of
     both models and two temporaries of their size, and the teacher's hidden rows.
@@ -301,7 +301,7 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     block = min(BLOCK_ELEMENTS[device], logits)
     short = number if number < 4 else 0
     weight = padded * student.hidden_size
-    forward = 4 * logits + max(8 * block, short * logits)
+    forward = 4 * logits + max(12 * block, short * logits)
     temporary = short * max(logits + min(logits // 2, weight), weight)
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
     exact = 0
