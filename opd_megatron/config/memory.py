@@ -101,7 +101,7 @@ SAVED: dict[DeviceKind, Saved] = {
     ),
     # Our layer on plain torch keeps what autograd does, see megatron/layers.py.
     "cpu": Saved(
-        hidden=4, hidden_float32=2, qk_norm=1, qk_norm_float32=1, qkv=1, core_attention=1, context=2, feed_forward=5
+        hidden=4, hidden_float32=0, qk_norm=1, qk_norm_float32=0, qkv=1, core_attention=1, context=2, feed_forward=5
     ),
 }
 
