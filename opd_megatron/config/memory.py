@@ -15,7 +15,13 @@ from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
 from opd_megatron.config.resolve import needs_reference, teacher_folder
-from opd_megatron.config.vocab_chunks import BLOCK_ELEMENTS, CHUNK_ELEMENTS, DeviceKind, tokens_of_chunk
+from opd_megatron.config.vocab_chunks import (
+    BLOCK_ELEMENTS,
+    CHUNK_ELEMENTS,
+    LEAST_CHUNK_TOKENS,
+    DeviceKind,
+    tokens_of_chunk,
+)
 
 ASSUMED_PROMPT_TOKENS = 1024
 """Length of a prompt where ``--rollout-max-prompt-len`` does not bound it."""
@@ -288,21 +294,23 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     """Largest of what the vocabulary head holds besides its inputs: forward, backward, or measuring the exact KL.
 
     Forward: a chunk's logits in float32 and two blocks of temporaries (with ``--bf16`` first the logits in that).
-    Backward: gradients of hidden rows and of the weight, the latter in float32, and a chunk's logits; with ``--bf16``
-    also their gradient and a slice of the weight's in that, and at the end the whole weight's. The exact KL: logits of
-    both models and two temporaries of their size, and the teacher's hidden rows.
+    Backward: gradients of hidden rows and of the weight, the latter in float32, a chunk's logits and its part of
+    either gradient; with ``--bf16`` also the logits' gradient, and at the end the weight's, in that. The exact KL:
+    logits of both models and two temporaries of their size, and the teacher's hidden rows.
     """
     student, number = models.student, number_bytes(options.optimizer)
     rows = Work.of(options, student).rows
     tensor = options.parallel.tensor_model_parallel_size
     padded = student.padded_vocab_size(options.model.make_vocab_size_divisible_by, tensor) // tensor
     columns = min(padded, student.vocab_size)
-    logits = min(rows, tokens_of_chunk(padded, CHUNK_ELEMENTS[device])) * columns
+    chunk = min(rows, tokens_of_chunk(padded, CHUNK_ELEMENTS[device], LEAST_CHUNK_TOKENS))
+    logits = chunk * columns
     block = min(BLOCK_ELEMENTS[device], logits)
     short = number if number < 4 else 0
     weight = padded * student.hidden_size
     forward = 4 * logits + max(8 * block, short * logits)
-    temporary = short * max(logits + min(logits // 2, weight), weight)
+    product = number * max(chunk * student.hidden_size, min(logits // 4, weight))
+    temporary = max(short * logits + product, short * weight)
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
     exact = 0
     if models.teacher is not None and keeps_hidden_rows(options):
