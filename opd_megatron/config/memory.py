@@ -247,11 +247,21 @@ def activation_bytes(options: Options, model: ModelArchitecture, stage: int, dev
             kept, again = size * between + sum(layers[size:]), max(layers)
         else:
             kept, again = _share(count, size) * between, size * max(layers)
-    under_way = pipeline - stage
+    under_way = min(pipeline - stage, _micro_batches(options) or pipeline)
     if stage == pipeline - 1:
         final_norm = between + (4 * channels if SAVED[device].hidden_float32 else 0)
         kept += final_norm + number * work.rows * model.hidden_size
     return under_way * kept, again
+
+
+def _micro_batches(options: Options) -> int | None:
+    """Micro-batches of an optimizer step on one rank, None where their number depends on the lengths."""
+    training = options.training
+    if training.use_dynamic_batch_size or (
+        training.global_batch_size is None and not options.rollout.rollout_batch_size
+    ):
+        return None
+    return _share(options.global_batch_size, options.data_parallel_size * training.micro_batch_size)
 
 
 def layer_activation_bytes(
@@ -293,7 +303,7 @@ def _expert_row_bytes(model: ModelArchitecture, parallel: ParallelOptions, numbe
 def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     """Largest of what the vocabulary head holds besides its inputs: forward, backward, or measuring the exact KL.
 
-    Forward: a chunk's logits in float32 and two blocks of temporaries (with ``--bf16`` first the logits in that).
+    Forward: a chunk's logits in float32 and three blocks of temporaries (with ``--bf16`` first the logits in that).
     Backward: gradients of hidden rows and of the weight, the latter in float32, a chunk's logits and its part of
     either gradient; with ``--bf16`` also the logits' gradient, and at the end the weight's, in that. The exact KL:
     logits of both models and two temporaries of their size, and the teacher's hidden rows.
@@ -305,10 +315,10 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     columns = min(padded, student.vocab_size)
     chunk = min(rows, tokens_of_chunk(padded, CHUNK_ELEMENTS[device], LEAST_CHUNK_TOKENS))
     logits = chunk * columns
-    block = min(BLOCK_ELEMENTS[device], logits)
+    block = min(max(1, BLOCK_ELEMENTS[device] // columns) * columns, logits)
     short = number if number < 4 else 0
     weight = padded * student.hidden_size
-    forward = 4 * logits + max(8 * block, short * logits)
+    forward = 4 * logits + max(12 * block, short * logits)
     product = number * max(chunk * student.hidden_size, min(logits // 4, weight))
     temporary = max(short * logits + product, short * weight)
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
