@@ -70,7 +70,7 @@ def seconds(model: HiddenStateModel, samples: list[Sample], micro_batches: list[
         return len(head_log_probs(model, batch, rows_Nh, 1.0)[0])
 
     start = time.perf_counter()
-    run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False)
+    run_micro_batches([model], model, samples, micro_batches, last_stage, with_gradients=False)
     return time.perf_counter() - start
 
 

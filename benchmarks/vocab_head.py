@@ -3,19 +3,17 @@
     python benchmarks/vocab_head.py --json benchmarks/vocab_head.json --picture docs/images/vocab_head.png
 
 Every point is a forward and a backward pass with gradients of hidden rows and output weight, in float32, with the
-library's choice of matrix products (``megatron/cpu_products.py``) for both paths. They take turns in one process and the
-ratio is the median of the turns' ratios. Extra memory is the largest resident size during the passes, less that before
-them and the two gradients, which both paths must make.
+library's choice of matrix products (``megatron/cpu_products.py``) for both. The paths take turns in one process and the
+ratio is the median of the turns' ratios. Extra memory is what torch holds at the worst moment, by its profiler, less
+the inputs and the two gradients, which both paths must make; buffers inside the matrix library are not in it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -203,34 +201,16 @@ def passes(path: LossPath, problem: Problem) -> float:
     return time.perf_counter() - start
 
 
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def extra_memory(path: LossPath, problem: Problem) -> tuple[float, int]:
-    """Seconds, and bytes beyond inputs and gradients at the worst moment, from the process's resident size (Linux)."""
-    # what was freed goes back to the system, so that it counts again when it is used again
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = _resident("VmRSS")
-    seconds = passes(path, problem)
-    return seconds, _resident("VmHWM") - before - problem.gradient_bytes
-
-
-def allocated(path: LossPath, problem: Problem) -> int:
-    """The same, exactly, from what torch allocates and frees; its libraries' own buffers are not in it."""
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        passes(path, problem)
-    result = profiler.profiler.kineto_results
-    events = [event for event in result.events() if event.name() == "[memory]"]
+def measured(path: LossPath, problem: Problem) -> tuple[float, int]:
+    """Seconds, and bytes that torch holds at the worst moment beyond inputs and gradients."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        seconds = passes(path, problem)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak - problem.gradient_bytes
+    return seconds, peak - problem.gradient_bytes
 
 
 def time_ratio(name: str, hidden_size: int, options: BenchmarkOptions) -> dict[str, Any]:
@@ -249,7 +229,7 @@ def time_ratio(name: str, hidden_size: int, options: BenchmarkOptions) -> dict[s
         "time_ratio": statistics.median(
             ours / plain for ours, plain in zip(times["chunked"], times["plain"], strict=True)
         ),
-        "chunk_logits_of_extra_memory": allocated(PATHS[name][1], problem) / (4 * chunk * options.vocab_size),
+        "chunk_logits_of_extra_memory": measured(PATHS[name][1], problem)[1] / (4 * chunk * options.vocab_size),
     }
 
 
@@ -264,7 +244,7 @@ def curve(vocab_size: int, options: BenchmarkOptions) -> list[dict[str, Any]]:
             if side == "plain" and 3 * 4 * tokens * vocab_size > options.plain_limit_gib * 2**30:
                 continue
             passes(path, make_problem(8, options.curve_hidden_size, vocab_size))
-            seconds, extra = extra_memory(path, problem)
+            seconds, extra = measured(path, problem)
             point[side] = {"seconds": seconds, "extra_mib": extra / 2**20}
         points.append(point)
         print(f"V {vocab_size}, N {tokens}: {point}", file=sys.stderr)

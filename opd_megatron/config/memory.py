@@ -226,8 +226,7 @@ class Work:
 def activation_bytes(options: Options, model: ModelArchitecture, stage: int, device: DeviceKind) -> tuple[int, int]:
     """What the micro-batches that a stage has under way keep for their backward passes, and what is made again.
 
-    One forward, one backward (1F1B): stage ``i`` of ``p`` has up to ``p - i`` under way. With full recomputation only
-    the units' inputs are kept, and one unit is made again at a time.
+    With full recomputation only the units' inputs are kept, and one unit is made again at a time.
     """
     parallel, number = options.parallel, number_bytes(options.optimizer)
     work = Work.of(options, model)
@@ -247,11 +246,27 @@ def activation_bytes(options: Options, model: ModelArchitecture, stage: int, dev
             kept, again = size * between + sum(layers[size:]), max(layers)
         else:
             kept, again = _share(count, size) * between, size * max(layers)
-    under_way = min(pipeline - stage, _micro_batches(options) or pipeline)
+    under_way = _under_way(options, model, stage)
     if stage == pipeline - 1:
         final_norm = between + (4 * channels if SAVED[device].hidden_float32 else 0)
         kept += final_norm + number * work.rows * model.hidden_size
-    return under_way * kept, again
+    return round(under_way * kept), again
+
+
+def _under_way(options: Options, model: ModelArchitecture, stage: int) -> float:
+    """Micro-batches, counted in all of the rank's layers, that a stage has between forward and backward at most.
+
+    One forward, one backward: stage ``i`` of ``p`` has ``p - i``. With ``v`` virtual stages of a rank it has
+    ``(v - 1) p + 2 (p - i - 1) + 1`` of one virtual stage each (Narayanan et al., arXiv 2104.04473, section 2.2, as
+    Megatron-Core's schedule counts them).
+    """
+    pipeline = options.parallel.pipeline_model_parallel_size
+    virtual = options.parallel.virtual_stages(model.num_layers)
+    if virtual is None:
+        limit: float = pipeline - stage
+    else:
+        limit = ((virtual - 1) * pipeline + 2 * (pipeline - stage - 1) + 1) / virtual
+    return min(limit, _micro_batches(options) or limit)
 
 
 def _micro_batches(options: Options) -> int | None:
@@ -319,7 +334,7 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     short = number if number < 4 else 0
     weight = padded * student.hidden_size
     forward = 4 * logits + max(12 * block, short * logits)
-    product = number * max(chunk * student.hidden_size, min(logits // 4, weight))
+    product = number * max(chunk * student.hidden_size, min(logits, weight) // 4)
     temporary = max(short * logits + product, short * weight)
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
     exact = 0

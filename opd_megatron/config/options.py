@@ -100,6 +100,9 @@ class ParallelOptions:
     expert_tensor_parallel_size: int | None = option(
         None, "tensor-parallel ranks of one expert (default: --tensor-model-parallel-size)", minimum=1
     )
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "layers of a virtual pipeline stage: each rank holds several, for shorter bubbles", minimum=1
+    )
     context_parallel_size: int = option(1, "ranks that share each sequence (zigzag)", minimum=1)
     qkv_format: str = option(
         "thd",
@@ -115,6 +118,12 @@ class ParallelOptions:
     distributed_timeout_minutes: float = option(
         10.0, "limit of one collective operation", unit="minutes", above=0.0, maximum=checks.LONGEST_WAIT
     )
+
+    def virtual_stages(self, num_layers: int) -> int | None:
+        """Virtual pipeline stages of a rank for a model of ``num_layers``; None without them."""
+        if self.num_layers_per_virtual_pipeline_stage is None:
+            return None
+        return num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage
 
     @property
     def expert_tensor_size(self) -> int:

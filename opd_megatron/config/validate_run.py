@@ -86,6 +86,10 @@ def layout_faults(options: Options) -> Iterator[str]:
             f"not divide the {options.world_size} ranks of --actor-num-nodes {options.cluster.actor_num_nodes} x "
             f"--actor-num-gpus-per-node {options.cluster.actor_num_gpus_per_node}"
         )
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and parallel.pipeline_model_parallel_size == 1:
+        yield "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1: leave it out"
+    if parallel.num_layers_per_virtual_pipeline_stage is not None and parallel.qkv_format == "bshd":
+        yield "--num-layers-per-virtual-pipeline-stage needs packed sequences: leave out --qkv-format bshd"
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         yield "--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out"
     if parallel.context_parallel_size > 1 and parallel.qkv_format == "bshd":
@@ -101,6 +105,7 @@ def _model_faults(options: Options) -> Iterator[str]:
             models.append(student)
             yield from layout_faults_of_model(options, student, "model")
             yield from expert_option_faults(options, student)
+            yield from _virtual_stage_faults(options, student)
             yield from weight_differences(options, student)
         except UserError as error:
             yield str(error)
@@ -114,6 +119,16 @@ def _model_faults(options: Options) -> Iterator[str]:
     if models and spread and not any(model.mixture for model in models):
         flags = "--expert-model-parallel-size and --expert-tensor-parallel-size"
         yield f"{flags} are for a mixture of experts, which no model of this run is: leave them out"
+
+
+def _virtual_stage_faults(options: Options, student: ModelArchitecture) -> Iterator[str]:
+    layers = options.parallel.num_layers_per_virtual_pipeline_stage
+    of_rank = student.num_layers // options.parallel.pipeline_model_parallel_size
+    if layers is not None and (of_rank % layers or of_rank == layers):
+        yield (
+            f"--num-layers-per-virtual-pipeline-stage {layers} must divide the {of_rank} layers of a pipeline rank "
+            "into two or more virtual stages"
+        )
 
 
 def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: str) -> list[str]:

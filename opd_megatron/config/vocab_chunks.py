@@ -10,8 +10,8 @@ CHUNK_ELEMENTS: dict[str, int] = {"cpu": 15 * 2**19, "cuda": 2**28}
 """Logits of a chunk by kind of device: 30 MiB (from 32 on the C library maps memory anew each time) and 1 GiB."""
 LEAST_CHUNK_TOKENS = 128
 """With fewer the multiplications wait for the weight and its gradient to be read."""
-BLOCK_ELEMENTS: dict[str, int] = {"cpu": 2**18, "cuda": 2**25}
-"""Logits of a block by kind of device: 1 MiB and 128 MiB in float32."""
+BLOCK_ELEMENTS: dict[str, int] = {"cpu": 2**19, "cuda": 2**25}
+"""Logits of a block by kind of device: 2 MiB and 128 MiB in float32."""
 
 
 def tokens_of_chunk(rows: int, elements: int, least: int) -> int:

@@ -12,7 +12,7 @@ What is in a step folder does not depend on the layout that wrote it (see ``chun
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.megatron import step_folders
 from opd_megatron.megatron.chunks import ChunkedTensor, Entries, model_entries
 from opd_megatron.megatron.hf_weights import hf_weights_dtype, load_hf_weights, write_hf_weights
-from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.model import Models, chunks_of
 from opd_megatron.megatron.optimizer_state import (
     PREFIX,
     optimizer_entries,
@@ -37,13 +37,6 @@ from opd_megatron.megatron.optimizer_state import (
     steps_taken,
 )
 from opd_megatron.megatron.safe_checkpoint import COMMON, StepReader, read_common, write_step
-
-Models = HiddenStateModel | Sequence[HiddenStateModel]
-"""A rank's part of the model: one chunk, or one per virtual pipeline stage."""
-
-
-def _chunks(models: Models) -> Sequence[HiddenStateModel]:
-    return [models] if isinstance(models, HiddenStateModel) else models
 
 
 def _barrier() -> None:
@@ -107,12 +100,12 @@ def save_checkpoint(
     The folder is written under a name that ends in ``.tmp`` and renamed when it is whole, then the tracker is replaced;
     a process that dies on the way leaves the earlier checkpoint as it was.
     """
-    entries = model_entries(_chunks(models), to_write=True)
+    entries = model_entries(chunks_of(models), to_write=True)
     common: dict[str, Any] = {}
     if run_state is not None:
         common |= {"run": run_state, "rng": torch.get_rng_state()}
     if optimizer is not None and scheduler is not None:
-        entries |= optimizer_entries(optimizer, _chunks(models), to_write=True)
+        entries |= optimizer_entries(optimizer, chunks_of(models), to_write=True)
         common |= {"scheduler": scheduler.state_dict(), "optimizer_steps": steps_taken(optimizer)}
     return save_entries(Path(folder), step, entries, common, hf_folder)
 
@@ -173,10 +166,9 @@ def load_model_folder(models: Models, source: Path) -> None:
 
     Raises ``UserError`` if they are those of another model, or damaged.
     """
-    chunks = _chunks(models)
+    chunks = chunks_of(models)
     if (source / "config.json").exists():
-        for model in chunks:
-            load_hf_weights(model, source)
+        load_hf_weights(chunks, source)
         return
     wanted = model_entries(chunks, to_write=False)
     vocab_size = chunks[0].architecture.vocab_size
@@ -244,8 +236,8 @@ def load_training_state(
         check(run_state)
         if "optimizer_steps" not in common:
             raise UserError(f"{source} was saved without the optimizer's state: resume with --no-load-optim")
-        wanted = optimizer_entries(optimizer, _chunks(models), to_write=False)
-        vocab_size = _chunks(models)[0].architecture.vocab_size
+        wanted = optimizer_entries(optimizer, chunks_of(models), to_write=False)
+        vocab_size = chunks_of(models)[0].architecture.vocab_size
         _together(lambda: _read_optimizer(StepReader(source), wanted, vocab_size))
         set_steps_taken(optimizer, common["optimizer_steps"])
         scheduler.load_state_dict(common["scheduler"])

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from opd_megatron.megatron import cpu
-from opd_megatron.megatron.micro_batch import MicroBatch, build
+from opd_megatron.megatron.micro_batch import MicroBatch, SequenceLayout, build
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.vocab_head import token_log_probs
 from opd_megatron.sample import Sample
@@ -53,7 +53,7 @@ def head_log_probs(
 
 
 def run_micro_batches(
-    module: torch.nn.Module,
+    modules: Sequence[torch.nn.Module],
     model: HiddenStateModel,
     samples: Sequence[Sample],
     micro_batches: Sequence[tuple[int, ...]],
@@ -63,19 +63,22 @@ def run_micro_batches(
 ) -> list[Any]:
     """Send micro-batches through the pipeline; the results of ``last_stage`` in order, or [] on earlier stages.
 
-    ``module`` is what is called (the data-parallel wrapper or ``model`` itself). With gradients ``last_stage`` returns
-    ``(loss, result)``, where the losses of all micro-batches and ranks add up to the step's loss; without, only the
-    result. Micro-batches may be empty; all data-parallel ranks bring the same number. Raises ``ValueError`` if a token
-    is not in the model's vocabulary.
+    ``modules`` are what is called, one for each virtual stage (data-parallel wrappers, or the bare chunks); ``model``
+    is the last chunk itself. With gradients ``last_stage`` returns ``(loss, result)``, where the losses of all
+    micro-batches and ranks add up to the step's loss; without, only the result. Micro-batches may be empty; all
+    data-parallel ranks bring the same number. Raises ``ValueError`` if a token is not in the model's vocabulary.
     """
     if not micro_batches:
         return []
     layout = model.sequence_layout
     device = cpu.device()
-    longest = _check_tokens(samples, micro_batches, model.architecture.vocab_size)
+    _check_tokens(samples, micro_batches, model.architecture.vocab_size)
+    stages = len(modules)
+    # Virtual stages exchange tensors of one size; other pipelines tell one another the sizes of what they send.
+    row_length = _longest_row(samples, micro_batches, layout) if stages > 1 else None
 
     def forward_step(places_iterator: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = build(samples, next(places_iterator), device=device, layout=layout)
+        batch = build(samples, next(places_iterator), device=device, layout=layout, row_length=row_length)
         hidden = chunk(
             batch.tokens_bs,
             batch.position_ids_bs,
@@ -93,30 +96,35 @@ def run_micro_batches(
 
         return hidden, finish
 
-    # Stages of a pipeline tell one another the sizes of what they send; without one, nobody reads these.
-    results: list[Any] = get_forward_backward_func()(
+    schedule = get_forward_backward_func(
+        parallel_state.get_pipeline_model_parallel_world_size(), stages if stages > 1 else None
+    )
+    results: list[Any] = schedule(
         forward_step_func=forward_step,
-        data_iterator=iter(micro_batches),
-        model=[module],
+        data_iterator=[iter(micro_batches) for _ in modules] if stages > 1 else iter(micro_batches),
+        model=list(modules),
         num_microbatches=len(micro_batches),
-        seq_length=longest,
-        micro_batch_size=max(1, *map(len, micro_batches)),
+        seq_length=(row_length or 1) * layout.split.size,
+        micro_batch_size=1,
         forward_only=not with_gradients,
         collect_non_loss_data=not with_gradients,
     )
     return results
 
 
-def _check_tokens(samples: Sequence[Sample], micro_batches: Sequence[tuple[int, ...]], vocab_size: int) -> int:
-    """Length of the longest sample of the micro-batches."""
-    longest = 1
+def _check_tokens(samples: Sequence[Sample], micro_batches: Sequence[tuple[int, ...]], vocab_size: int) -> None:
     for sample in (samples[place] for places in micro_batches for place in places):
         tokens = sample.tokens
-        longest = max(longest, len(tokens))
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             wrong = tokens.max() if tokens.max() >= vocab_size else tokens.min()
             raise ValueError(f"token {wrong} is not in the vocabulary of {vocab_size} tokens")
-    return longest
+
+
+def _longest_row(samples: Sequence[Sample], micro_batches: Sequence[tuple[int, ...]], layout: SequenceLayout) -> int:
+    return max(
+        layout.row_length(sum(layout.tokens_on_rank(len(samples[place].tokens)) for place in places))
+        for places in micro_batches
+    )
 
 
 def add_over_context(arrays: dict[int, np.ndarray]) -> dict[int, np.ndarray]:

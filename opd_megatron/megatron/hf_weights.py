@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.errors import UserError
-from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.model import HiddenStateModel, Models, chunks_of
 from opd_megatron.megatron.safetensors_writer import DTYPES, SafetensorsWriter
 from opd_megatron.megatron.weight_map import ParameterMap, global_name, parameter_maps
 
@@ -100,18 +100,23 @@ def hf_weights_dtype(folder: str | Path) -> torch.dtype:
     return reduce(torch.promote_types, [DTYPES[name] for name in sorted(names)])
 
 
-def model_maps(model: HiddenStateModel) -> list[ParameterMap]:
-    """The table of the whole model that ``model`` is a part of."""
-    return parameter_maps(model.architecture, model.vocab_size)
+def model_maps(models: Models) -> list[ParameterMap]:
+    """The table of the whole model that ``models`` are a part of."""
+    chunk = chunks_of(models)[0]
+    return parameter_maps(chunk.architecture, chunk.vocab_size)
 
 
-def local_parameters(model: HiddenStateModel) -> dict[str, torch.nn.Parameter]:
+def local_parameters(models: Models) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by global Megatron name."""
-    config = model.config
-    layers = get_transformer_layer_offset(config, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
-    experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size
-    experts *= parallel_state.get_expert_model_parallel_rank()
-    return {global_name(name, layers, experts): parameter for name, parameter in model.named_parameters()}
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    found: dict[str, torch.nn.Parameter] = {}
+    for chunk in chunks_of(models):
+        config = chunk.config
+        layers = get_transformer_layer_offset(config, chunk.vp_stage, stage)
+        experts = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+        experts *= parallel_state.get_expert_model_parallel_rank()
+        found |= {global_name(name, layers, experts): parameter for name, parameter in chunk.named_parameters()}
+    return found
 
 
 def shard_place(row: ParameterMap) -> tuple[int, int]:
@@ -125,10 +130,11 @@ def shard_place(row: ParameterMap) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
-    remaining = local_parameters(model)
+def _fill(models: Models, source: HFWeights | None, seed: int) -> None:
+    remaining = local_parameters(models)
+    model = chunks_of(models)[0]
     tied = not model.architecture.untie_embeddings_and_output_weights
-    for row in model_maps(model):
+    for row in model_maps(models):
         targets = [remaining.pop(row.megatron_name, None)]
         if tied and row.megatron_name == "embedding.word_embeddings.weight":
             # With tied weights the last pipeline stage holds a copy of the embedding as its output weight.
@@ -149,16 +155,16 @@ def _fill(model: HiddenStateModel, source: HFWeights | None, seed: int) -> None:
         raise ValueError(f"the weight table does not know {', '.join(sorted(remaining))}")
 
 
-def load_hf_weights(model: HiddenStateModel, folder: str | Path) -> None:
+def load_hf_weights(models: Models, folder: str | Path) -> None:
     """Fill this rank's parameters from a Hugging Face folder; raises ``UserError`` if it holds another model's."""
     source = HFWeights(folder)
-    source.check(model.architecture)
-    _fill(model, source, seed=0)
+    source.check(chunks_of(models)[0].architecture)
+    _fill(models, source, seed=0)
 
 
-def initialize_weights(model: HiddenStateModel, seed: int) -> None:
+def initialize_weights(models: Models, seed: int) -> None:
     """Fill this rank's parameters with seeded random weights that do not depend on the layout."""
-    _fill(model, None, seed)
+    _fill(models, None, seed)
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,11 @@ class _Shard:
     shape: tuple[int, ...]
 
 
-def _shards(model: HiddenStateModel, parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[_Shard]]:
+def _shards(models: Models, parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[_Shard]]:
     """The shards of every global parameter in their order, on every rank."""
     mine = {
         row.megatron_name: (shard_place(row), tuple(parameters[row.megatron_name].shape))
-        for row in model_maps(model)
+        for row in model_maps(models)
         if row.megatron_name in parameters
     }
     everyone: list[dict[str, Any]] = [{}] * dist.get_world_size()
@@ -186,17 +192,17 @@ def _shards(model: HiddenStateModel, parameters: dict[str, torch.nn.Parameter]) 
 
 
 @torch.no_grad()
-def export_hf_weights(model: HiddenStateModel) -> Iterator[tuple[str, Tensor]]:
+def export_hf_weights(models: Models) -> Iterator[tuple[str, Tensor]]:
     """Stream ``(Hugging Face name, full tensor on the CPU)`` on global rank 0; other ranks get nothing.
 
     All ranks must iterate to the end. Tensors are clones, in the model's dtype.
     """
-    parameters, rank = local_parameters(model), dist.get_rank()
-    shards = _shards(model, parameters)
-    for row in model_maps(model):
+    parameters, rank = local_parameters(models), dist.get_rank()
+    shards = _shards(models, parameters)
+    for row in model_maps(models):
         places = shards[row.megatron_name]
         if rank == 0:
-            parts = [_receive(shard, parameters.get(row.megatron_name), model) for shard in places]
+            parts = [_receive(shard, parameters.get(row.megatron_name), chunks_of(models)[0]) for shard in places]
             full = row.layout.unshard(parts)
             for name, part in zip(row.hf_names, row.layout.split(full), strict=True):
                 yield name, part.to("cpu", copy=True)

@@ -197,8 +197,8 @@ def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Specs of the layers that this pipeline stage holds and of the final norm."""
+def block_spec(config: TransformerConfig, virtual_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pipeline stage, or virtual stage, holds and of the final norm."""
     if use_transformer_engine():
         dense = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         experts = moe.transformer_engine_layer_spec(config)
@@ -207,8 +207,8 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
         dense, norm = _torch_layer_spec(config), RMSNorm
         experts = moe.torch_layer_spec(dense, RMSNorm)
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    first = get_transformer_layer_offset(config, pp_rank=rank)
-    layers = get_num_layers_to_build(config, pp_rank=rank)
+    first = get_transformer_layer_offset(config, virtual_stage, rank)
+    layers = get_num_layers_to_build(config, virtual_stage, rank)
     kinds = moe.layer_pattern(config)[first : first + layers]
     return TransformerBlockSubmodules(
         layer_specs=[experts if has_experts else dense for has_experts in kinds], layer_norm=norm

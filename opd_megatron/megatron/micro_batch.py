@@ -37,6 +37,13 @@ class SequenceLayout:
         """Tokens of this rank that a packed sample of ``length`` tokens, its last included, takes."""
         return self.split.padded(max(0, length - 1)) // self.split.size
 
+    def row_length(self, tokens: int) -> int:
+        """Length of a packed row of ``tokens`` on this rank with what fills it up; at least some must exist."""
+        multiple = self.length_multiple
+        if self.split.size > 1 and multiple % 2:
+            multiple *= 2
+        return max(multiple, -(-tokens // multiple) * multiple)
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -89,9 +96,14 @@ class MicroBatch:
 
 
 def build(
-    samples: Sequence[Sample], places: Sequence[int], *, device: torch.device, layout: SequenceLayout
+    samples: Sequence[Sample],
+    places: Sequence[int],
+    *,
+    device: torch.device,
+    layout: SequenceLayout,
+    row_length: int | None = None,
 ) -> MicroBatch:
-    """Tensors of the samples at ``places``, of which there may be none.
+    """Tensors of the samples at ``places``, of which there may be none; ``row_length`` fills a packed row up to it.
 
     Raises ``ValueError`` for a sample without a prompt token: nothing would predict its first response token.
     """
@@ -100,7 +112,7 @@ def build(
         if len(sample.prompt_tokens) == 0:
             raise ValueError(f"sample {sample.index} has an empty prompt")
     if layout.packed:
-        tokens_bs, position_ids_bs, member_bsn, rows, offsets, packed = _end_to_end(chosen, layout)
+        tokens_bs, position_ids_bs, member_bsn, rows, offsets, packed = _end_to_end(chosen, layout, row_length)
     else:
         tokens_bs, position_ids_bs, member_bsn, rows, offsets = _padded(chosen, layout)
         packed = None
@@ -140,12 +152,14 @@ def _padded(
 
 
 def _end_to_end(
-    chosen: Sequence[Sample], layout: SequenceLayout
+    chosen: Sequence[Sample], layout: SequenceLayout, row_length: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray], PackedSequences]:
     """As :func:`_padded` for one row of all sequences, with its description."""
     split = layout.split
     padded_lengths = [split.padded(len(sample.tokens) - 1) for sample in chosen]
-    filling = _filling(sum(padded_lengths) // split.size, layout)
+    taken = sum(padded_lengths) // split.size
+    # what fills the row up is a sequence of its own
+    filling = (row_length or layout.row_length(taken)) - taken
     if filling:
         padded_lengths.append(filling * split.size)
     total = sum(padded_lengths) // split.size
@@ -171,14 +185,6 @@ def _end_to_end(
         start += len(held)
     packed = describe(padded_lengths, split, for_torch=layout.for_torch)
     return tokens_1s, position_ids_1s, member_1sn, rows, offsets, packed
-
-
-def _filling(tokens: int, layout: SequenceLayout) -> int:
-    """Tokens of one rank that fill its row up, as a sequence of their own: at least one row of them must exist."""
-    multiple = layout.length_multiple
-    if layout.split.size > 1 and multiple % 2:
-        multiple *= 2
-    return max(multiple, -(-tokens // multiple) * multiple) - tokens
 
 
 def _concatenate(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:

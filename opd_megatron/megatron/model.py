@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,8 +70,21 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
+Models = HiddenStateModel | Sequence[HiddenStateModel]
+"""A rank's part of the model: one chunk, or one per virtual pipeline stage."""
+
+
+def chunks_of(models: Models) -> Sequence[HiddenStateModel]:
+    """The chunks of a rank, in the order of the virtual stages."""
+    return [models] if isinstance(models, HiddenStateModel) else models
+
+
 def transformer_config(
-    architecture: ModelArchitecture, parallel: ParallelOptions, dtype: torch.dtype, router_dtype: str | None = None
+    architecture: ModelArchitecture,
+    parallel: ParallelOptions,
+    dtype: torch.dtype,
+    router_dtype: str | None = None,
+    virtual_stages: int | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration of ``architecture`` under the process groups of this run."""
     mixture = architecture.mixture
@@ -93,6 +107,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity,
@@ -102,7 +117,10 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         moe_token_dispatcher_type="alltoall",  # what variable sequence lengths require
-        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1 and virtual_stages is None,
+        # Of two ranks each is before and behind the other: only single messages keep the two directions apart.
+        overlap_p2p_comm=virtual_stages is not None,
+        batch_p2p_comm=virtual_stages is None,
         # The loss arrives divided by the whole step's count, so gradients are summed over ranks, not averaged.
         calculate_per_token_loss=True,
         # Weights always come from a file or from our seeded initialiser, in their final place.
@@ -134,16 +152,48 @@ def build_model(
                 architecture, parallel, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by
             )
     config = transformer_config(architecture, parallel, dtype, router_dtype)
+    return _build_chunk(config, architecture, parallel, make_vocab_size_divisible_by, virtual_stage=None)
+
+
+def build_chunks(
+    architecture: ModelArchitecture,
+    parallel: ParallelOptions,
+    *,
+    dtype: torch.dtype,
+    make_vocab_size_divisible_by: int,
+    router_dtype: str | None = None,
+) -> list[HiddenStateModel]:
+    """As :func:`build_model`, a chunk for each virtual stage of ``--num-layers-per-virtual-pipeline-stage``.
+
+    The last one is where the hidden states come out.
+    """
+    stages = parallel.virtual_stages(architecture.num_layers)
+    config = transformer_config(architecture, parallel, dtype, router_dtype, stages)
+    return [
+        _build_chunk(config, architecture, parallel, make_vocab_size_divisible_by, virtual_stage=stage)
+        for stage in (range(stages) if stages else [None])
+    ]
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    architecture: ModelArchitecture,
+    parallel: ParallelOptions,
+    make_vocab_size_divisible_by: int,
+    virtual_stage: int | None,
+) -> HiddenStateModel:
+    last_stage = (config.virtual_pipeline_model_parallel_size or 1) - 1
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=block_spec(config),
+        transformer_layer_spec=block_spec(config, virtual_stage),
         vocab_size=architecture.padded_vocab_size(make_vocab_size_divisible_by, parallel.tensor_model_parallel_size),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage() and not virtual_stage,
+        post_process=parallel_state.is_pipeline_last_stage() and (virtual_stage or 0) == last_stage,
         share_embeddings_and_output_weights=not architecture.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,
+        vp_stage=virtual_stage,
     )
     model.architecture = architecture
     model.sequence_layout = sequence_layout(parallel)

@@ -11,6 +11,7 @@ Shape legend: ``N`` tokens of this rank's micro-batch, ``n`` its sequences, ``E`
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,30 +269,30 @@ class ExpertRouter(TopKRouter):
         self.tally = row if self.tally is None else self.tally + row
 
 
-def _routers(model: torch.nn.Module) -> list[ExpertRouter]:
-    return [module for module in model.modules() if isinstance(module, ExpertRouter)]
+def _routers(chunks: Sequence[torch.nn.Module]) -> list[ExpertRouter]:
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, ExpertRouter)]
 
 
-def set_load_balancing(model: torch.nn.Module, options: Options) -> None:
+def set_load_balancing(chunks: Sequence[torch.nn.Module], options: Options) -> None:
     """Give the routers of a model that is trained their auxiliary loss; a dense model has none."""
     balancing = LoadBalancing(
         options.model.moe_router_load_balancing_type, options.model.moe_aux_loss_coeff, options.global_batch_size
     )
-    for router in _routers(model):
+    for router in _routers(chunks):
         router.balancing = balancing
 
 
-def router_statistics(model: MegatronModule) -> dict[str, float]:
+def router_statistics(chunks: Sequence[MegatronModule]) -> dict[str, float]:
     """Metrics of the routers since the last call, on every rank; a dense model has none. All ranks call it.
 
     Means over the layers with experts of: the entropy of the distribution over experts (nats, over the step's tokens),
     the tokens of the busiest expert over those of the average one, and the auxiliary loss where there is one.
     """
-    config = model.config
+    config = chunks[0].config
     if config.num_moe_experts is None:
         return {}
-    routers = _routers(model)
-    device = next(model.parameters()).device
+    routers = _routers(chunks)
+    device = next(chunks[0].parameters()).device
     table = torch.zeros(config.num_layers, config.num_moe_experts + 3, dtype=torch.float64, device=device)
     for router in routers:
         if router.tally is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -13,26 +15,32 @@ from opd_megatron.megatron import cpu
 from opd_megatron.megatron.model import HiddenStateModel
 
 
-def wrap_model(model: HiddenStateModel, options: OptimizerOptions) -> DistributedDataParallel:
+def wrap_model(chunks: Sequence[HiddenStateModel], options: OptimizerOptions) -> list[DistributedDataParallel]:
     """Give the model Megatron's gradient buffers; gradients of all ranks are summed (see ``transformer_config``)."""
-    config = DistributedDataParallelConfig(
+    ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=options.accumulate_allreduce_grads_in_fp32,
         use_distributed_optimizer=options.use_distributed_optimizer,
         overlap_grad_reduce=options.overlap_grad_reduce,
         overlap_param_gather=options.overlap_param_gather,
     )
-    wrapped = DistributedDataParallel(model.config, config, model)
-    model.config.finalize_model_grads_func = _finalize_grads
+    config = chunks[0].config
+    # buckets let the reduction start early, which pays for the chunk whose backward pass ends last
+    wrapped = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=stage > 0) for stage, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = _finalize_grads
     if options.overlap_grad_reduce:
         # the schedules call it around all micro-batches but the last, which starts the reduction
-        model.config.no_sync_func = wrapped.no_sync
+        functions = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = functions if len(functions) > 1 else functions[0]
     return wrapped
 
 
-def gather_weights(wrapped: DistributedDataParallel) -> None:
+def gather_weights(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Wait until every rank has the weights of the last optimizer step, which may still be under way."""
-    if wrapped.ddp_config.overlap_param_gather:
-        wrapped.start_param_sync(force_sync=True)
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _finalize_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
@@ -40,7 +48,7 @@ def _finalize_grads(model: list[torch.nn.Module], num_tokens: torch.Tensor | Non
     finalize_model_grads(model, None, **kwargs)
 
 
-def build_optimizer(wrapped: DistributedDataParallel, options: OptimizerOptions) -> MegatronOptimizer:
+def build_optimizer(wrapped: Sequence[DistributedDataParallel], options: OptimizerOptions) -> MegatronOptimizer:
     """Megatron's (distributed) optimizer over the wrapped model."""
     config = OptimizerConfig(
         optimizer=options.optimizer,
@@ -58,7 +66,7 @@ def build_optimizer(wrapped: DistributedDataParallel, options: OptimizerOptions)
         overlap_param_gather=options.overlap_param_gather,
     )
     with cpu.cuda_type_names():
-        return get_megatron_optimizer(config, [wrapped])
+        return get_megatron_optimizer(config, list(wrapped))
 
 
 def build_scheduler(

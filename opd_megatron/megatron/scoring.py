@@ -43,7 +43,7 @@ def score_samples(
     for start in track(starts, "score", len(starts)) if is_first else starts:
         chunk = [samples[place] for place in order[start : start + size]]
         micro_batches = plan([len(sample.tokens) for sample in chunk], rule, ranks=ranks, cost=cost)[rank]
-        parts = run_micro_batches(model, model, chunk, micro_batches, last_stage, with_gradients=False)
+        parts = run_micro_batches([model], model, chunk, micro_batches, last_stage, with_gradients=False)
         found = {order[start + place]: array for part in parts for place, array in part.items()}
         results |= _gather(add_over_context(found) if is_last else {})
     return [results[place] for place in range(len(samples))] if is_first else []

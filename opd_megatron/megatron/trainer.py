@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +22,14 @@ from torch import Tensor
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step
 from opd_megatron.config.errors import RunError
-from opd_megatron.config.options import Options
+from opd_megatron.config.options import Options, ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan, sequence_cost
 from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.model import HiddenStateModel, build_model
+from opd_megatron.megatron.model import HiddenStateModel, build_chunks
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.optimizer import (
     build_optimizer,
@@ -88,30 +88,32 @@ class MegatronTrainer:
         self.options = spec.options
         self.temperature = self.options.rollout.rollout_temperature
         distributed.initialize(rendezvous, self.options.parallel, seed=self.options.training.seed)
-        self.student = self._build(spec.architecture)
+        self.chunks = self._build_chunks(self.options.parallel, spec.architecture)
+        self.student = self.chunks[-1]
         if spec.start.source == "random":
-            initialize_weights(self.student, self.options.training.seed)
+            initialize_weights(self.chunks, self.options.training.seed)
         else:
-            checkpoint.load_model_folder(self.student, spec.start.folder)
-        set_load_balancing(self.student, self.options)
-        self.wrapped = wrap_model(self.student, self.options.optimizer)
+            checkpoint.load_model_folder(self.chunks, spec.start.folder)
+        set_load_balancing(self.chunks, self.options)
+        self.wrapped = wrap_model(self.chunks, self.options.optimizer)
         self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
         decay, warmup = schedule_steps(self.options, spec.num_rollouts)
         self.scheduler = build_scheduler(self.optimizer, self.options.optimizer, decay, warmup)
         self.frozen = {name: self._load_frozen(model) for name, model in spec.frozen.items()}
         self._teacher_hidden: dict[int, Tensor] | None = None
 
-    def _build(self, architecture: ModelArchitecture) -> HiddenStateModel:
-        return build_model(
+    def _build_chunks(self, parallel: ParallelOptions, architecture: ModelArchitecture) -> list[HiddenStateModel]:
+        return build_chunks(
             architecture,
-            self.options.parallel,
+            parallel,
             dtype=torch.bfloat16 if self.options.optimizer.bf16 else torch.float32,
             make_vocab_size_divisible_by=self.options.model.make_vocab_size_divisible_by,
             router_dtype=self.options.model.moe_router_dtype,
         )
 
     def _load_frozen(self, spec: FrozenModel) -> HiddenStateModel:
-        model = self._build(spec.architecture)
+        undivided = replace(self.options.parallel, num_layers_per_virtual_pipeline_stage=None)
+        (model,) = self._build_chunks(undivided, spec.architecture)
         checkpoint.load_weights(model, spec.folder, spec.step)
         return model.requires_grad_(False).eval()
 
@@ -134,7 +136,7 @@ class MegatronTrainer:
             return None
         return checkpoint.load_training_state(
             start.folder,
-            self.student,
+            self.chunks,
             self.optimizer,
             self.scheduler,
             check=lambda state: check_optimizer_kind(self.options, state.get("optimizer", {})),
@@ -161,6 +163,8 @@ class MegatronTrainer:
             micro_batch_size=training.micro_batch_size,
             max_tokens=training.max_tokens_per_gpu if training.use_dynamic_batch_size else None,
             length=self.student.sequence_layout.tokens_on_rank,
+            # stages take turns with groups of as many micro-batches as there are ranks in the pipeline
+            count_multiple=self.options.parallel.pipeline_model_parallel_size if len(self.chunks) > 1 else 1,
         )
 
     @torch.no_grad()
@@ -169,7 +173,8 @@ class MegatronTrainer:
 
         With ``keep_hidden`` the teacher's hidden rows stay on the host for the exact KL of the next :meth:`train`.
         """
-        model = self.student if name == "student" else self.frozen[name]
+        chunks = self.chunks if name == "student" else [self.frozen[name]]
+        model = chunks[-1]
         if name == "teacher":
             self._teacher_hidden = {} if keep_hidden else None
 
@@ -180,7 +185,7 @@ class MegatronTrainer:
             return batch.split(log_probs_N)
 
         micro_batches = [batch for step in self._steps(samples) for batch in step]
-        results = run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False)
+        results = run_micro_batches(chunks, model, samples, micro_batches, last_stage, with_gradients=False)
         return self._merged(results)
 
     def _merged(self, parts: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
@@ -215,7 +220,8 @@ class MegatronTrainer:
     def _optimizer_step(
         self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], weights: list[np.ndarray]
     ) -> tuple[dict[str, float], dict[int, np.ndarray]]:
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, Any]:
@@ -230,7 +236,7 @@ class MegatronTrainer:
                 "Lower --lr, or see docs/troubleshooting.md"
             )
         self.scheduler.step(increment=1)
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.student)}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, self._merged([part[1] for part in results])
@@ -296,7 +302,7 @@ class MegatronTrainer:
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
         gather_weights(self.wrapped)
-        return export_hf_weights(self.student)
+        return export_hf_weights(self.chunks)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept."""
@@ -305,7 +311,7 @@ class MegatronTrainer:
         checkpoint.save_checkpoint(
             folder,
             step,
-            self.student,
+            self.chunks,
             hf_folder=hf_folder,
             optimizer=None if options.no_save_optim else self.optimizer,
             scheduler=self.scheduler,

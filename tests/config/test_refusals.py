@@ -75,6 +75,39 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         SGLANG + "--opd-teacher-load $teacher",
         ("--opd-teacher-load goes with --opd-type megatron only",),
     ),
+    "virtual stages without a pipeline": (
+        BASE + "--num-layers-per-virtual-pipeline-stage 1",
+        ("--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size above 1",),
+    ),
+    "virtual stages that do not fit": (
+        BASE + "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2 --rollout-batch-size 4 "
+        "--num-layers-per-virtual-pipeline-stage 3",
+        ("must divide the 2 layers of a pipeline rank",),
+    ),
+    "context parallelism of padded sequences": (
+        BASE + "--context-parallel-size 2 --actor-num-gpus-per-node 2 --qkv-format bshd",
+        ("--context-parallel-size splits packed sequences",),
+    ),
+    "context parallelism that does not fit": (
+        BASE + "--context-parallel-size 3 --actor-num-gpus-per-node 2",
+        ("--context-parallel-size 3 does not divide the 2 ranks",),
+    ),
+    "dynamic batches without a size": (
+        BASE + "--use-dynamic-batch-size",
+        ("--use-dynamic-batch-size needs --max-tokens-per-gpu",),
+    ),
+    "dynamic batches of two sizes": (
+        BASE + "--use-dynamic-batch-size --max-tokens-per-gpu 64 --micro-batch-size 2",
+        ("--micro-batch-size has no effect with --use-dynamic-batch-size",),
+    ),
+    "tokens without dynamic batches": (
+        BASE + "--max-tokens-per-gpu 64",
+        ("--max-tokens-per-gpu has no effect without --use-dynamic-batch-size",),
+    ),
+    "overlapped gather alone": (
+        BASE + "--overlap-param-gather",
+        ("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",),
+    ),
     "sglang with a baseline": (SGLANG + "--opd-baseline kl", ("--opd-baseline goes with --opd-type megatron only",)),
     "baseline from a recording": (
         MEGATRON + "--opd-baseline kl --load-debug-rollout-data $run/{rollout_id}.jsonl",

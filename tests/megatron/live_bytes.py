@@ -104,7 +104,7 @@ def _optimizer_tensors(trainer: MegatronTrainer, weights: set[int]) -> Iterator[
 
 
 def _buffers(trainer: MegatronTrainer) -> list[Any]:
-    return [*trainer.wrapped.buffers, *trainer.wrapped.expert_parallel_buffers]
+    return [buffer for chunk in trainer.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def held_bytes(trainer: MegatronTrainer) -> dict[str, int]:

@@ -265,7 +265,8 @@ def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 @torch.no_grad()
 def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName = "student") -> dict[int, np.ndarray]:
     """``[T, V]`` logits of each response by place, on the ranks of the last stage that share the samples."""
-    model = trainer.student if name == "student" else trainer.frozen[name]
+    chunks = trainer.chunks if name == "student" else [trainer.frozen[name]]
+    model = chunks[-1]
     group = parallel_state.get_tensor_model_parallel_group()
 
     def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
@@ -276,9 +277,9 @@ def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName 
 
     size = trainer.options.data_parallel_size
     lengths = [len(sample.tokens) for sample in samples]
-    shares = plan(lengths, BatchingRule(3), ranks=size, cost=sequence_cost(model.architecture))
+    shares = plan(lengths, BatchingRule(3, count_multiple=2), ranks=size, cost=sequence_cost(model.architecture))
     micro_batches = shares[parallel_state.get_data_parallel_rank()]
-    results = run_micro_batches(model, model, samples, micro_batches, last_stage, with_gradients=False)
+    results = run_micro_batches(chunks, model, samples, micro_batches, last_stage, with_gradients=False)
     if not parallel_state.is_pipeline_last_stage():
         return {}
     return add_over_context({place: array for part in results for place, array in part.items()})

@@ -23,7 +23,11 @@ FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "2": {"tensor_model_parallel_size": 2},
         "2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     },
-    "pipeline": {"1": {}, "2": {"pipeline_model_parallel_size": 2}},
+    "pipeline": {
+        "1": {},
+        "2": {"pipeline_model_parallel_size": 2},
+        "2-virtual": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+    },
     "context": {"1": {}, "2": {"context_parallel_size": 2}},
     "experts": {"dense": {}, "1": {}, "2": {"expert_model_parallel_size": 2}},
     "sequences": {"packed": {}, "padded": {"qkv_format": "bshd"}},
@@ -62,7 +66,8 @@ def possible(layout: Layout) -> bool:
     )
     if ranks % (tensor * pipeline * context):
         return False
-    if layout["sequences"] == "padded" and (context > 1 or layout["batches"] == "dynamic"):
+    needs_packing = context > 1 or layout["batches"] == "dynamic" or layout["pipeline"] == "2-virtual"
+    if layout["sequences"] == "padded" and needs_packing:
         return False
     if layout["experts"] == "dense":
         return True

@@ -33,6 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-dp2-distributed": FOUR | DISTRIBUTED | {"tensor_model_parallel_size": 2},
     "pp2-dp2": FOUR | {"pipeline_model_parallel_size": 2},
     "dp4-distributed": FOUR | DISTRIBUTED,
+    "cp2-dp2-distributed": FOUR | DISTRIBUTED | {"context_parallel_size": 2},
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "ep2-dp2-distributed": FOUR | DISTRIBUTED | {"expert_model_parallel_size": 2},
@@ -82,7 +83,8 @@ def without_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ("qwen3", "tp2-dp2-distributed", "pp2-dp2"),
         ("qwen2", "pp2-dp2", "dp4-distributed"),
         ("qwen3", "dp4-distributed", "tp2-sp-pp2"),
-        ("qwen2", "tp2-sp-pp2", "alone-distributed"),
+        ("qwen2", "tp2-sp-pp2", "cp2-dp2-distributed"),
+        ("qwen3", "cp2-dp2-distributed", "alone-distributed"),
         ("qwen2", "alone-distributed", "alone"),
     ],
 )

@@ -166,3 +166,21 @@ def test_random_weights_do_not_depend_on_the_layout(
 ) -> None:
     found = two.run(work.random_start, folders["qwen2"], LAYOUTS[layout])[0]
     assert_equal_tensors(found, alone(work.random_start, folders["qwen2"], ()))
+
+
+def test_virtual_pipeline_stages_say_learn_save_and_resume_the_same(
+    two: WorkerPool, alone: Alone, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    """Four layers on two ranks, which take turns layer by layer."""
+    flags = TWO | {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+    folder, stored = folders["teacher"], load_file(folders["teacher"] / "model.safetensors")
+    check_voices(two.run(work.voices, folder, flags), folder)
+    found = reporting(two.run(work.losses, folder, flags | {"overlap_grad_reduce": True}, "opd", 4))
+    assert_same_metrics(found, alone(work.losses, folder, (), "opd", 4), 1e-5)
+    assert two.run(work.resume, folder, flags | {"use_distributed_optimizer": True}, tmp_path / "run") == [[], []]
+    two.run(work.save_weights, folder, flags, tmp_path / "virtual")
+    assert_equal_tensors(alone(work.load_and_export, folder, (), tmp_path / "virtual"), stored)
+    alone(work.save_weights, folder, (), tmp_path / "single")
+    assert_equal_tensors(two.run(work.load_and_export, folder, flags, tmp_path / "single")[0], stored)
+    found = reporting(two.run(work.distillation, folders["teacher"], flags, folders["qwen3"]))
+    assert_same_metrics(found, alone(work.distillation, folders["teacher"], (), folders["qwen3"]), 1e-5)

@@ -29,7 +29,10 @@ class Expected:
     """Models of the matrix, and what the single process makes of them."""
 
     def __init__(self, root: Path, one: WorkerPool) -> None:
-        self.folders = {kind: save_reference(root / kind, tiny_config(family)) for kind, family in FAMILIES.items()}
+        self.folders = {
+            kind: save_reference(root / kind, tiny_config(family, num_hidden_layers=4))
+            for kind, family in FAMILIES.items()
+        }
         self._one = one
 
     @cache  # noqa: B019  an object of this class lives as long as the tests

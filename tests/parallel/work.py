@@ -117,7 +117,7 @@ def _everywhere(part: dict[int, Any]) -> dict[int, Any]:
 
 
 def save_weights(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path) -> None:
-    save_checkpoint(target, "release", _trainer(rendezvous, folder, flags).student, hf_folder=folder)
+    save_checkpoint(target, "release", _trainer(rendezvous, folder, flags).chunks, hf_folder=folder)
 
 
 def load_and_export(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source: Path) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def refusal(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source:
     """What loading weights says about a checkpoint that cannot be loaded."""
     trainer = _trainer(rendezvous, folder, flags)
     try:
-        load_weights(trainer.student, source)
+        load_weights(trainer.chunks, source)
     except UserError as error:
         return str(error)
     return "loaded"

@@ -125,8 +125,8 @@ def log_sum_over_ranks(parts_GN: Tensor) -> Tensor:
 class HeadGradients:
     """Gradients of hidden rows and weight, added up chunk by chunk.
 
-    The weight's is kept in at least float32 until it is read. Each chunk's part of it is made in slices of rows that
-    take a quarter of the memory of the chunk's logits.
+    The weight's is kept in at least float32 until it is read. Each chunk's part of it is made in slices of rows;
+    neither a slice nor what goes into it, which oneDNN copies, takes more than a quarter of the chunk's logits.
     """
 
     def __init__(self, hidden_Nh: Tensor, weight_Vh: Tensor, columns: int, needed: tuple[bool, bool]) -> None:
@@ -142,9 +142,10 @@ class HeadGradients:
         if self._sum_Vh is None:
             return
         hidden_Ch = self._hidden_Nh[part]
-        size = max(1, grad_CV.numel() // (4 * hidden_Ch.shape[1]))
-        for start in range(0, grad_CV.shape[1], size):
-            rows = slice(start, min(start + size, grad_CV.shape[1]))
+        columns = grad_CV.shape[1]
+        size = max(1, min(columns // 4, grad_CV.numel() // (4 * hidden_Ch.shape[1])))
+        for start in range(0, columns, size):
+            rows = slice(start, min(start + size, columns))
             self._sum_Vh[rows] += grad_CV[:, rows].t() @ hidden_Ch
 
     @property
