@@ -30,7 +30,8 @@ from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
-from opd_megatron.megatron.trainer import FrozenModel, ModelName, TrainerSpec
+from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
+from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
@@ -177,8 +178,7 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
         frozen["reference"] = FrozenModel(architecture, folder)
     opd = options.opd
     if opd.use_opd and opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is None:
-        folder = Path(str(opd.opd_teacher_load))
-        frozen["teacher"] = FrozenModel(teacher_architecture(options), folder, opd.opd_teacher_ckpt_step)
+        frozen["teacher"] = teacher_model(options, teacher_architecture(options), Path(str(opd.opd_teacher_load)))
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from opd_megatron.megatron.distributed import Rendezvous
-from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, TrainResult, peak_memory_bytes
+from opd_megatron.megatron.frozen import ModelName
+from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec, TrainResult, peak_memory_bytes
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.sample import Sample
 

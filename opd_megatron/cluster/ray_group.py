@@ -18,7 +18,8 @@ from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.distributed import Rendezvous
-from opd_megatron.megatron.trainer import MegatronTrainer, ModelName, TrainerSpec, peak_memory_bytes
+from opd_megatron.megatron.frozen import ModelName
+from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec, peak_memory_bytes
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.sample import Sample
 from opd_megatron.system import free_port

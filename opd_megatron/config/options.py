@@ -24,6 +24,31 @@ class OpdOptions:
         None, "teacher checkpoint for --opd-type megatron: a torch_dist or Hugging Face folder", metavar="DIR"
     )
     opd_teacher_ckpt_step: int | None = option(None, "step of --opd-teacher-load (default: its latest)", minimum=0)
+    opd_teacher_dtype: str = option(
+        "same",
+        "precision of the Megatron teacher's weights (same: the student's)",
+        choices=("same", "float32", "bfloat16"),
+    )
+    opd_teacher_micro_batch_size: int | None = option(
+        None, "samples per forward pass of the Megatron teacher (default: the student's way)", unit="samples", minimum=1
+    )
+    opd_teacher_max_tokens_per_gpu: int | None = option(
+        None,
+        "tokens per forward pass of one rank of the Megatron teacher (default: the student's way)",
+        unit="tokens",
+        minimum=1,
+    )
+    opd_teacher_tensor_model_parallel_size: int | None = option(
+        None, "tensor-parallel ranks of the Megatron teacher (default: the student's)", minimum=1
+    )
+    opd_teacher_pipeline_model_parallel_size: int | None = option(
+        None, "pipeline-parallel ranks of the Megatron teacher (default: the student's)", minimum=1
+    )
+    opd_teacher_hidden_dtype: str = option(
+        "same",
+        "precision of the teacher's hidden states on the host, kept for the exact KL (same: that of its weights)",
+        choices=("same", "float32", "bfloat16"),
+    )
     opd_teacher_url: tuple[str, ...] = option(
         (),
         "address of the SGLang server for --opd-type sglang, e.g. http://127.0.0.1:30000",
@@ -129,6 +154,20 @@ class ParallelOptions:
     def expert_tensor_size(self) -> int:
         """Tensor-parallel ranks of one expert."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+
+@dataclass(frozen=True)
+class OffloadOptions:
+    """What leaves the device while it is not needed"""
+
+    offload_teacher: bool = option(False, "keep teacher and reference on the host but for their scoring")
+    offload_optimizer: bool = option(False, "keep the optimizer's state on the host but for its step")
+    offload_train: bool = option(
+        False, "keep the student's weights, gradients and optimizer on the host while others sample and score"
+    )
+    offload_dir: str | None = option(
+        None, "files for what leaves, mapped into memory, in this folder (default: pinned memory)", metavar="DIR"
+    )
 
 
 @dataclass(frozen=True)
@@ -377,6 +416,7 @@ class Options:
     opd: OpdOptions = field(default_factory=OpdOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    offload: OffloadOptions = field(default_factory=OffloadOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     data: DataOptions = field(default_factory=DataOptions)

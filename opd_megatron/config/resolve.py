@@ -17,7 +17,7 @@ from opd_megatron.config.architecture import (
 )
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint, resolve_step
 from opd_megatron.config.errors import UserError
-from opd_megatron.config.options import Options
+from opd_megatron.config.options import Options, ParallelOptions
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,24 @@ def teacher_architecture(options: Options) -> ModelArchitecture:
     if options.opd.opd_teacher_load is None:
         raise UserError("--opd-teacher-load is missing")
     return checkpoint_architecture(options.opd.opd_teacher_load, "--opd-teacher-load")
+
+
+def teacher_parallel(options: Options, teacher: ModelArchitecture) -> ParallelOptions:
+    """The layout of a Megatron teacher on the ranks of the run; it is never recomputed."""
+    own, student = options.opd, options.parallel
+    tensor = own.opd_teacher_tensor_model_parallel_size or student.tensor_model_parallel_size
+    return dataclasses.replace(
+        student,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=(
+            own.opd_teacher_pipeline_model_parallel_size or student.pipeline_model_parallel_size
+        ),
+        sequence_parallel=tensor > 1 and (student.sequence_parallel or teacher.mixture is not None),
+        num_layers_per_virtual_pipeline_stage=None,
+        recompute_granularity=None,
+        recompute_method=None,
+        recompute_num_layers=None,
+    )
 
 
 def checkpoint_architecture(folder: str | Path, flag: str) -> ModelArchitecture:

@@ -12,7 +12,18 @@ _SGLANG_ONLY = (
     "opd_teacher_timeout",
     "opd_teacher_max_retries",
 )
-_MEGATRON_ONLY = ("opd_teacher_load", "opd_teacher_ckpt_step", "opd_exact_kl_interval", "opd_baseline")
+_MEGATRON_ONLY = (
+    "opd_teacher_load",
+    "opd_teacher_ckpt_step",
+    "opd_teacher_dtype",
+    "opd_teacher_micro_batch_size",
+    "opd_teacher_max_tokens_per_gpu",
+    "opd_teacher_tensor_model_parallel_size",
+    "opd_teacher_pipeline_model_parallel_size",
+    "opd_teacher_hidden_dtype",
+    "opd_exact_kl_interval",
+    "opd_baseline",
+)
 
 
 def opd_faults(options: Options) -> list[str]:
@@ -62,6 +73,19 @@ def _megatron_faults(options: Options) -> list[str]:
     baseline = options.opd.opd_baseline
     if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
         faults.append(f"--opd-baseline {baseline} needs the teacher itself: recorded rollouts hold its scores only")
+    if "opd_teacher_hidden_dtype" in options.given and baseline == "none" and not options.opd.opd_exact_kl_interval:
+        faults.append(
+            "--opd-teacher-hidden-dtype has no effect: --opd-exact-kl-interval 0 and --opd-baseline none keep no "
+            "hidden states: leave it out"
+        )
+    if options.opd.opd_teacher_max_tokens_per_gpu is not None:
+        if options.opd.opd_teacher_micro_batch_size is not None:
+            faults.append(
+                "--opd-teacher-micro-batch-size and --opd-teacher-max-tokens-per-gpu both size the teacher's "
+                "micro-batches: leave out one of them"
+            )
+        if options.parallel.qkv_format == "bshd":
+            faults.append("--opd-teacher-max-tokens-per-gpu counts packed tokens: leave out --qkv-format bshd")
     return faults + _misplaced(options, _SGLANG_ONLY, "sglang")
 
 

@@ -161,6 +161,7 @@ def _target_faults(options: Options) -> Iterator[str]:
         ("--run-dir", options.run.run_dir),
         ("--save", options.checkpoint.save),
         ("--save-hf", options.checkpoint.save_hf),
+        ("--offload-dir", options.offload.offload_dir),
     )
     for flag, folder in folders:
         if folder is None:

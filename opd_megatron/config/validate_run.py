@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from opd_megatron.config.resolve import (
     student_architecture,
     teacher_architecture,
     teacher_folder,
+    teacher_parallel,
     weight_differences,
 )
 from opd_megatron.config.validate_moe import expert_layout_faults, expert_model_faults, expert_option_faults
@@ -29,6 +31,7 @@ def run_faults(options: Options) -> list[str]:
         *layout_faults(options),
         *_model_faults(options),
         *_recompute_faults(options),
+        *_offload_faults(options),
         *_objective_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
@@ -112,13 +115,30 @@ def _model_faults(options: Options) -> Iterator[str]:
     if teacher_folder(options) is not None:
         try:
             models.append(teacher_architecture(options))
-            yield from layout_faults_of_model(options, models[-1], "teacher")
+            yield from _teacher_layout_faults(options, models[-1])
         except UserError as error:
             yield str(error)
     spread = options.parallel.expert_model_parallel_size > 1 or options.parallel.expert_tensor_parallel_size is not None
     if models and spread and not any(model.mixture for model in models):
         flags = "--expert-model-parallel-size and --expert-tensor-parallel-size"
         yield f"{flags} are for a mixture of experts, which no model of this run is: leave them out"
+
+
+def _teacher_layout_faults(options: Options, teacher: ModelArchitecture) -> Iterator[str]:
+    own, parallel = options.opd, teacher_parallel(options, teacher)
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    prefix = "--"
+    if own.opd_teacher_tensor_model_parallel_size or own.opd_teacher_pipeline_model_parallel_size:
+        prefix = "--opd-teacher-"
+        if options.world_size % (tensor * pipeline * parallel.context_parallel_size):
+            yield (
+                f"--opd-teacher-tensor-model-parallel-size {tensor} x --opd-teacher-pipeline-model-parallel-size "
+                f"{pipeline} x --context-parallel-size {parallel.context_parallel_size} does not divide the "
+                f"{options.world_size} ranks of the trainer, which the teacher shares"
+            )
+        if teacher.mixture is not None:
+            yield from expert_layout_faults(parallel, options.world_size)
+    yield from layout_faults_of_model(dataclasses.replace(options, parallel=parallel), teacher, "teacher", prefix)
 
 
 def _virtual_stage_faults(options: Options, student: ModelArchitecture) -> Iterator[str]:
@@ -131,8 +151,8 @@ def _virtual_stage_faults(options: Options, student: ModelArchitecture) -> Itera
         )
 
 
-def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: str) -> list[str]:
-    """What of ``model`` cannot be split by the tensor and pipeline sizes; ``owner`` stands in the messages."""
+def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: str, prefix: str = "--") -> list[str]:
+    """What of ``model`` cannot be split by the tensor and pipeline sizes; ``owner`` and ``prefix`` are for messages."""
     tensor, pipeline = (
         options.parallel.tensor_model_parallel_size,
         options.parallel.pipeline_model_parallel_size,
@@ -143,13 +163,13 @@ def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: st
         *([("feed-forward channels", model.ffn_hidden_size)] if model.dense_layers else []),
     )
     faults = [
-        f"--tensor-model-parallel-size {tensor} does not divide the {owner}'s {count} {what}"
+        f"{prefix}tensor-model-parallel-size {tensor} does not divide the {owner}'s {count} {what}"
         for what, count in parts
         if count % tensor
     ]
     if model.num_layers % pipeline:
         faults.append(
-            f"--pipeline-model-parallel-size {pipeline} does not divide the {owner}'s {model.num_layers} layers"
+            f"{prefix}pipeline-model-parallel-size {pipeline} does not divide the {owner}'s {model.num_layers} layers"
         )
     return [*faults, *expert_model_faults(options.parallel, model, owner)]
 
@@ -167,6 +187,18 @@ def _recompute_faults(options: Options) -> Iterator[str]:
             yield f"--recompute-granularity full needs {flag}"
     elif given:
         yield f"{' and '.join(given)} need --recompute-granularity full"
+
+
+def _offload_faults(options: Options) -> Iterator[str]:
+    offload = options.offload
+    recorded = options.rollout.load_debug_rollout_data is not None
+    taught = options.opd.use_opd and options.opd.opd_type == "megatron" and not recorded
+    if offload.offload_teacher and not taught and not needs_reference(options):
+        yield "--offload-teacher has no effect: there is neither a Megatron teacher nor a reference: leave it out"
+    if offload.offload_dir is not None and not (
+        offload.offload_teacher or offload.offload_optimizer or offload.offload_train
+    ):
+        yield "--offload-dir has nothing to hold: add --offload-teacher, --offload-optimizer or --offload-train"
 
 
 def _objective_faults(options: Options) -> Iterator[str]:

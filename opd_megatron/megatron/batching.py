@@ -88,3 +88,14 @@ def plan(lengths: Sequence[int], rule: BatchingRule, *, ranks: int, cost: Callab
     most = max(map(len, batches))
     most = -(-most // rule.count_multiple) * rule.count_multiple
     return [part + [()] * (most - len(part)) for part in batches]
+
+
+def plan_steps(
+    lengths: Sequence[int], step_size: int, rule: BatchingRule, *, ranks: int, cost: Callable[[int], float]
+) -> list[list[MicroBatches]]:
+    """:func:`plan` for each optimizer step, that is for consecutive ``step_size`` samples; places are of the whole."""
+    steps = []
+    for start in range(0, len(lengths), step_size):
+        shares = plan(lengths[start : start + step_size], rule, ranks=ranks, cost=cost)
+        steps.append([[tuple(start + place for place in places) for places in share] for share in shares])
+    return steps

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,16 +58,65 @@ def initialize(rendezvous: Rendezvous, parallel: ParallelOptions, *, seed: int) 
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _build_groups(parallel: ParallelOptions) -> None:
-    from megatron.core import parallel_state
-
-    layout = {
+def _sizes(parallel: ParallelOptions) -> dict[str, int]:
+    return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
     }
+
+
+Groups = dict[str, Any]
+"""Megatron's process groups of one layout: the global variables of ``parallel_state`` by name."""
+
+_others: dict[tuple[int, ...], Groups] = {}
+
+
+def _groups_in_use() -> Groups:
+    from megatron.core import parallel_state
+
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and (name.isupper() or name == "_global_process_group_list")
+    }
+
+
+def other_groups(parallel: ParallelOptions) -> Groups:
+    """Groups of another layout beside those in use, for :func:`using`; all ranks call it. Each layout is built once."""
+    from megatron.core import parallel_state
+
+    sizes = _sizes(parallel)
+    key = tuple(sizes.values())
+    if key not in _others:
+        unset: Groups = {name: {} if isinstance(value, dict) else None for name, value in _groups_in_use().items()}
+        with using(unset):
+            parallel_state.initialize_model_parallel(
+                **sizes, distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes))
+            )
+            _others[key] = _groups_in_use()
+    return _others[key]
+
+
+@contextlib.contextmanager
+def using(groups: Groups | None) -> Iterator[None]:
+    """Let Megatron see these groups instead of its own; None changes nothing."""
+    from megatron.core import parallel_state
+
+    before = _groups_in_use()
+    vars(parallel_state).update(groups or {})
+    try:
+        yield
+    finally:
+        vars(parallel_state).update(before)
+
+
+def _build_groups(parallel: ParallelOptions) -> None:
+    from megatron.core import parallel_state
+
+    layout = _sizes(parallel)
     if parallel_state.model_parallel_is_initialized():
         present = {
             "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
@@ -86,6 +138,7 @@ def _destroy_groups() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    _others.clear()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
@@ -108,5 +161,6 @@ def shutdown() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    _others.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

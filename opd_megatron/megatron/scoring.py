@@ -1,8 +1,8 @@
-"""Log-probabilities of many samples under one model that is not trained, over all ranks, with progress."""
+"""Log-probabilities of samples under one model without gradients, and how the ranks' parts of them are merged."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
 from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.model import HiddenStateModel, Models, chunks_of
 from opd_megatron.observe.progress import track
 from opd_megatron.sample import Sample
 
@@ -22,17 +22,55 @@ MICRO_BATCHES_AT_A_TIME = 16
 """Micro-batches per rank between two updates of the progress; enough to keep a pipeline filled."""
 
 
+def reports() -> bool:
+    """Whether this rank holds results: last pipeline stage, first of the ranks that share its samples."""
+    return (
+        parallel_state.is_pipeline_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
+
+
+def merge_parts(parts: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
+    """The arrays of all micro-batches by place, on the ranks that report; {} on the others. All ranks call it."""
+    if not parallel_state.is_pipeline_last_stage():
+        return {}
+    merged = add_over_context({place: array for part in parts for place, array in part.items()})
+    return merged if reports() else {}
+
+
 @torch.no_grad()
+def response_log_probs(
+    models: Models,
+    samples: Sequence[Sample],
+    micro_batches: Sequence[tuple[int, ...]],
+    temperature: float,
+    keep: Callable[[MicroBatch, Tensor], None] | None = None,
+) -> dict[int, np.ndarray]:
+    """Log-probabilities ``[T]`` float32 of each response of this rank's ``micro_batches``, by its place in ``samples``.
+
+    They come from the ranks that report; all ranks call it. ``keep`` is given each micro-batch and its hidden rows
+    ``[N, h]`` on the last pipeline stage.
+    """
+
+    chunks = chunks_of(models)
+
+    def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
+        if keep is not None:
+            keep(batch, rows_Nh)
+        return batch.split(head_log_probs(chunks[-1], batch, rows_Nh, temperature)[0])
+
+    return merge_parts(run_micro_batches(chunks, chunks[-1], samples, micro_batches, last_stage, with_gradients=False))
+
+
 def score_samples(
     model: HiddenStateModel, samples: Sequence[Sample], temperature: float, micro_batch_size: int
 ) -> list[np.ndarray]:
-    """Log-probabilities ``[T]`` float32 of each response on the first rank, [] on the others; all ranks call it."""
+    """Log-probabilities ``[T]`` float32 of each response on the first rank, [] on the others; all ranks call it.
 
-    def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
-        return batch.split(head_log_probs(model, batch, rows_Nh, temperature)[0])
-
+    The first rank shows the progress.
+    """
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    is_last = parallel_state.is_pipeline_last_stage()
     is_first = dist.get_rank() == 0
     # Longest first: what needs the most memory fails at once, and sequences of one micro-batch are of one length.
     order = sorted(range(len(samples)), key=lambda place: -samples[place].response_length)
@@ -43,9 +81,8 @@ def score_samples(
     for start in track(starts, "score", len(starts)) if is_first else starts:
         chunk = [samples[place] for place in order[start : start + size]]
         micro_batches = plan([len(sample.tokens) for sample in chunk], rule, ranks=ranks, cost=cost)[rank]
-        parts = run_micro_batches([model], model, chunk, micro_batches, last_stage, with_gradients=False)
-        found = {order[start + place]: array for part in parts for place, array in part.items()}
-        results |= _gather(add_over_context(found) if is_last else {})
+        found = response_log_probs(model, chunk, micro_batches, temperature)
+        results |= _gather({order[start + place]: array for place, array in found.items()})
     return [results[place] for place in range(len(samples))] if is_first else []
 
 

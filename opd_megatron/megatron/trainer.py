@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,17 +21,24 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
-from opd_megatron.config.checkpoint_paths import Step
 from opd_megatron.config.errors import RunError
-from opd_megatron.config.options import Options, ParallelOptions
+from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
-from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan, sequence_cost
-from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
+from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
+from opd_megatron.megatron.forward import head_log_probs, run_micro_batches
+from opd_megatron.megatron.frozen import (
+    DTYPES,
+    FrozenModel,
+    FrozenScorer,
+    ModelName,
+    build_from_options,
+    student_rule,
+)
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.model import HiddenStateModel, build_chunks
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
+from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, gradients_of, tensors_of, weights_of
 from opd_megatron.megatron.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -38,23 +46,14 @@ from opd_megatron.megatron.optimizer import (
     optimizer_step,
     wrap_model,
 )
+from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
 from opd_megatron.megatron.step_folders import remove_old_steps
+from opd_megatron.megatron.teacher_rows import TeacherRows
 from opd_megatron.megatron.vocab_head import kl_and_baseline
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
 from opd_megatron.sample import Sample
-
-ModelName = Literal["student", "reference", "teacher"]
-
-
-@dataclass(frozen=True)
-class FrozenModel:
-    """A model that only scores: its architecture and the folder its weights come from."""
-
-    architecture: ModelArchitecture
-    folder: Path
-    step: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class MegatronTrainer:
         self.options = spec.options
         self.temperature = self.options.rollout.rollout_temperature
         distributed.initialize(rendezvous, self.options.parallel, seed=self.options.training.seed)
-        self.chunks = self._build_chunks(self.options.parallel, spec.architecture)
+        self.chunks = build_from_options(self.options, spec.architecture)
         self.student = self.chunks[-1]
         if spec.start.source == "random":
             initialize_weights(self.chunks, self.options.training.seed)
@@ -99,32 +98,28 @@ class MegatronTrainer:
         self.optimizer = build_optimizer(self.wrapped, self.options.optimizer)
         decay, warmup = schedule_steps(self.options, spec.num_rollouts)
         self.scheduler = build_scheduler(self.optimizer, self.options.optimizer, decay, warmup)
-        self.frozen = {name: self._load_frozen(model) for name, model in spec.frozen.items()}
-        self._teacher_hidden: dict[int, Tensor] | None = None
+        store = HostStore(None if self.options.offload.offload_dir is None else Path(self.options.offload.offload_dir))
+        self.memory = DeviceMemory()
+        self._let_leave(store)
+        self.frozen: dict[ModelName, FrozenScorer] = {}
+        for name, model in spec.frozen.items():
+            self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
+            if self.options.offload.offload_teacher:
+                self.memory.add(name, Part(partial(weights_of, [self.frozen[name].model]), store, constant=True))
+        self._teacher_rows: TeacherRows | None = None
 
-    def _build_chunks(self, parallel: ParallelOptions, architecture: ModelArchitecture) -> list[HiddenStateModel]:
-        return build_chunks(
-            architecture,
-            parallel,
-            dtype=torch.bfloat16 if self.options.optimizer.bf16 else torch.float32,
-            make_vocab_size_divisible_by=self.options.model.make_vocab_size_divisible_by,
-            router_dtype=self.options.model.moe_router_dtype,
-        )
-
-    def _load_frozen(self, spec: FrozenModel) -> HiddenStateModel:
-        undivided = replace(self.options.parallel, num_layers_per_virtual_pipeline_stage=None)
-        (model,) = self._build_chunks(undivided, spec.architecture)
-        checkpoint.load_weights(model, spec.folder, spec.step)
-        return model.requires_grad_(False).eval()
-
-    @property
-    def reports(self) -> bool:
-        """Whether this rank holds results: last pipeline stage, first of the ranks that share its samples."""
-        return (
-            parallel_state.is_pipeline_last_stage()
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.get_context_parallel_rank() == 0
-        )
+    def _let_leave(self, store: HostStore) -> None:
+        """Tell the memory which parts of the training may leave, as the ``--offload-*`` options want it."""
+        offload = self.options.offload
+        weights = Part(partial(weights_of, self.chunks), store)
+        gradients = Part(partial(gradients_of, self.chunks), store, discarded=True)
+        optimizer = Part(partial(tensors_of, self.optimizer), store, but_not=(weights, gradients))
+        if offload.offload_train:
+            self.memory.add("gradients", gradients)
+        if offload.offload_train or offload.offload_optimizer:
+            self.memory.add("optimizer", optimizer)
+        if offload.offload_train:
+            self.memory.add("weights", weights)
 
     def resume(self) -> dict[str, Any] | None:
         """Restore what ``--load`` holds beside the weights if the run goes on from a trainer's checkpoint.
@@ -134,73 +129,68 @@ class MegatronTrainer:
         options, start = self.options.checkpoint, self.spec.start
         if start.source != "load" or options.finetune or not checkpoint.has_training_state(start.folder):
             return None
-        return checkpoint.load_training_state(
-            start.folder,
-            self.chunks,
-            self.optimizer,
-            self.scheduler,
-            check=lambda state: check_optimizer_kind(self.options, state.get("optimizer", {})),
-            with_optimizer=not options.no_load_optim,
-            with_rng=not options.no_load_rng,
+        with self.memory.holding("weights", "optimizer"):
+            return checkpoint.load_training_state(
+                start.folder,
+                self.chunks,
+                self.optimizer,
+                self.scheduler,
+                check=lambda state: check_optimizer_kind(self.options, state.get("optimizer", {})),
+                with_optimizer=not options.no_load_optim,
+                with_rng=not options.no_load_rng,
+            )
+
+    def _steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
+        """Every rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
+        return plan_steps(
+            [len(sample.tokens) for sample in samples],
+            self.options.global_batch_size,
+            student_rule(self.options, self.student),
+            ranks=parallel_state.get_data_parallel_world_size(),
+            cost=sequence_cost(self.spec.architecture),
         )
 
-    def _steps(self, samples: Sequence[Sample]) -> list[MicroBatches]:
-        """This rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
-        size = self.options.global_batch_size
-        rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        cost = sequence_cost(self.spec.architecture)
-        steps = []
-        for start in range(0, len(samples), size):
-            lengths = [len(sample.tokens) for sample in samples[start : start + size]]
-            share = plan(lengths, self._batching, ranks=ranks, cost=cost)[rank]
-            steps.append([tuple(start + place for place in places) for places in share])
-        return steps
+    def _share(self, samples: Sequence[Sample]) -> list[MicroBatches]:
+        """This rank's part of :meth:`_steps`."""
+        rank = parallel_state.get_data_parallel_rank()
+        return [step[rank] for step in self._steps(samples)]
 
-    @property
-    def _batching(self) -> BatchingRule:
-        training = self.options.training
-        return BatchingRule(
-            micro_batch_size=training.micro_batch_size,
-            max_tokens=training.max_tokens_per_gpu if training.use_dynamic_batch_size else None,
-            length=self.student.sequence_layout.tokens_on_rank,
-            # stages take turns with groups of as many micro-batches as there are ranks in the pipeline
-            count_multiple=self.options.parallel.pipeline_model_parallel_size if len(self.chunks) > 1 else 1,
-        )
-
-    @torch.no_grad()
     def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> dict[int, np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response at the rollout temperature, by place in ``samples``.
 
         With ``keep_hidden`` the teacher's hidden rows stay on the host for the exact KL of the next :meth:`train`.
         """
-        chunks = self.chunks if name == "student" else [self.frozen[name]]
-        model = chunks[-1]
+        if name == "student":
+            micro_batches = [places for step in self._share(samples) for places in step]
+            with self.memory.holding("weights"):
+                return response_log_probs(self.chunks, samples, micro_batches, self.temperature)
         if name == "teacher":
-            self._teacher_hidden = {} if keep_hidden else None
-
-        def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
-            log_probs_N, _ = head_log_probs(model, batch, rows_Nh, self.temperature)
-            if self._teacher_hidden is not None and name == "teacher":
-                self._teacher_hidden.update(batch.rows_by_place(rows_Nh.to("cpu")))
-            return batch.split(log_probs_N)
-
-        micro_batches = [batch for step in self._steps(samples) for batch in step]
-        results = run_micro_batches(chunks, model, samples, micro_batches, last_stage, with_gradients=False)
-        return self._merged(results)
-
-    def _merged(self, parts: Sequence[dict[int, np.ndarray]]) -> dict[int, np.ndarray]:
-        """The arrays of all micro-batches, on the ranks that report."""
-        if not parallel_state.is_pipeline_last_stage():
-            return {}
-        merged = add_over_context({place: array for part in parts for place, array in part.items()})
-        return merged if self.reports else {}
+            self._teacher_rows = None
+        frozen = self.frozen[name]
+        rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
+        with self.memory.holding(name):
+            found = frozen.score(samples, self.temperature, rows.keep if rows else None)
+            if rows:
+                rows.take_weight(frozen.head_weight(), leaves=self.options.offload.offload_teacher)
+        if rows:
+            rows.bring(frozen.steps(samples), self._steps(samples), other_ranks=frozen.has_own_layout)
+            self._teacher_rows = rows
+        return found
 
     def train(self, samples: Sequence[Sample]) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite."""
+        needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
+        with self.memory.holding(*needed):
+            result = self._train(samples)
+            if self.options.offload.offload_train:
+                gather_weights(self.wrapped)
+            return result
+
+    def _train(self, samples: Sequence[Sample]) -> TrainResult:
         per_step: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         size = self.options.global_batch_size
-        for number, micro_batches in enumerate(self._steps(samples)):
+        for number, micro_batches in enumerate(self._share(samples)):
             first = number * size
             weights = token_loss_weights(
                 [sample.loss_mask for sample in samples[first : first + size]],
@@ -210,12 +200,12 @@ class MegatronTrainer:
             metrics, found = self._optimizer_step(samples, micro_batches, by_place)
             per_step.append(metrics)
             log_probs.update(found)
-        self._teacher_hidden = None
+        self._teacher_rows = None
         return TrainResult(_mean_over_steps(per_step) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
-        return self.reports and parallel_state.get_data_parallel_rank() == 0
+        return reports() and parallel_state.get_data_parallel_rank() == 0
 
     def _optimizer_step(
         self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], weights: list[np.ndarray]
@@ -229,7 +219,10 @@ class MegatronTrainer:
 
         results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, last_stage, with_gradients=True)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        gradient_norm = optimizer_step(self.optimizer)
+        with self.memory.holding("optimizer"):
+            gradient_norm = optimizer_step(self.optimizer)
+            if self.options.offload.offload_optimizer or self.options.offload.offload_train:
+                self.optimizer.zero_grad()  # those of the master weights are copies, which would stay behind
         if not math.isfinite(gradient_norm):
             raise RunError(
                 f"the gradient norm is {gradient_norm}; nothing was saved since the last checkpoint. "
@@ -239,7 +232,7 @@ class MegatronTrainer:
         metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
-        return metrics, self._merged([part[1] for part in results])
+        return metrics, merge_parts([part[1] for part in results])
 
     def _loss(
         self, samples: Sequence[Sample], batch: MicroBatch, rows_Nh: Tensor, weights: list[np.ndarray]
@@ -285,14 +278,13 @@ class MegatronTrainer:
 
         None where the teacher's hidden rows were not kept.
         """
-        if self._teacher_hidden is None:
+        if self._teacher_rows is None:
             return None, None
-        teacher_weight = self.frozen["teacher"].head_weight()
-        parts = [self._teacher_hidden[place].to(rows_Nh.device) for place in batch.indices]
+        teacher_rows_Nh, teacher_weight = self._teacher_rows.of(batch)
         return kl_and_baseline(
             rows_Nh.detach(),
             self.student.head_weight(),
-            torch.cat(parts) if parts else teacher_weight.new_zeros((0, teacher_weight.shape[1])),
+            teacher_rows_Nh,
             teacher_weight,
             temperature=self.temperature,
             vocab_size=self.spec.architecture.vocab_size,
@@ -301,22 +293,24 @@ class MegatronTrainer:
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
-        gather_weights(self.wrapped)
-        return export_hf_weights(self.chunks)
+        with self.memory.holding("weights"):
+            gather_weights(self.wrapped)
+            yield from export_hf_weights(self.chunks)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept."""
         options = self.options.checkpoint
-        gather_weights(self.wrapped)
-        checkpoint.save_checkpoint(
-            folder,
-            step,
-            self.chunks,
-            hf_folder=hf_folder,
-            optimizer=None if options.no_save_optim else self.optimizer,
-            scheduler=self.scheduler,
-            run_state={**run_state, "optimizer": optimizer_kind(self.options)},
-        )
+        with self.memory.holding("weights", "optimizer"):
+            gather_weights(self.wrapped)
+            checkpoint.save_checkpoint(
+                folder,
+                step,
+                self.chunks,
+                hf_folder=hf_folder,
+                optimizer=None if options.no_save_optim else self.optimizer,
+                scheduler=self.scheduler,
+                run_state={**run_state, "optimizer": optimizer_kind(self.options)},
+            )
         if dist.get_rank() == 0:
             remove_old_steps(folder, step, options)
 

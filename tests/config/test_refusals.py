@@ -118,6 +118,37 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sglang with step": (SGLANG + "--opd-teacher-ckpt-step 5", ("--opd-teacher-ckpt-step goes with",)),
     "megatron with url": (MEGATRON + "--opd-teacher-url http://h:2", ("--opd-teacher-url goes with --opd-type sgl",)),
     "megatron with timeout": (MEGATRON + "--opd-teacher-timeout 3", ("--opd-teacher-timeout goes with",)),
+    "sglang with a precision": (
+        SGLANG + "--opd-teacher-dtype bfloat16 --opd-teacher-micro-batch-size 2 --opd-teacher-max-tokens-per-gpu 64",
+        (
+            "--opd-teacher-dtype goes with --opd-type megatron only",
+            "--opd-teacher-micro-batch-size goes",
+            "--opd-teacher-max-tokens-per-gpu goes",
+        ),
+    ),
+    "two sizes of the teacher's micro-batches": (
+        MEGATRON + "--opd-teacher-micro-batch-size 2 --opd-teacher-max-tokens-per-gpu 64 --qkv-format bshd",
+        ("both size the teacher's micro-batches", "--opd-teacher-max-tokens-per-gpu counts packed tokens"),
+    ),
+    "precision of hidden states that nobody keeps": (
+        MEGATRON + "--opd-exact-kl-interval 0 --opd-teacher-hidden-dtype bfloat16",
+        ("--opd-teacher-hidden-dtype has no effect",),
+    ),
+    "teacher layout that does not fit": (
+        MEGATRON + "--actor-num-gpus-per-node 2 --opd-teacher-tensor-model-parallel-size 3",
+        (
+            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 x",
+            "does not divide the 2 ranks",
+            "--opd-teacher-tensor-model-parallel-size 3 does not divide the teacher's",
+        ),
+    ),
+    "teacher layout with sglang": (
+        SGLANG + "--opd-teacher-pipeline-model-parallel-size 2",
+        ("--opd-teacher-pipeline-model-parallel-size goes with --opd-type megatron only",),
+    ),
+    "nobody to offload": (BASE + "--offload-teacher", ("--offload-teacher has no effect",)),
+    "nothing to hold": (BASE + "--offload-dir $root/away", ("--offload-dir has nothing to hold",)),
+    "offload to a file": (BASE + "--offload-train --offload-dir $file", ("--offload-dir", "is a file")),
     "opd options without opd": (
         BASE + "--opd-type megatron --opd-kl-coef 1.0 --opd-teacher-load nowhere --opd-allow-sampling-mismatch",
         (

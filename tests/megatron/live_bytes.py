@@ -110,12 +110,13 @@ def _buffers(trainer: MegatronTrainer) -> list[Any]:
 def held_bytes(trainer: MegatronTrainer) -> dict[str, int]:
     """What this rank holds after an optimizer step, by the names of an estimate."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.student.parameters()}
+    frozen = {str(name): _bytes(scorer.model.parameters()) for name, scorer in trainer.frozen.items()}
     return {
         "weights": _bytes(iter(trainer.student.parameters())),
         "gradients": _bytes(buffer.grad_data for buffer in _buffers(trainer)),
         "optimizer": _bytes(_optimizer_tensors(trainer, weights)),
-        "teacher": sum(_bytes(model.parameters()) for name, model in trainer.frozen.items() if name == "teacher"),
-        "reference": sum(_bytes(model.parameters()) for name, model in trainer.frozen.items() if name == "reference"),
+        "teacher": frozen.get("teacher", 0),
+        "reference": frozen.get("reference", 0),
     }
 
 

@@ -21,9 +21,10 @@ from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
 from opd_megatron.megatron.chunks import ChunkedTensor
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.forward import add_over_context, run_micro_batches
+from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.safe_checkpoint import StepReader
-from opd_megatron.megatron.trainer import FrozenModel, MegatronTrainer, ModelName, TrainerSpec
+from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec
 from opd_megatron.sample import Sample, TeacherScores
 from tests.support.models import FAMILIES as FAMILIES
 from tests.support.models import MIXTURES as MIXTURES
@@ -95,14 +96,15 @@ def make_spec(
     **flags: Any,
 ) -> TrainerSpec:
     """What a trainer of the model in ``folder`` needs; frozen models come from Hugging Face folders."""
+    settings: dict[str, Any] = {"rollout_batch_size": 12, "micro_batch_size": 3, "distributed_timeout_minutes": 0.5}
+    options = make_options(**(settings | flags))
     frozen: dict[ModelName, FrozenModel] = {}
     if teacher is not None:
-        frozen["teacher"] = FrozenModel(architecture_of(teacher), teacher)
+        frozen["teacher"] = teacher_model(options, architecture_of(teacher), teacher)
     if reference is not None:
         frozen["reference"] = FrozenModel(architecture_of(reference), reference)
-    settings: dict[str, Any] = {"rollout_batch_size": 12, "micro_batch_size": 3, "distributed_timeout_minutes": 0.5}
     return TrainerSpec(
-        make_options(**(settings | flags)),
+        options,
         architecture_of(folder),
         start or StartingPoint("hf_checkpoint", folder),
         num_rollouts,
@@ -216,6 +218,11 @@ def step_gradients(trainer: MegatronTrainer, samples: Sequence[Sample]) -> tuple
 
 def optimizer_state(trainer: MegatronTrainer) -> dict[str, Tensor]:
     """This rank's part of the optimizer: the weights it steps and their state, numbered in the optimizer's order."""
+    with trainer.memory.holding("weights", "optimizer"):
+        return _optimizer_state(trainer)
+
+
+def _optimizer_state(trainer: MegatronTrainer) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for part_number, part in enumerate(getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])):
         weights = [weight for group in part.optimizer.param_groups for weight in group["params"]]
@@ -265,7 +272,7 @@ def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 @torch.no_grad()
 def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName = "student") -> dict[int, np.ndarray]:
     """``[T, V]`` logits of each response by place, on the ranks of the last stage that share the samples."""
-    chunks = trainer.chunks if name == "student" else [trainer.frozen[name]]
+    chunks = trainer.chunks if name == "student" else [trainer.frozen[name].model]
     model = chunks[-1]
     group = parallel_state.get_tensor_model_parallel_group()
 

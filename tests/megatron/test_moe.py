@@ -164,7 +164,7 @@ def test_gradients_agree_with_transformers(
     mixtures: dict[str, Path], monkeypatch: pytest.MonkeyPatch, family: str, kind: str, flags: dict[str, Any]
 ) -> None:
     samples = [sample for seed in range(2) for sample in make_samples(seed) if len(sample.tokens) > 1][:12]
-    monkeypatch.setattr("opd_megatron.megatron.trainer.plan", _in_order)
+    monkeypatch.setattr("opd_megatron.megatron.batching.plan", _in_order)
     coefficient = 0.0 if kind == "none" else COEFFICIENT
     settings = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": coefficient, "loss_type": "sft_loss"}
     trainer = make_trainer(mixtures[family], **GRADIENT_FLAGS, **settings, **flags)
@@ -210,7 +210,7 @@ def test_nothing_is_counted_or_balanced_while_scoring(mixtures: dict[str, Path])
     trainer = make_trainer(mixtures["qwen3_moe"], moe_aux_loss_coeff=COEFFICIENT, reference=mixtures["qwen3_moe"])
     for name in ("student", "reference"):
         trainer.score(name, make_samples(0))
-    models = [trainer.student, *trainer.frozen.values()]
+    models = [trainer.student, *(frozen.model for frozen in trainer.frozen.values())]
     routers = [part for model in models for part in model.modules() if isinstance(part, moe.ExpertRouter)]
     assert len(routers) == 4
     assert all(router.tally is None for router in routers)

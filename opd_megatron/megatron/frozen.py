@@ -1,0 +1,184 @@
+"""Models that only score, by name: the reference and the teacher. Each has weights and sizes of its own.
+
+A frozen model works on the samples of an optimizer step at a time, in the shares that :mod:`batching` plans for it, and
+gives the log-probabilities of the responses. What else the objective needs of it is kept through ``keep``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.checkpoint_paths import Step
+from opd_megatron.config.options import Options, ParallelOptions
+from opd_megatron.config.resolve import teacher_parallel
+from opd_megatron.megatron import checkpoint, distributed
+from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
+from opd_megatron.megatron.exchange import Key, exchange
+from opd_megatron.megatron.micro_batch import MicroBatch
+from opd_megatron.megatron.model import HiddenStateModel, build_chunks
+from opd_megatron.megatron.scoring import response_log_probs
+from opd_megatron.sample import Sample
+
+ModelName = Literal["student", "reference", "teacher"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A model that only scores: its architecture and the folder its weights come from.
+
+    ``dtype``, ``micro_batch_size`` (samples), ``max_tokens`` (of one rank) and ``parallel``, the layout, are the
+    student's where they are None.
+    """
+
+    architecture: ModelArchitecture
+    folder: Path
+    step: Step | None = None
+    dtype: str | None = None
+    micro_batch_size: int | None = None
+    max_tokens: int | None = None
+    parallel: ParallelOptions | None = None
+
+
+def teacher_model(options: Options, architecture: ModelArchitecture, folder: Path) -> FrozenModel:
+    """The teacher in ``folder`` as the ``--opd-teacher-*`` options want it."""
+    opd = options.opd
+    own_layout = opd.opd_teacher_tensor_model_parallel_size or opd.opd_teacher_pipeline_model_parallel_size
+    return FrozenModel(
+        architecture,
+        folder,
+        opd.opd_teacher_ckpt_step,
+        dtype=None if opd.opd_teacher_dtype == "same" else opd.opd_teacher_dtype,
+        micro_batch_size=opd.opd_teacher_micro_batch_size,
+        max_tokens=opd.opd_teacher_max_tokens_per_gpu,
+        parallel=teacher_parallel(options, architecture) if own_layout else None,
+    )
+
+
+def build_from_options(
+    options: Options,
+    architecture: ModelArchitecture,
+    dtype: str | None = None,
+    parallel: ParallelOptions | None = None,
+) -> list[HiddenStateModel]:
+    """This rank's part of a model of the run, its weights not yet set; None means that of training."""
+    return build_chunks(
+        architecture,
+        parallel or options.parallel,
+        dtype=DTYPES[dtype or ("bfloat16" if options.optimizer.bf16 else "float32")],
+        make_vocab_size_divisible_by=options.model.make_vocab_size_divisible_by,
+        router_dtype=options.model.moe_router_dtype,
+    )
+
+
+def student_rule(options: Options, model: HiddenStateModel) -> BatchingRule:
+    """How ``--micro-batch-size`` and ``--max-tokens-per-gpu`` make micro-batches for ``model``."""
+    training, parallel = options.training, options.parallel
+    is_divided = parallel.num_layers_per_virtual_pipeline_stage is not None
+    return BatchingRule(
+        micro_batch_size=training.micro_batch_size,
+        max_tokens=training.max_tokens_per_gpu if training.use_dynamic_batch_size else None,
+        length=model.sequence_layout.tokens_on_rank,
+        # virtual stages take turns with groups of as many micro-batches as there are ranks in the pipeline
+        count_multiple=parallel.pipeline_model_parallel_size if is_divided else 1,
+    )
+
+
+class FrozenScorer:
+    """A frozen model with its weights loaded. ``planned_for`` is the model whose work decides how ranks are balanced.
+
+    All methods are collective.
+    """
+
+    def __init__(self, spec: FrozenModel, options: Options, planned_for: ModelArchitecture) -> None:
+        self.spec = spec
+        self._options = options
+        self._cost = sequence_cost(planned_for)
+        self._groups = None if spec.parallel is None else distributed.other_groups(spec.parallel)
+        self._head_for_student: Tensor | None = None
+        with distributed.using(self._groups):
+            undivided = replace(spec.parallel or options.parallel, num_layers_per_virtual_pipeline_stage=None)
+            (self.model,) = build_from_options(options, spec.architecture, spec.dtype, undivided)
+            checkpoint.load_weights(self.model, spec.folder, spec.step)
+        self.model.requires_grad_(False).eval()
+
+    @property
+    def _rule(self) -> BatchingRule:
+        own = self.spec
+        if own.micro_batch_size is None and own.max_tokens is None:
+            return student_rule(self._options, self.model)
+        return BatchingRule(own.micro_batch_size or 1, own.max_tokens, self.model.sequence_layout.tokens_on_rank)
+
+    def steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
+        """Micro-batches of every data-parallel rank of this model for each optimizer step."""
+        with distributed.using(self._groups):
+            ranks = parallel_state.get_data_parallel_world_size()
+        lengths = [len(sample.tokens) for sample in samples]
+        return plan_steps(lengths, self._options.global_batch_size, self._rule, ranks=ranks, cost=self._cost)
+
+    def score(
+        self,
+        samples: Sequence[Sample],
+        temperature: float,
+        keep: Callable[[MicroBatch, Tensor], None] | None = None,
+    ) -> dict[int, np.ndarray]:
+        """See :func:`~opd_megatron.megatron.scoring.response_log_probs`."""
+        steps = self.steps(samples)
+        with distributed.using(self._groups):
+            rank = parallel_state.get_data_parallel_rank()
+            micro_batches = [places for step in steps for places in step[rank]]
+            return response_log_probs(self.model, samples, micro_batches, temperature, keep)
+
+    @property
+    def has_own_layout(self) -> bool:
+        return self._groups is not None
+
+    def head_weight(self) -> Tensor | None:
+        """Rows of the output weight for the student's columns on this rank; None where the student has no head.
+
+        With a layout of its own they are brought once from the ranks that have them, and stay on the host.
+        """
+        is_last = parallel_state.is_pipeline_last_stage()
+        if self._groups is None:
+            return self.model.head_weight() if is_last else None
+        if self._head_for_student is None:
+            self._head_for_student = self._bring_head(is_last)
+        return self._head_for_student if is_last else None
+
+    def _bring_head(self, is_last: bool) -> Tensor:
+        """See :meth:`head_weight`; without rows where nothing is wanted."""
+        vocab_size, multiple = self.spec.architecture.vocab_size, self._options.model.make_vocab_size_divisible_by
+        own = self._columns(multiple, vocab_size)
+        with distributed.using(self._groups):
+            theirs = self._columns(multiple, vocab_size)
+            has_head = parallel_state.is_pipeline_last_stage()
+        cuts = {*range(0, vocab_size, own.step), *range(0, vocab_size, theirs.step), vocab_size}
+        blocks = list(pairwise(sorted(cuts)))
+        held: dict[Key, Tensor] = {}
+        if has_head:
+            weight_Vh = self.model.head_weight()
+            first = theirs.start
+            held = {(a, b): weight_Vh[a - first : b - first] for a, b in blocks if first <= a < theirs.stop}
+        wanted = [(a, b) for a, b in blocks if own.start <= a < own.stop] if is_last else []
+        found = exchange(held, wanted)
+        rows = torch.zeros((own.step, self.spec.architecture.hidden_size), dtype=self.model.config.params_dtype)
+        for a, b in wanted:
+            rows[a - own.start : b - own.start] = found[a, b]
+        return rows
+
+    def _columns(self, multiple: int, vocab_size: int) -> range:
+        """The vocabulary's columns of this rank in the layout in use; the step is the rows of a shard with padding."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rows = self.spec.architecture.padded_vocab_size(multiple, ranks) // ranks
+        first = rows * parallel_state.get_tensor_model_parallel_rank()
+        return range(first, min(first + rows, vocab_size), rows)

@@ -1,0 +1,76 @@
+"""What the exact KL and its baselines need of a Megatron teacher in training: hidden rows and output weight.
+
+The rows lie on the host between scoring and training, with the rank that trains on their sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from opd_megatron.megatron import cpu
+from opd_megatron.megatron.batching import MicroBatches
+from opd_megatron.megatron.exchange import exchange
+from opd_megatron.megatron.micro_batch import MicroBatch
+
+Shares = Sequence[Sequence[MicroBatches]]
+"""Micro-batches of every data-parallel rank for each optimizer step, as ``batching.plan_steps`` makes them."""
+
+
+class TeacherRows:
+    """Hidden rows of the teacher by place of their sample, in ``dtype`` (None: that of the teacher)."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
+        self._rows: dict[int, Tensor] = {}
+        self._weight_Vh: Tensor | None = None
+        self._part = 0
+
+    def keep(self, batch: MicroBatch, rows_Nh: Tensor) -> None:
+        """Take the rows ``[N, h]`` of a micro-batch to the host; the teacher's process groups are in use."""
+        self._part = parallel_state.get_context_parallel_rank()
+        self._rows.update(batch.rows_by_place(rows_Nh.to("cpu", self._dtype)))
+
+    def take_weight(self, weight_Vh: Tensor | None, *, leaves: bool) -> None:
+        """Remember this rank's rows of the output weight, as a copy if the model itself ``leaves`` the device."""
+        if weight_Vh is None:
+            return
+        self._weight_Vh = weight_Vh.detach().to("cpu", copy=True) if leaves else weight_Vh.detach()
+
+    def bring(self, given: Shares, wanted: Shares, *, other_ranks: bool) -> None:
+        """Pass the rows of shares ``given`` on to the ranks that train shares ``wanted``; all ranks call it.
+
+        ``other_ranks`` says that the shares are numbered by ranks of another layout.
+        """
+        if not other_ranks and _places(given) == _places(wanted):
+            return
+        part, rank = parallel_state.get_context_parallel_rank(), parallel_state.get_data_parallel_rank()
+        brought: dict[int, Tensor] = {}
+        for before, after in zip(given, wanted, strict=True):
+            held = {(place, self._part): self._rows.pop(place) for place in _all_places(before) if place in self._rows}
+            found = exchange(held, [(place, part) for place in _all_places([after[rank]])] if _trains() else [])
+            brought |= {place: found[place, part] for place in _all_places([after[rank]]) if (place, part) in found}
+        self._rows = brought
+
+    def of(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """On the device: the rows ``[N, h]`` of a micro-batch in the data type of the output weight, and that."""
+        assert self._weight_Vh is not None
+        self._weight_Vh = weight_Vh = self._weight_Vh.to(cpu.device())
+        empty = weight_Vh.new_zeros((0, weight_Vh.shape[1]))
+        return torch.cat([empty, *(self._rows[place].to(weight_Vh) for place in batch.indices)]), weight_Vh
+
+
+def _trains() -> bool:
+    """Whether this rank makes the loss."""
+    return bool(parallel_state.is_pipeline_last_stage())
+
+
+def _all_places(shares: Iterable[MicroBatches]) -> list[int]:
+    return [place for share in shares for places in share for place in places]
+
+
+def _places(shares: Shares) -> list[list[set[int]]]:
+    return [[set(_all_places([share])) for share in step] for step in shares]
