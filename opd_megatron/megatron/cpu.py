@@ -15,6 +15,7 @@ Megatron-Core names the CUDA device in three ways, each answered here in the nar
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -32,6 +33,7 @@ _MODULES_WITH_LITERAL_DEVICES = (
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.distrib_optimizer",
 )
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _FACTORIES = ("empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like", "arange")
 
 
@@ -151,6 +153,18 @@ def _dispatch_tokens_on_cpu() -> None:
     dispatcher._maybe_dtoh_and_synchronize = counts_to_host
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the memory of large tensors.
+
+    By default it gives each back to the system when it is freed, and the next one's pages are cleared anew. The process
+    keeps what it needed at most.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)
+    if adjust is not None:
+        adjust(_MMAP_THRESHOLD, 2**30)
+        adjust(_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def install() -> None:
     """Prepare this process for Megatron-Core; safe to repeat. With CUDA only Megatron's own fault is mended."""
     if getattr(install, "done", False):
@@ -160,6 +174,7 @@ def install() -> None:
     if has_cuda():
         return
     cpu_products.install()
+    _keep_freed_memory()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = _no_op()

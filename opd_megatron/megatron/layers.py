@@ -64,8 +64,67 @@ class RMSNorm(torch.nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise ``x`` ``[..., h]`` by ``weight`` ``[h]`` with float32 statistics."""
-    normed = F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
-    return normed * weight
+    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps one number per row beside the input: torch's own is made of twice as many passes over the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_at_least_float32(x)).square_()
+        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).to(x.dtype) * weight if x.dtype != scale.dtype else (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """``dx = scale (g w - n mean(g w n))`` and ``dw = sum g n`` with the normed rows ``n``."""
+        x, weight, scale = ctx.saved_tensors
+        grad, normed = grads[0].to(scale.dtype), x * scale
+        weighted = grad * weight
+        mean = torch.linalg.vecdot(weighted, normed).unsqueeze(-1).div_(x.shape[-1])
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        return weighted.addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def rotation(frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cosines and sines of rotary ``frequencies`` ``[s, 1, 1, d]``, ``[2, s, 1, 1, d]``; see :func:`rotate`."""
+    sines = frequencies.sin()
+    sines[..., : sines.shape[-1] // 2].neg_()
+    return torch.stack([frequencies.cos(), sines]).to(dtype)
+
+
+def rotate(x: Tensor, rotation_2: Tensor) -> Tensor:
+    """Rotate ``x`` ``[s, b, heads, d]``: ``x cos + (x with its halves exchanged) sin``.
+
+    The first half of the sines is negated, so this is RoPE on the pairs ``(i, i + d/2)`` (arXiv 2104.09864).
+    """
+    cosines, sines = rotation_2
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)
+
+
+class RotarySelfAttention(SelfAttention):
+    """Megatron's self-attention, which takes :func:`rotation` where Megatron has frequencies.
+
+    Megatron computes cosines and sines anew for queries and keys of each layer; here all layers share one computation.
+    """
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        self._rotation_2 = rotary_pos_emb
+        output: tuple[Tensor, Tensor | None] = super().forward(*args, rotary_pos_emb=None, **kwargs)
+        return output
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return rotate(query, self._rotation_2), rotate(key, self._rotation_2), value
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
@@ -129,7 +188,10 @@ class CausalAttention(torch.nn.Module):
             context = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), None)
             return context.transpose(0, 1).reshape(s, b, a * d)
         assert isinstance(packed_seq_params, PackedSequences)
-        assert packed_seq_params.rows_T is not None
+        if packed_seq_params.rows_T is None:
+            (bucket,) = packed_seq_params.buckets
+            q, k, v = (tensor[:, 0].unflatten(0, bucket.queries_bq.shape) for tensor in (query, key, value))
+            return self._attend(q, k, v, bucket.mask_b1qk).reshape(s, b, a * d)
         query, key, value = query[:, 0], self._of_all_ranks(key[:, 0]), self._of_all_ranks(value[:, 0])
         outputs = []
         for bucket in packed_seq_params.buckets:
@@ -177,7 +239,7 @@ def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=NormColumnParallelLinear,

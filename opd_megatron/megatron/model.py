@@ -23,7 +23,7 @@ from torch import Tensor
 from opd_megatron.config.architecture import ModelArchitecture, RopeScaling
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.megatron import cpu, moe
-from opd_megatron.megatron.layers import block_spec, use_transformer_engine
+from opd_megatron.megatron.layers import block_spec, rotation, use_transformer_engine
 from opd_megatron.megatron.micro_batch import SequenceLayout
 from opd_megatron.megatron.packing import ContextSplit
 
@@ -49,14 +49,16 @@ class HiddenStateModel(GPTModel):
     ) -> tuple[Any, ...]:
         """What Megatron prepares for the layers, with two things of ours.
 
-        ``padding_mask`` reaches them as it is: routers expect ``[b, s, n]`` (see ``moe.ExpertRouter``). For packed
-        sequences on plain torch the rotary frequencies are those of each token's position.
+        ``padding_mask`` reaches them as it is: routers expect ``[b, s, n]`` (see ``moe.ExpertRouter``). Layers on plain
+        torch get cosines and sines, of packed sequences those of each token's position (see ``layers.rotation``).
         """
         embedded, rotary, *inputs, _ = super()._preprocess(
             input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs
         )
-        if packed_seq_params is not None and packed_seq_params.qkv_format != "thd":
-            rotary = rotary.index_select(0, position_ids[0])
+        if self.sequence_layout.for_torch:
+            rotary = rotation(rotary, self.config.params_dtype)
+            if packed_seq_params is not None:
+                rotary = rotary.index_select(1, position_ids[0])
         return embedded, rotary, *inputs, padding_mask
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

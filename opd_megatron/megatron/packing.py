@@ -61,7 +61,8 @@ class AttentionBucket:
 class PackedSequences(PackedSeqParams):
     """Megatron's description of a packed batch, with what attention on plain torch needs beside it.
 
-    ``rows_T`` are the places of this rank's tokens in the outputs of the buckets, one bucket after the other.
+    ``rows_T`` are the places of this rank's tokens in the outputs of the buckets, one bucket after the other; None
+    stands for a single bucket that has all tokens, none of another rank, in their order.
     """
 
     buckets: tuple[AttentionBucket, ...] = ()
@@ -103,7 +104,7 @@ def describe(padded_lengths: Sequence[int], split: ContextSplit, *, for_torch: b
     return packed
 
 
-def _buckets(padded_lengths: Sequence[int], split: ContextSplit) -> tuple[tuple[AttentionBucket, ...], Tensor]:
+def _buckets(padded_lengths: Sequence[int], split: ContextSplit) -> tuple[tuple[AttentionBucket, ...], Tensor | None]:
     padded = np.asarray(padded_lengths, dtype=np.int64)
     local = padded // split.size
     starts = np.cumsum(local) - local
@@ -131,7 +132,8 @@ def _buckets(padded_lengths: Sequence[int], split: ContextSplit) -> tuple[tuple[
                 keys_bk[row, split.positions(padded[place], rank)] = mine
         mask_bqk = np.arange(keys_bk.shape[1]) <= positions_bq[:, :, None]
         buckets.append(AttentionBucket(queries, torch.from_numpy(keys_bk), torch.from_numpy(mask_bqk)[:, None]))
-    return tuple(buckets), torch.from_numpy(rows_T)
+    in_order = split.size == 1 and len(buckets) == 1 and filled == total
+    return tuple(buckets), None if in_order else torch.from_numpy(rows_T)
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:

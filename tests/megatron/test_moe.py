@@ -16,7 +16,7 @@ from opd_megatron.megatron import moe
 from opd_megatron.megatron.batching import BatchingRule
 from opd_megatron.megatron.checkpoint import save_checkpoint
 from opd_megatron.megatron.moe import balance_loss
-from opd_megatron.megatron.safe_checkpoint import read_metadata
+from opd_megatron.megatron.safe_checkpoint import StepReader
 from opd_megatron.megatron.weight_map import parameter_maps
 from opd_megatron.rollout.feed_forward import tensors_by_stored_name
 from opd_megatron.sample import Sample
@@ -100,7 +100,8 @@ def test_the_table_s_moves_are_inverse_to_each_other(mixtures: dict[str, Path], 
 def test_checkpoints_have_transformer_engine_s_keys(tmp_path: Path, mixtures: dict[str, Path]) -> None:
     """Layers of one kind and all experts of a layer are one tensor each; where the kinds differ, layers have keys."""
     trainer = make_trainer(mixtures["qwen3_moe"])
-    metadata = read_metadata(save_checkpoint(tmp_path, "release", trainer.student, hf_folder=mixtures["qwen3_moe"]))
+    written = save_checkpoint(tmp_path, "release", trainer.student, hf_folder=mixtures["qwen3_moe"])
+    metadata = StepReader(written).read_metadata()
     sizes = {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
     assert sizes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (2, 4, 48, 32)
     assert sizes["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == (2, 4, 32, 24)
