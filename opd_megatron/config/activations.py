@@ -21,14 +21,12 @@ class Saved:
     """What a layer keeps for its backward pass, in rows of one number per token and channel.
 
     ``hidden`` rows of ``h``, ``qk_norm`` rows of the normalised heads ``(a + g) d``, ``qkv`` rows of ``(a + 2g) d``,
-    ``context`` rows of ``a d``, ``feed_forward`` rows of ``f``; the ``float32`` ones are kept in that precision
-    whatever the model's. ``core_attention`` are the rows of ``(a + 2g) d`` that selective recomputation drops.
+    ``context`` rows of ``a d``, ``feed_forward`` rows of ``f``, all in the model's precision. ``core_attention`` are
+    the rows of ``(a + 2g) d`` that selective recomputation drops.
     """
 
     hidden: float
-    hidden_float32: float
     qk_norm: float
-    qk_norm_float32: float
     qkv: float
     core_attention: float
     context: float
@@ -38,13 +36,10 @@ class Saved:
 SAVED: dict[DeviceKind, Saved] = {
     # Transformer Engine: each norm's input and output; attention by blocks that keeps queries, keys, values and its
     # output; the gated unit's two inputs and its product.
-    "cuda": Saved(
-        hidden=4, hidden_float32=0, qk_norm=1, qk_norm_float32=0, qkv=1, core_attention=0, context=1, feed_forward=3
-    ),
-    # Our layer on plain torch keeps what autograd does, see megatron/layers.py.
-    "cpu": Saved(
-        hidden=4, hidden_float32=2, qk_norm=1, qk_norm_float32=1, qkv=1, core_attention=1, context=2, feed_forward=5
-    ),
+    "cuda": Saved(hidden=4, qk_norm=1, qkv=1, core_attention=0, context=1, feed_forward=3),
+    # Our layer on plain torch, see megatron/layers.py: the sequences of a micro-batch are gathered by length for
+    # attention and put back in order; each step of the gated unit keeps its own.
+    "cpu": Saved(hidden=4, qk_norm=1, qkv=1, core_attention=1, context=2, feed_forward=5),
 }
 
 
@@ -103,8 +98,7 @@ def activation_bytes(options: Options, model: ModelArchitecture, stage: int, dev
         for layer in range(stage * count, (stage + 1) * count)
     ]
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    channels = work.tokens * model.hidden_size // split
-    between = number * channels
+    between = number * work.tokens * model.hidden_size // split
     kept, again = sum(layers), 0
     if parallel.recompute_granularity == "full":
         size = min(parallel.recompute_num_layers or 1, count)
@@ -114,8 +108,7 @@ def activation_bytes(options: Options, model: ModelArchitecture, stage: int, dev
             kept, again = share(count, size) * between, size * max(layers)
     under_way = _under_way(options, model, stage)
     if stage == pipeline - 1:
-        final_norm = between + (4 * channels if SAVED[device].hidden_float32 else 0)
-        kept += final_norm + number * work.rows * model.hidden_size
+        kept += between + number * work.rows * model.hidden_size
     return round(under_way * kept), again
 
 
@@ -153,9 +146,9 @@ def layer_activation_bytes(
     tensor = parallel.tensor_model_parallel_size
     split = tensor if parallel.sequence_parallel else 1
     heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    rows = model.hidden_size * (number * saved.hidden + 4 * saved.hidden_float32) / split
+    rows = model.hidden_size * number * saved.hidden / split
     if model.qk_layernorm:
-        rows += (heads + groups) * size * (number * saved.qk_norm + 4 * saved.qk_norm_float32) / tensor
+        rows += (heads + groups) * size * number * saved.qk_norm / tensor
     qkv = saved.qkv + (saved.core_attention if parallel.recompute_granularity is None else 0)
     rows += number * ((heads + 2 * groups) * qkv + heads * saved.context) * size / tensor
     if has_experts and model.mixture is not None:
