@@ -38,6 +38,7 @@ from opd_megatron.config.options import (
     EvaluationOptions,
     ModelOptions,
     ObjectiveOptions,
+    OffloadOptions,
     OpdOptions,
     OptimizerOptions,
     Options,
@@ -86,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
             "opd": OpdOptions,
             "model": ModelOptions,
             "parallel": ParallelOptions,
+            "offload": OffloadOptions,
             "optimizer": OptimizerOptions,
             "checkpoint": CheckpointOptions,
             "data": DataOptions,
@@ -196,7 +198,7 @@ def _advice(options: Options, least: RankMemory) -> str:
         "optimizer": None if options.optimizer.use_distributed_optimizer else "--use-distributed-optimizer",
         "activations": "--recompute-granularity full" if options.parallel.recompute_granularity != "full" else None,
         "rollout": "a smaller --rollout-engine-batch-size",
-        "teacher": "a smaller teacher, or one on an SGLang server",
+        "teacher": "--offload-teacher" if not options.offload.offload_teacher else None,
     }
     remedy = remedies.get(name) or "more ranks"
     return f"the least is {gib(least.total)} GiB, of which {gib(count)} are {LABELS[name]}: try {remedy}"

@@ -48,11 +48,8 @@ def tried_layouts(options: Options, models: Models, *, device: DeviceKind, usabl
 
 
 def layout_and_run_faults(options: Options, models: Models) -> list[str]:
-    """What ``train.py`` would refuse of the run as a whole, with models that need not be in a folder."""
-    faults = run_faults(options) + layout_faults_of_model(options, models.student, "model")
-    if models.teacher is not None:
-        faults += layout_faults_of_model(options, models.teacher, "teacher")
-    return faults
+    """What ``train.py`` would refuse of the run as a whole, with a student that need not be in a folder."""
+    return run_faults(options) + layout_faults_of_model(options, models.student, "model")
 
 
 def _layouts(options: Options, models: Models) -> Iterator[Options]:

@@ -1,24 +1,28 @@
 """Bytes of each rank, predicted from the architecture, the options and the layout; no torch, no Megatron.
 
 What is counted follows what Megatron-Core and this library allocate; ``tests/megatron/test_memory.py`` holds it against
-measured allocations. Letters as in Korthikanti et al. (arXiv 2205.05198), from which the way of counting activations
-is taken: ``t`` tokens of a micro-batch on a rank, ``h`` hidden size, ``a`` query heads and ``g`` key/value heads of
-size ``d``, ``f`` feed-forward size, ``V`` rows of the output weight on a rank, ``e`` bytes of a number.
+measured allocations.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from opd_megatron.config.activations import Work, activation_bytes, number_bytes, share
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
-from opd_megatron.config.resolve import needs_reference, teacher_folder
-from opd_megatron.config.vocab_chunks import BLOCK_ELEMENTS, CHUNK_ELEMENTS, DeviceKind, tokens_of_chunk
+from opd_megatron.config.resolve import needs_reference, teacher_folder, teacher_parallel
+from opd_megatron.config.vocab_chunks import (
+    BLOCK_ELEMENTS,
+    CHUNK_ELEMENTS,
+    LEAST_CHUNK_TOKENS,
+    DeviceKind,
+    tokens_of_chunk,
+)
 
-ASSUMED_PROMPT_TOKENS = 1024
-"""Length of a prompt where ``--rollout-max-prompt-len`` does not bound it."""
 STATISTICS_BYTES = 64
 """Bytes per response token of ids, log-probabilities, weights and the like on the device."""
 
@@ -43,9 +47,9 @@ class RankMemory:
 
     ``activations`` are kept between forward and backward, ``recomputed`` those of the layers that are made again at a
     time. ``head`` are the chunked vocabulary head's buffers and gradients, ``rollout`` the local engine with its cache
-    of keys and values, which only the controller's device has. ``host`` are the teacher's hidden rows in the host's
-    memory, of which each rank keeps its own, and no part of the total. The total counts everything as if it were there
-    at once: controller and trainer are different processes, and the memory that one has freed stays with it.
+    of keys and values, which only the controller's device has. ``host`` is what the rank keeps in the
+    host's memory: the teacher's hidden rows, and what is offloaded. ``total`` is the most that the device has at once;
+    the engine counts always, since the controller's process keeps the memory that it has freed.
     """
 
     stage: int
@@ -59,6 +63,7 @@ class RankMemory:
     reference: int
     rollout: int
     host: int
+    total: int
 
     @property
     def device_parts(self) -> dict[str, int]:
@@ -66,44 +71,8 @@ class RankMemory:
         return {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(self)
-            if item.name not in ("stage", "host")
+            if item.name not in ("stage", "host", "total")
         }
-
-    @property
-    def total(self) -> int:
-        return sum(self.device_parts.values())
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a layer keeps for its backward pass, in rows of one number per token and channel.
-
-    ``hidden`` rows of ``h``, ``qk_norm`` rows of the normalised heads ``(a + g) d``, ``qkv`` rows of ``(a + 2g) d``,
-    ``context`` rows of ``a d``, ``feed_forward`` rows of ``f``; the ``float32`` ones are kept in that precision
-    whatever the model's. ``core_attention`` are the rows of ``(a + 2g) d`` that selective recomputation drops.
-    """
-
-    hidden: float
-    hidden_float32: float
-    qk_norm: float
-    qk_norm_float32: float
-    qkv: float
-    core_attention: float
-    context: float
-    feed_forward: float
-
-
-SAVED: dict[DeviceKind, Saved] = {
-    # Transformer Engine: each norm's input and output; attention by blocks that keeps queries, keys, values and its
-    # output; the gated unit's two inputs and its product.
-    "cuda": Saved(
-        hidden=4, hidden_float32=0, qk_norm=1, qk_norm_float32=0, qkv=1, core_attention=0, context=1, feed_forward=3
-    ),
-    # Our layer on plain torch keeps what autograd does, see megatron/layers.py.
-    "cpu": Saved(
-        hidden=4, hidden_float32=0, qk_norm=1, qk_norm_float32=0, qkv=1, core_attention=1, context=2, feed_forward=5
-    ),
-}
 
 
 def estimate(options: Options, models: Models, device: DeviceKind) -> RankMemory:
@@ -114,39 +83,80 @@ def estimate(options: Options, models: Models, device: DeviceKind) -> RankMemory
 
 def estimate_stage(options: Options, models: Models, stage: int, device: DeviceKind) -> RankMemory:
     """A rank of pipeline stage ``stage``, counted from 0, of the first data-parallel group."""
-    settings, student = options.optimizer, models.student
-    held = _parameters(options, student, stage)
-    number = number_bytes(settings)
-    work = Work.of(options, student)
+    settings, student, number = options.optimizer, models.student, number_bytes(options.optimizer)
+    held = _parameters(options, student, options.parallel, stage)
     is_last = stage == options.parallel.pipeline_model_parallel_size - 1
-    teacher = number * _parameters(options, models.teacher, stage).total if models.teacher else 0
-    host = 0
-    if models.teacher is not None and keeps_hidden_rows(options) and is_last:
-        host = work.rollout_rows * models.teacher.hidden_size * number
     activations, recomputed = activation_bytes(options, student, stage, device)
-    return RankMemory(
-        stage=stage,
-        weights=number * held.total,
-        gradients=gradient_number_bytes(settings) * held.total,
-        optimizer=optimizer_bytes(options, held),
-        activations=activations,
-        recomputed=recomputed,
-        head=head_bytes(options, models, device) if is_last else 0,
-        teacher=teacher,
-        reference=number * held.total if models.has_reference else 0,
-        rollout=rollout_bytes(options, student) if stage == 0 else 0,
-        host=host,
+    parts = {
+        "weights": number * held.total,
+        "gradients": gradient_number_bytes(settings) * held.total,
+        "optimizer": optimizer_bytes(options, held),
+        "activations": activations,
+        "recomputed": recomputed,
+        "head": head_bytes(options, models, device) if is_last else 0,
+        "teacher": _teacher_bytes(options, models, stage),
+        "reference": number * held.total if models.has_reference else 0,
+        "rollout": rollout_bytes(options, student) if stage == 0 else 0,
+    }
+    host = sum(parts[name] for name in _kept_on_host(options))
+    if models.teacher is not None and keeps_hidden_rows(options) and is_last:
+        rows = Work.of(options, student).rollout_rows
+        host += rows * models.teacher.hidden_size * teacher_number_bytes(options, hidden=True)
+    return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts), **parts)
+
+
+def _most_at_once(options: Options, parts: Mapping[str, int]) -> int:
+    """The largest of the phases: forward and backward, the optimizer's step, and scoring by a frozen model."""
+    offload = options.offload
+    frozen = parts["teacher"] + parts["reference"]
+    standing = 0 if offload.offload_teacher else frozen
+    trained, state = parts["weights"] + parts["gradients"], parts["optimizer"]
+    working = parts["activations"] + parts["recomputed"] + parts["head"]
+    passes = trained + working + standing + (0 if offload.offload_optimizer else state)
+    step = trained + state + standing
+    scoring = max(parts["teacher"], parts["reference"]) if offload.offload_teacher else frozen
+    if not offload.offload_train:
+        scoring += trained + (0 if offload.offload_optimizer else state)
+    return parts["rollout"] + max(passes, step, scoring)
+
+
+def _kept_on_host(options: Options) -> set[str]:
+    """Parts that have room on the host; gradients are made anew and need none."""
+    offload = options.offload
+    teacher = {"teacher", "reference"} if offload.offload_teacher else set()
+    optimizer = {"optimizer"} if offload.offload_optimizer or offload.offload_train else set()
+    return teacher | optimizer | ({"weights"} if offload.offload_train else set())
+
+
+def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
+    """Weights of the teacher in its own layout and precision; of its largest stage where its pipeline is another."""
+    if models.teacher is None:
+        return 0
+    parallel = teacher_parallel(options, models.teacher)
+    pipeline = parallel.pipeline_model_parallel_size
+    stages = [stage] if pipeline == options.parallel.pipeline_model_parallel_size else range(pipeline)
+    return teacher_number_bytes(options) * max(
+        _parameters(options, models.teacher, parallel, one).total for one in stages
     )
 
 
-def _parameters(options: Options, model: ModelArchitecture, stage: int) -> Parameters:
+def has_own_layout(options: Options) -> bool:
+    """Whether the teacher is split over the ranks in another way than the student."""
+    own = options.opd
+    return bool(own.opd_teacher_tensor_model_parallel_size or own.opd_teacher_pipeline_model_parallel_size)
+
+
+def teacher_number_bytes(options: Options, hidden: bool = False) -> int:
+    """Bytes of a weight of the teacher or, with ``hidden``, of its hidden rows on the host."""
+    own = options.opd.opd_teacher_dtype
+    if hidden and options.opd.opd_teacher_hidden_dtype != "same":
+        own = options.opd.opd_teacher_hidden_dtype
+    return {"same": number_bytes(options.optimizer), "float32": 4, "bfloat16": 2}[own]
+
+
+def _parameters(options: Options, model: ModelArchitecture, parallel: ParallelOptions, stage: int) -> Parameters:
     divisible_by = options.model.make_vocab_size_divisible_by
-    return rank_parameters(model, options.parallel, stage, vocab_divisible_by=divisible_by)
-
-
-def number_bytes(settings: OptimizerOptions) -> int:
-    """Bytes of a weight or an activation."""
-    return 2 if settings.bf16 else 4
+    return rank_parameters(model, parallel, stage, vocab_divisible_by=divisible_by)
 
 
 def gradient_number_bytes(settings: OptimizerOptions) -> int:
@@ -164,7 +174,7 @@ def optimizer_bytes(options: Options, held: Parameters) -> int:
         numbers += 1 + int(gradient_number_bytes(settings) < 4)
     if not settings.use_distributed_optimizer:
         return 4 * numbers * held.total
-    return 4 * numbers * (_share(held.dense, dense_copies(options)) + _share(held.experts, expert_copies(options)))
+    return 4 * numbers * (share(held.dense, dense_copies(options)) + share(held.experts, expert_copies(options)))
 
 
 def dense_copies(options: Options) -> int:
@@ -181,132 +191,34 @@ def expert_copies(options: Options) -> int:
     return options.world_size // (holders * parallel.pipeline_model_parallel_size)
 
 
-def _share(count: int, ranks: int) -> int:
-    return -(-count // ranks)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Tokens: of a sample at its longest; of a micro-batch on one rank, and those of them that are of responses.
-
-    ``rollout_rows`` are the response tokens of a whole rollout on one rank.
-    """
-
-    sample: int
-    tokens: int
-    rows: int
-    rollout_rows: int
-
-    @classmethod
-    def of(cls, options: Options, student: ModelArchitecture) -> Work:
-        rollout, training = options.rollout, options.training
-        context = options.parallel.context_parallel_size
-        prompt = rollout.rollout_max_prompt_len or ASSUMED_PROMPT_TOKENS
-        sample = min(prompt + rollout.rollout_max_response_len, student.max_position_embeddings)
-        response = min(rollout.rollout_max_response_len, sample)
-        if training.use_dynamic_batch_size and training.max_tokens_per_gpu is not None:
-            tokens = max(training.max_tokens_per_gpu, _share(sample, context))  # a longer one is alone
-        else:
-            tokens = training.micro_batch_size * _share(sample, context)
-        samples = options.samples_per_rollout if rollout.rollout_batch_size else training.global_batch_size or 0
-        return cls(
-            sample=sample,
-            tokens=tokens,
-            rows=_share(tokens * response, sample),
-            rollout_rows=_share(samples, options.data_parallel_size) * _share(response, context),
-        )
-
-
-def activation_bytes(options: Options, model: ModelArchitecture, stage: int, device: DeviceKind) -> tuple[int, int]:
-    """What the micro-batches that a stage has under way keep for their backward passes, and what is made again.
-
-    One forward, one backward (1F1B): stage ``i`` of ``p`` has up to ``p - i`` under way. With full recomputation only
-    the units' inputs are kept, and one unit is made again at a time.
-    """
-    parallel, number = options.parallel, number_bytes(options.optimizer)
-    work = Work.of(options, model)
-    pipeline = parallel.pipeline_model_parallel_size
-    count = model.num_layers // pipeline
-    layers = [
-        layer_activation_bytes(options, model, work.tokens, device, has_experts=model.has_experts(layer))
-        for layer in range(stage * count, (stage + 1) * count)
-    ]
-    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    channels = work.tokens * model.hidden_size // split
-    between = number * channels
-    kept, again = sum(layers), 0
-    if parallel.recompute_granularity == "full":
-        size = min(parallel.recompute_num_layers or 1, count)
-        if parallel.recompute_method == "block":
-            kept, again = size * between + sum(layers[size:]), max(layers)
-        else:
-            kept, again = _share(count, size) * between, size * max(layers)
-    under_way = pipeline - stage
-    if stage == pipeline - 1:
-        final_norm = between + (4 * channels if SAVED[device].hidden_float32 else 0)
-        kept += final_norm + number * work.rows * model.hidden_size
-    return under_way * kept, again
-
-
-def layer_activation_bytes(
-    options: Options, model: ModelArchitecture, tokens: int, device: DeviceKind, *, has_experts: bool
-) -> int:
-    """What one layer keeps of one micro-batch for its backward pass."""
-    parallel, saved, number = options.parallel, SAVED[device], number_bytes(options.optimizer)
-    tensor = parallel.tensor_model_parallel_size
-    split = tensor if parallel.sequence_parallel else 1
-    heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    rows = model.hidden_size * (number * saved.hidden + 4 * saved.hidden_float32) / split
-    if model.qk_layernorm:
-        rows += (heads + groups) * size * (number * saved.qk_norm + 4 * saved.qk_norm_float32) / tensor
-    qkv = saved.qkv + (saved.core_attention if parallel.recompute_granularity is None else 0)
-    rows += number * ((heads + 2 * groups) * qkv + heads * saved.context) * size / tensor
-    if has_experts and model.mixture is not None:
-        rows += _expert_row_bytes(model, parallel, number, saved)
-    else:
-        rows += number * saved.feed_forward * model.ffn_hidden_size / tensor
-    return round(tokens * rows)
-
-
-def _expert_row_bytes(model: ModelArchitecture, parallel: ParallelOptions, number: int, saved: Saved) -> float:
-    """Bytes per token of a mixture that is balanced: what the router, the chosen and the shared experts keep.
-
-    Tokens reach their experts as copies, one per choice; every rank of an expert's tensor-parallel group has those of
-    all of them. The router works in float32.
-    """
-    mixture = model.mixture
-    assert mixture is not None
-    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    copies = mixture.moe_router_topk * parallel.expert_tensor_size / split
-    width = saved.feed_forward * mixture.moe_ffn_hidden_size / parallel.expert_tensor_size
-    routed = copies * number * (2 * model.hidden_size + width)
-    shared = saved.feed_forward * (mixture.moe_shared_expert_intermediate_size or 0)
-    return routed + 4 * 3 * mixture.num_experts / split + number * shared / parallel.tensor_model_parallel_size
-
-
 def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     """Largest of what the vocabulary head holds besides its inputs: forward, backward, or measuring the exact KL.
 
     Forward: a chunk's logits in float32 and three blocks of temporaries (with ``--bf16`` first the logits in that).
-    Backward: gradients of hidden rows and of the weight, the latter in float32, and a chunk's logits; with ``--bf16``
-    also their gradient and a slice of the weight's in that, and at the end the whole weight's. The exact KL: logits of
-    both models and two temporaries of their size, and the teacher's hidden rows.
+    Backward: gradients of hidden rows and of the weight, the latter in float32, a chunk's logits and its part of
+    either gradient; with ``--bf16`` also the logits' gradient, and at the end the weight's, in that. The exact KL:
+    logits of both models and two temporaries of their size, and the teacher's hidden rows; and its output weight where
+    the teacher itself is elsewhere.
     """
     student, number = models.student, number_bytes(options.optimizer)
     rows = Work.of(options, student).rows
     tensor = options.parallel.tensor_model_parallel_size
     padded = student.padded_vocab_size(options.model.make_vocab_size_divisible_by, tensor) // tensor
     columns = min(padded, student.vocab_size)
-    logits = min(rows, tokens_of_chunk(padded, CHUNK_ELEMENTS[device])) * columns
-    block = min(BLOCK_ELEMENTS[device], logits)
+    chunk = min(rows, tokens_of_chunk(padded, CHUNK_ELEMENTS[device], LEAST_CHUNK_TOKENS))
+    logits = chunk * columns
+    block = min(max(1, BLOCK_ELEMENTS[device] // columns) * columns, logits)
     short = number if number < 4 else 0
     weight = padded * student.hidden_size
     forward = 4 * logits + max(12 * block, short * logits)
-    temporary = short * max(logits + min(logits // 2, weight), weight)
+    product = number * max(chunk * student.hidden_size, min(logits, weight) // 4)
+    temporary = max(short * logits + product, short * weight)
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
     exact = 0
     if models.teacher is not None and keeps_hidden_rows(options):
-        exact = 16 * logits + number * rows * models.teacher.hidden_size
+        exact = 16 * logits + teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
+        if options.offload.offload_teacher or has_own_layout(options):
+            exact += teacher_number_bytes(options) * padded * models.teacher.hidden_size
     return max(forward, backward, exact) + STATISTICS_BYTES * rows
 
 

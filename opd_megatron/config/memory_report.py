@@ -32,9 +32,9 @@ def gib(count: int) -> str:
 def memory_table(memory: RankMemory) -> str:
     """One line for each part that is there, in GiB."""
     rows = [(LABELS[name], gib(count)) for name, count in memory.device_parts.items() if count]
-    rows += [("total", gib(memory.total))]
+    rows += [("most at once", gib(memory.total))]
     if memory.host:
-        rows.append(("on the host: teacher's hidden rows", gib(memory.host)))
+        rows.append(("on the host", gib(memory.host)))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {count:>9} GiB" for label, count in rows)
 

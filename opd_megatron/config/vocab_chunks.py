@@ -14,6 +14,6 @@ BLOCK_ELEMENTS: dict[str, int] = {"cpu": 2**19, "cuda": 2**25}
 """Logits of a block by kind of device: 2 MiB and 128 MiB in float32."""
 
 
-def tokens_of_chunk(rows: int, elements: int) -> int:
-    """Tokens of a chunk of ``elements`` logits for a shard of ``rows`` columns."""
-    return max(LEAST_CHUNK_TOKENS, elements // max(1, rows))
+def tokens_of_chunk(rows: int, elements: int, least: int) -> int:
+    """Tokens of a chunk of ``elements`` logits, ``least`` at the least, for a shard of ``rows`` columns."""
+    return max(least, elements // max(1, rows))

@@ -11,7 +11,7 @@ import yaml
 
 from opd_megatron.config.architecture import ModelArchitecture, architecture_from_hf
 from opd_megatron.config.cli import run_cli
-from opd_megatron.config.memory import Models, estimate, estimate_stage
+from opd_megatron.config.memory import Models, RankMemory, estimate, estimate_stage
 from opd_megatron.config.parameters import rank_parameters, total_parameters
 from opd_megatron.config.parse import parse_options
 from tests.config.inputs import ROOT, run_train, write_hf
@@ -78,6 +78,44 @@ def test_what_each_option_saves() -> None:
     assert pipeline[0].activations > 1.5 * pipeline[1].activations
     assert (pipeline[0].head, pipeline[1].rollout) == (0, 0)
     assert of("--opd-exact-kl-interval", "0").host == 0 < of().host
+
+
+def test_what_leaves_the_device_is_not_there_at_once() -> None:
+    """Both models and the optimizer are never there together; what has left is on the host."""
+    models = Models(published("Qwen/Qwen3-8B"), published("Qwen/Qwen3-32B"), has_reference=True)
+
+    def of(*flags: str) -> RankMemory:
+        return estimate(parse_options([*EIGHT, "--opd-exact-kl-interval", "0", *flags]), models, "cuda")
+
+    stays = of()
+    assert stays.total == sum(stays.device_parts.values())
+    assert stays.host == 0
+    work = stays.activations + stays.recomputed + stays.head
+    trained = stays.weights + stays.gradients
+    teacher = of("--offload-teacher")
+    assert teacher.total == stays.rollout + trained + stays.optimizer + max(work, stays.teacher)
+    assert teacher.host == stays.teacher + stays.reference
+    both = of("--offload-teacher", "--offload-optimizer")
+    assert both.total == stays.rollout + trained + max(work, stays.optimizer, stays.teacher)
+    everything = of("--offload-teacher", "--offload-train")
+    assert everything.total == stays.rollout + max(trained + work + stays.optimizer, stays.teacher)
+    assert everything.host == stays.teacher + stays.reference + stays.optimizer + stays.weights
+
+
+def test_a_teacher_of_its_own_layout_and_precision() -> None:
+    models = Models(published("Qwen/Qwen3-8B"), published("Qwen/Qwen3-32B"))
+    plain = estimate(parse_options(EIGHT), models, "cuda")
+    wide = estimate(parse_options([*EIGHT, "--opd-teacher-dtype", "float32"]), models, "cuda")
+    assert (wide.teacher, wide.host) == (2 * plain.teacher, 2 * plain.host)
+    short = estimate(
+        parse_options([*EIGHT, "--opd-teacher-dtype", "float32", "--opd-teacher-hidden-dtype", "bfloat16"]),
+        models,
+        "cuda",
+    )
+    assert short.host == plain.host
+    split = estimate(parse_options([*EIGHT, "--opd-teacher-tensor-model-parallel-size", "2"]), models, "cuda")
+    assert split.teacher == pytest.approx(4 * plain.teacher, rel=0.01)
+    assert split.weights == plain.weights
 
 
 @pytest.fixture

@@ -103,16 +103,21 @@ def _optimizer_tensors(trainer: MegatronTrainer, weights: set[int]) -> Iterator[
                         yield tensor
 
 
+def _parameters(trainer: MegatronTrainer) -> Iterator[Tensor]:
+    for chunk in trainer.chunks:
+        yield from chunk.parameters()
+
+
 def _buffers(trainer: MegatronTrainer) -> list[Any]:
     return [buffer for chunk in trainer.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
 def held_bytes(trainer: MegatronTrainer) -> dict[str, int]:
     """What this rank holds after an optimizer step, by the names of an estimate."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.student.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in _parameters(trainer)}
     frozen = {str(name): _bytes(scorer.model.parameters()) for name, scorer in trainer.frozen.items()}
     return {
-        "weights": _bytes(iter(trainer.student.parameters())),
+        "weights": _bytes(_parameters(trainer)),
         "gradients": _bytes(buffer.grad_data for buffer in _buffers(trainer)),
         "optimizer": _bytes(_optimizer_tensors(trainer, weights)),
         "teacher": frozen.get("teacher", 0),
@@ -141,7 +146,7 @@ def full_samples(options: Options, vocab_size: int) -> list[Sample]:
 def saved_activations(trainer: MegatronTrainer) -> int:
     """Bytes that autograd keeps, before the loss, in an optimizer step of one full micro-batch on this rank."""
     samples = full_samples(trainer.options, trainer.spec.architecture.vocab_size)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.student.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in _parameters(trainer)}
     loss, kept = trainer._loss, [0]
     with saved_for_backward(weights) as found, pytest.MonkeyPatch.context() as patch:
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_megatron.config.vocab_chunks import BLOCK_ELEMENTS, CHUNK_ELEMENTS, tokens_of_chunk
+from opd_megatron.config.vocab_chunks import BLOCK_ELEMENTS, CHUNK_ELEMENTS, LEAST_CHUNK_TOKENS, tokens_of_chunk
 
 MASKED = -1e30
 """Logit of a column that is left out: its exponential is 0, and unlike that of ``-inf`` so is its product with it."""
@@ -75,7 +75,7 @@ class VocabShard:
 
 def chunk_tokens(rows: int, device: torch.device) -> int:
     """Tokens of a chunk for a shard of ``rows`` columns."""
-    return tokens_of_chunk(rows, CHUNK_ELEMENTS[device.type])
+    return tokens_of_chunk(rows, CHUNK_ELEMENTS[device.type], LEAST_CHUNK_TOKENS)
 
 
 def blocks(logits_CV: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
