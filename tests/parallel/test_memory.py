@@ -24,8 +24,7 @@ BF16: dict[str, Any] = {"bf16": True, "accumulate_allreduce_grads_in_fp32": True
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2},
     "tp2-sp-bf16": BF16 | {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    # as many micro-batches as a first stage has under way
-    "pp2": {"pipeline_model_parallel_size": 2, "rollout_batch_size": 8},
+    "pp2": {"pipeline_model_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
     "dp2-distributed-bf16": BF16 | {"use_distributed_optimizer": True, "micro_batch_size": 2},
     "dp2-distributed-float32": {"use_distributed_optimizer": True, "micro_batch_size": 2},
