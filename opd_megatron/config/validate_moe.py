@@ -56,5 +56,8 @@ def expert_option_faults(options: Options, student: ModelArchitecture) -> Iterat
     parallel, model = options.parallel, options.model
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         yield "--tensor-model-parallel-size above 1 with a mixture of experts needs --sequence-parallel: add it"
+    if parallel.recompute_method == "block":
+        # Megatron hands the mask of the sequences, which routers need, to no layer that is not recomputed.
+        yield "--recompute-method block does not go with a mixture of experts: use uniform"
     if model.moe_router_load_balancing_type == "none" and model.moe_aux_loss_coeff > 0:
         yield "--moe-aux-loss-coeff has no effect with --moe-router-load-balancing-type none: leave out one of them"

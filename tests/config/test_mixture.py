@@ -176,6 +176,10 @@ def test_layouts_that_fit(tmp_path: Path, line: str) -> None:
         ),
         (f"{TP2} --actor-num-gpus-per-node 2", ["with a mixture of experts needs --sequence-parallel"]),
         (
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+            ["--recompute-method block does not go with a mixture of experts"],
+        ),
+        (
             "--moe-aux-loss-coeff 0.1 --moe-router-load-balancing-type none",
             ["--moe-aux-loss-coeff has no effect with --moe-router-load-balancing-type none"],
         ),
