@@ -35,7 +35,7 @@ def test_extra_memory_is_below_three_chunks_and_does_not_grow_with_tokens(
     cpu_products.install()
     vocab_size, chunk = 4000, 64
     monkeypatch.setattr(shard, "CHUNK_ELEMENTS", {"cpu": chunk * vocab_size})
-    monkeypatch.setattr("opd_megatron.config.vocab_chunks.LEAST_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(shard, "LEAST_CHUNK_TOKENS", 1)
     monkeypatch.setattr(shard, "BLOCK_ELEMENTS", {"cpu": 4 * vocab_size})
     # bytes of a token's statistics, and with a record of as many numbers as it has ids a few times over
     kept = 4 * (16 + (8 * benchmark.TOP_K if "record" in name else 0))
