@@ -95,19 +95,19 @@ def train(
             with progress.phase("evaluate"):
                 found |= steps.evaluate_all(parts, step)
         interrupted = interrupt.signal is not None and not is_last
-        stopping = interrupted or steps.goal_reached(parts.options, found)
+        reached = steps.goal_reached(parts.options, found)
         found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
         found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
         # The line comes before the checkpoint: a resumed run forgets lines that have no checkpoint, but could not make
         # up for one that is missing.
         last = {**last, **metrics.log(step, found)}
-        if steps.due(step, parts.options.checkpoint.save_interval, is_last or stopping):
+        if steps.due(step, parts.options.checkpoint.save_interval, is_last or interrupted or reached):
             with progress.phase("save"):
                 save(parts, step)
-        if stopping:
+        if reached or is_last:
+            interrupt.signal = None  # one that came during the last step stopped nothing
+        if interrupted or reached:
             break
-    else:
-        interrupt.signal = None  # one that came during the last step stopped nothing
     return last
 
 

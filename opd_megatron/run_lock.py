@@ -53,7 +53,13 @@ def _make_folders(folder: Path) -> list[Path]:
 def _acquire(folder: Path) -> IO[str]:
     path = folder / LOCK_NAME
     while True:
-        stream = path.open("a+", encoding="utf-8")
+        try:
+            stream = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # its holder, who had made the folder, has just removed both
+            folder.mkdir(parents=True, exist_ok=True)
+            continue
+        except PermissionError as error:
+            raise UserError(f"--run-dir {folder}: {path} cannot be opened ({error.strerror})") from None
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -436,7 +436,6 @@ class Options:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
         """Ranks that hold one copy of the model and share its sequences."""
         parallel = self.parallel
         return (

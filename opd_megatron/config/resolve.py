@@ -106,6 +106,8 @@ def teacher_parallel(options: Options, teacher: ModelArchitecture) -> ParallelOp
             own.opd_teacher_pipeline_model_parallel_size or student.pipeline_model_parallel_size
         ),
         sequence_parallel=tensor > 1 and (student.sequence_parallel or teacher.mixture is not None),
+        expert_model_parallel_size=student.expert_model_parallel_size if teacher.mixture is not None else 1,
+        expert_tensor_parallel_size=student.expert_tensor_parallel_size if teacher.mixture is not None else None,
         num_layers_per_virtual_pipeline_stage=None,
         recompute_granularity=None,
         recompute_method=None,

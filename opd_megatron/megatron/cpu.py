@@ -160,8 +160,8 @@ def _keep_freed_memory() -> None:
     keeps what it needed at most.
     """
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
-    if adjust is not None:
-        adjust(_MMAP_THRESHOLD, 2**30)
+    # Older versions of glibc allow no more than 32 MiB; setting the other alone would fix this one at its least.
+    if adjust is not None and (adjust(_MMAP_THRESHOLD, 2**30) or adjust(_MMAP_THRESHOLD, 2**25)):
         adjust(_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -151,7 +151,11 @@ def build_model(
     if without_memory:
         with torch.device("meta"):
             return build_model(
-                architecture, parallel, dtype=dtype, make_vocab_size_divisible_by=make_vocab_size_divisible_by
+                architecture,
+                parallel,
+                dtype=dtype,
+                make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+                router_dtype=router_dtype,
             )
     config = transformer_config(architecture, parallel, dtype, router_dtype)
     return _build_chunk(config, architecture, parallel, make_vocab_size_divisible_by, virtual_stage=None)

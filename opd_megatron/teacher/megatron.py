@@ -1,4 +1,4 @@
-"""A teacher checkpoint inside the trainer: the same ranks, the same layout, its own architecture."""
+"""A teacher checkpoint inside the trainer: on its ranks, of its own architecture, precision and layout."""
 
 from __future__ import annotations
 
