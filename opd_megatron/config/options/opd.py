@@ -1,0 +1,87 @@
+"""The distillation term and its teachers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd_megatron.config import checks
+from opd_megatron.config.declare import option
+
+
+@dataclass(frozen=True)
+class ServerTeacherOptions:
+    """A teacher behind an SGLang server"""
+
+    opd_teacher_url: tuple[str, ...] = option(
+        (),
+        "address of the SGLang server for --opd-type sglang, e.g. http://127.0.0.1:30000",
+        metavar="URL",
+        check=checks.http_url,
+        show=checks.mask_url,
+    )
+    opd_teacher_max_in_flight: int = option(8, "requests to the teacher server at a time", minimum=1, maximum=65536)
+    opd_teacher_timeout: float = option(
+        120.0, "time limit of one request to the teacher", unit="seconds", above=0.0, maximum=checks.LONGEST_WAIT
+    )
+    opd_teacher_max_retries: int = option(
+        4, "repetitions of a request after a refused connection, time-out, 429 or 5xx", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class MegatronTeacherOptions:
+    """A teacher loaded into Megatron"""
+
+    opd_teacher_load: str | None = option(
+        None, "teacher checkpoint for --opd-type megatron: a torch_dist or Hugging Face folder", metavar="DIR"
+    )
+    opd_teacher_ckpt_step: int | None = option(None, "step of --opd-teacher-load (default: its latest)", minimum=0)
+    opd_teacher_dtype: str = option(
+        "same",
+        "precision of the Megatron teacher's weights (same: the student's)",
+        choices=("same", "float32", "bfloat16"),
+    )
+    opd_teacher_micro_batch_size: int | None = option(
+        None, "samples per forward pass of the Megatron teacher (default: the student's way)", unit="samples", minimum=1
+    )
+    opd_teacher_max_tokens_per_gpu: int | None = option(
+        None,
+        "tokens per forward pass of one rank of the Megatron teacher (default: the student's way)",
+        unit="tokens",
+        minimum=1,
+    )
+    opd_teacher_tensor_model_parallel_size: int | None = option(
+        None, "tensor-parallel ranks of the Megatron teacher (default: the student's)", minimum=1
+    )
+    opd_teacher_pipeline_model_parallel_size: int | None = option(
+        None, "pipeline-parallel ranks of the Megatron teacher (default: the student's)", minimum=1
+    )
+    opd_teacher_hidden_dtype: str = option(
+        "same",
+        "precision of the teacher's hidden states on the host, kept for the exact KL (same: that of its weights)",
+        choices=("same", "float32", "bfloat16"),
+    )
+
+
+@dataclass(frozen=True)
+class OpdOptions(ServerTeacherOptions, MegatronTeacherOptions):
+    """On-policy distillation"""
+
+    use_opd: bool = option(False, "add the per-token distillation term to the advantage")
+    opd_type: str | None = option(None, "where teacher log-probabilities come from", choices=("sglang", "megatron"))
+    opd_kl_coef: float = option(1.0, "coefficient of log p_student - log p_teacher", minimum=0.0)
+    opd_exact_kl_interval: int = option(
+        1,
+        "measure opd/reverse_kl_exact this often (Megatron teacher; 0: only where --opd-baseline needs it)",
+        unit="rollouts",
+        minimum=0,
+    )
+    opd_baseline: str = option(
+        "none",
+        "subtracted from the term at each position, which leaves its expected gradient: kl, the exact reverse KL; "
+        "optimal, the baseline of least variance (Megatron teacher)",
+        choices=("none", "kl", "optimal"),
+    )
+    opd_allow_sampling_mismatch: bool = option(
+        False, "accept a sampling law whose expectation is not over the student's distribution at temperature 1"
+    )
