@@ -82,7 +82,8 @@ class Sample:
     in the loss, multiplied by ``opd_weights`` (None: 1). ``teacher_failure`` is the kind of failure for which the
     sample has no teacher scores, while the task still trains on it: its ``teacher_scores`` are valid nowhere.
     ``weight_version`` is that of the engine's weights that made the response and ``weight_versions`` all of them, in
-    order, where there were several. Every per-token field covers the response only and has ``T`` entries; ``T`` may be 0.
+    order, where there were several. Every per-token field covers the response only and has ``T`` entries; ``T`` may be
+    0.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""Blocking work beside an event loop: streams that a thread produces, and functions that threads are given to call.
+"""Blocking work beside an event loop: streams that a thread produces, functions that threads call, a loop in a thread.
 
 All threads are daemons: a function of the user's that never returns does not keep an interrupted run alive.
 """
@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -65,7 +65,7 @@ class Feed(Generic[Item]):
 
 async def stream_from_thread(
     produce: Callable[[Feed[Item]], None], *, name: str, join: bool = True
-) -> AsyncIterator[Item]:
+) -> AsyncGenerator[Item, None]:
     """What ``produce`` puts into its feed in a thread of its own; an exception there is raised here after the items.
 
     When the iterator is closed the feed is, too, so that ``put`` raises in the thread; with ``join`` closing returns
@@ -140,3 +140,49 @@ class CallingThreads:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+
+
+class LoopThread:
+    """An event loop that runs in a thread of its own, so that what was made in it lives on from call to call."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, Item]) -> Item:
+        """What the coroutine returns or raises; the calling thread, any but the loop's own, waits for it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    async def call(self, coroutine: Coroutine[Any, Any, Item]) -> Item:
+        """The same for a task of another event loop; cancelling it cancels the coroutine."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._running()))
+
+    def close(self) -> None:
+        """Cancel what is running and end the loop; it starts anew when it is needed again."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run_loop, args=(self._loop,), name=self._name, daemon=True).start()
+            return self._loop
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()

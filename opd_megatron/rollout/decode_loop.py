@@ -111,7 +111,9 @@ class _Running:
 def _responses(tokens_TU: Tensor, log_probs_TU: Tensor, rows_U: Tensor, ended_U: Tensor) -> list[Response]:
     tokens_UT = tokens_TU.t().contiguous().cpu().numpy()
     log_probs_UT = log_probs_TU.t().contiguous().cpu().numpy()
-    return [Response(*fields) for fields in zip(rows_U.tolist(), tokens_UT, log_probs_UT, ended_U.tolist(), strict=True)]
+    return [
+        Response(*fields) for fields in zip(rows_U.tolist(), tokens_UT, log_probs_UT, ended_U.tolist(), strict=True)
+    ]
 
 
 def decode_batch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,7 +74,7 @@ class RolloutEngine(Protocol):
         """One generation per request, in the order of the requests."""
         ...
 
-    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
+    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Generation], None]:
         """The same generations as soon as each is finished, with the places of their requests.
 
         Runs in the running event loop without blocking it. Closing the iterator gives up what is not finished.

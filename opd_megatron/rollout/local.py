@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class LocalEngine:
             results = dict(self._each(self._decoding(), requests, self._check_prompts(requests), lambda: False))
         return [results[place] for place in range(len(requests))]
 
-    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
+    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Generation], None]:
         """As :meth:`generate`, by a thread, in order of completion; closing it ends the thread within one token."""
         decoder, prompts = self._decoding(), self._check_prompts(requests)
 
@@ -167,8 +167,7 @@ class LocalEngine:
                 if not responses:
                     continue
                 tokens = [response.tokens for response in responses]
-                texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                for response, text in zip(responses, texts, strict=True):
+                for response, text in zip(responses, self._texts(tokens), strict=True):
                     finish = Status.COMPLETED if response.ended else Status.TRUNCATED
                     found = Generation(response.tokens, response.log_probs, text, finish, version)
                     yield places[response.row], found
@@ -199,6 +198,9 @@ class LocalEngine:
             bounds = [len(group) * part // count for part in range(count + 1)]
             batches += [group[start:end] for start, end in itertools.pairwise(bounds)]
         return batches
+
+    def _texts(self, tokens: Sequence[np.ndarray]) -> list[str]:
+        return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _decode(self, decoder: Decoder, batch: Batch) -> Iterator[list[Response]]:
         stop = None
