@@ -29,6 +29,8 @@ from opd_megatron.config.resolve import (
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
+from opd_megatron.flow import FailurePolicy, RolloutFlow, build_filter
+from opd_megatron.flow.pipeline import Stages
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.trainer import TrainerSpec

@@ -11,6 +11,9 @@ _SGLANG_ONLY = (
     "opd_teacher_max_in_flight",
     "opd_teacher_timeout",
     "opd_teacher_max_retries",
+    "opd_on_teacher_failure",
+    "opd_max_failed_frac",
+    "opd_teacher_step_deadline",
 )
 _MEGATRON_ONLY = (
     "opd_teacher_load",
@@ -96,6 +99,8 @@ def _sglang_faults(options: Options) -> list[str]:
         faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
     if count > 1:
         faults.append(f"--opd-teacher-url takes exactly one address, not {count}")
+    if options.opd.opd_on_teacher_failure == "stop" and "opd_max_failed_frac" in options.given:
+        faults.append("--opd-max-failed-frac has no effect with --opd-on-teacher-failure stop: choose mask or drop")
     return faults + _misplaced(options, _MEGATRON_ONLY, "megatron")
 
 

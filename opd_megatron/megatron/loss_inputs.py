@@ -122,6 +122,11 @@ class LossInputs:
         place = BASELINES[self.options.opd.opd_baseline]
         return None if place is None or self.exact_moments is None else self.exact_moments[place]
 
+    @property
+    def opd_weights_N(self) -> Tensor | None:
+        """None where the teacher scored every sample of the rollout."""
+        return self._of_samples(lambda sample: sample.opd_weights)
+
     @cached_property
     def exact_moments(self) -> tuple[Tensor, Tensor] | None:
         """KL(student || teacher) over the vocabulary and the baseline of least variance, without gradient.

@@ -32,8 +32,11 @@ def add_opd_term(
     valid_N: Tensor,
     coef: float,
     baseline_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
 ) -> Tensor:
-    """``A - coef * (log p_S - log p_T - b)`` where ``valid_N``, else ``A`` unchanged; ``[N]``, detached.
+    """``A - coef * w * (log p_S - log p_T - b)`` where ``valid_N``, else ``A`` unchanged; ``[N]``, detached.
+
+    ``weights_N`` is ``w`` (None: 1), see :func:`~opd_megatron.objectives.weights.scored_opd_weights`.
 
     ``baseline_N`` is ``b`` (None: 0), a function of the prefix alone. Since ``E_S[grad log p_S] = 0``, it leaves the
     expected gradient as it is; with ``b = KL(S||T)`` at the position, which is the mean of ``log p_S - log p_T`` under
@@ -47,6 +50,8 @@ def add_opd_term(
     distance_N = log_ratio(student_log_probs_N, teacher_log_probs_N)
     if baseline_N is not None:
         distance_N = distance_N - baseline_N.detach()
+    if weights_N is not None:
+        distance_N = weights_N.detach() * distance_N
     return advantages_N.detach() - coef * torch.where(valid_N, distance_N, 0.0)
 
 

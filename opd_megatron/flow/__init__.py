@@ -1,0 +1,7 @@
+"""From prompts to a finished rollout: sampling, rewards, filters and a streaming teacher as one pipeline."""
+
+from opd_megatron.flow.failures import FailurePolicy
+from opd_megatron.flow.filters import FilterError, GroupFilter, build_filter
+from opd_megatron.flow.pipeline import Rollout, RolloutFlow
+
+__all__ = ["FailurePolicy", "FilterError", "GroupFilter", "Rollout", "RolloutFlow", "build_filter"]
