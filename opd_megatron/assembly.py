@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,18 +31,21 @@ from opd_megatron.config.resolve import (
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.flow import FailurePolicy, RolloutFlow, build_filter
-from opd_megatron.flow.pipeline import Stages
+from opd_megatron.flow import FailurePolicy, RolloutFlow, Stages, build_filter
 from opd_megatron.megatron import cpu
+from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.reward import RewardFunction, build_reward
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
+from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.sample import Sample
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
 from opd_megatron.teacher.preflight import PROBE_TEXTS, encode
+from opd_megatron.teacher.protocol import StreamingTeacher
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 
@@ -66,8 +71,8 @@ class Parts:
     evaluation_sets: list[EvaluationSet]
     num_rollouts: int
     trainer: TrainerGroup
-    engine: LocalEngine | None
-    generator: RolloutGenerator | None
+    engine: RolloutEngine | None
+    flow: RolloutFlow | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
     teacher: MegatronTeacher | SGLangTeacher | None
@@ -105,16 +110,18 @@ def assemble(options: Options) -> Iterator[Parts]:
         engine = None
         samples_rollouts = options.objective.loss_type == "policy_loss" and not replayed
         if samples_rollouts or sets:
-            engine = _engine(options, hf_folder, tokenizer)
+            engine = _engine(options, hf_folder, tokenizer, lambda tokens: _student_log_probs(trainer, tokens, 1.0))
             stack.callback(engine.close)
-        generator = None
-        if samples_rollouts and engine is not None:
-            generator = RolloutGenerator(engine, tokenizer, options)
         trainer = start_trainer_group(_trainer_spec(options, num_rollouts))
         stack.callback(trainer.close)
         teacher = None if replayed else _teacher(options, trainer, tokenizer)
         if teacher is not None:
             stack.callback(teacher.close)
+        flow = None
+        if samples_rollouts and engine is not None and prompts is not None:
+            generator = RolloutGenerator(engine, tokenizer, options)
+            flow = RolloutFlow(_stages(options, generator, prompts, reward, teacher))
+            stack.callback(flow.close)
         yield Parts(
             options=options,
             hf_folder=hf_folder,
@@ -124,7 +131,7 @@ def assemble(options: Options) -> Iterator[Parts]:
             num_rollouts=num_rollouts,
             trainer=trainer,
             engine=engine,
-            generator=generator,
+            flow=flow,
             reward=reward,
             evaluation_reward=evaluation_reward,
             teacher=teacher,
@@ -155,7 +162,22 @@ def _num_rollouts(options: Options, prompts: PromptSet | None) -> int:
     return prompts.rollouts_for_epochs(options.data.num_epoch, options.rollout.rollout_batch_size)
 
 
-def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBase) -> LocalEngine:
+def _engine(
+    options: Options,
+    hf_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Callable[[np.ndarray], np.ndarray],
+) -> RolloutEngine:
+    """The engine that was asked for; ``reference`` are the trainer's log-probabilities, by which updates are proved."""
+    if options.engine.rollout_engine == "sglang":
+        return sglang_engine(
+            options,
+            hf_folder,
+            tokenizer,
+            write=partial(write_hf_folder, hf_folder=hf_folder),
+            reference=reference,
+            on_cpu=cpu.device().type == "cpu",
+        )
     return LocalEngine(
         hf_folder,
         tokenizer,
@@ -163,6 +185,12 @@ def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBas
         dtype=torch.bfloat16 if options.optimizer.bf16 else torch.float32,
         max_batch_size=options.rollout.rollout_engine_batch_size,
     )
+
+
+def _student_log_probs(trainer: TrainerGroup, tokens: np.ndarray, temperature: float | None = None) -> np.ndarray:
+    """The trainer's log-probabilities of ``tokens[1:]`` at the rollout temperature, or another one."""
+    sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
+    return trainer.score("student", [sample], temperature=temperature)[0]
 
 
 def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
@@ -203,6 +231,39 @@ def _teacher(
         max_in_flight=opd.opd_teacher_max_in_flight,
         timeout=opd.opd_teacher_timeout,
         max_retries=opd.opd_teacher_max_retries,
+    )
+
+
+def scores_later(teacher: MegatronTeacher | SGLangTeacher | None) -> bool:
+    """Whether the teacher scores whole rollouts, when they are finished, and not sample by sample."""
+    return teacher is not None and not hasattr(teacher, "score_one")
+
+
+def _stages(
+    options: Options,
+    generator: RolloutGenerator,
+    prompts: PromptSet,
+    reward: RewardFunction | None,
+    teacher: MegatronTeacher | SGLangTeacher | None,
+) -> Stages:
+    rollout, opd = options.rollout, options.opd
+    batch = int(rollout.rollout_batch_size or 0)
+    return Stages(
+        source=generator,
+        prompts=prompts,
+        batch=batch,
+        copies=rollout.n_samples_per_prompt,
+        reward=reward,
+        keep=build_filter(rollout),
+        max_refills=rollout.dynamic_filter_max_refills * batch,
+        teacher=None if scores_later(teacher) else cast("StreamingTeacher | None", teacher),
+        policy=FailurePolicy(
+            on_failure=opd.opd_on_teacher_failure,
+            max_failed_frac=opd.opd_max_failed_frac,
+            deadline=opd.opd_teacher_step_deadline,
+        ),
+        # The rounding of the local engine depends on what it decodes together.
+        refill_at_once=options.engine.rollout_engine != "local",
     )
 
 
@@ -258,11 +319,7 @@ def preflight(parts: Parts, done: int) -> list[str]:
     paths = options.checkpoint
     folders = [folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None]
     texts = [text for text in PROBE_TEXTS[:1] if parts.tokenizer.decode(encode(parts.tokenizer, text)) == text]
-
-    def student_log_probs(tokens: np.ndarray) -> np.ndarray:
-        sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
-        return parts.trainer.score("student", [sample])[0]
-
+    student_log_probs = partial(_student_log_probs, parts.trainer)
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
     if isinstance(teacher, SGLangTeacher):
         return notes + preflight_sglang(
@@ -298,7 +355,7 @@ def _length_notes(parts: Parts) -> list[str]:
     options, positions = parts.options, student_architecture(parts.options).max_position_embeddings
     sets = {f"--eval-prompt-data {item.name}": item.records for item in parts.evaluation_sets}
     lengths = dict.fromkeys(sets, options.eval_max_response_len)
-    if parts.prompts is not None and parts.generator is not None:
+    if parts.prompts is not None and parts.flow is not None:
         sets["--prompt-data"] = parts.prompts.records
         lengths["--prompt-data"] = options.rollout.rollout_max_response_len
     notes = []

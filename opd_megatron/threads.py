@@ -6,6 +6,7 @@ All threads are daemons: a function of the user's that never returns does not ke
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import queue
 import threading
@@ -13,6 +14,10 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
+T = TypeVar("T")
+
+_SETTLE = 60.0
+"""Seconds that cancelled work has to clean up."""
 
 
 class FeedClosed(Exception):
@@ -143,46 +148,51 @@ class CallingThreads:
 
 
 class LoopThread:
-    """An event loop that runs in a thread of its own, so that what was made in it lives on from call to call."""
+    """A running event loop; what belongs to it (connections, locks) may be used in its coroutines only."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, Item]) -> Item:
-        """What the coroutine returns or raises; the calling thread, any but the loop's own, waits for it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._running())
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start ``work`` in the loop; cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work`` for a task of another event loop; cancelling it cancels ``work``."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``. An exception that arrives meanwhile (Ctrl-C) cancels it and waits for its end."""
+        ended = threading.Event()
+
+        async def watched() -> T:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = self.submit(watched())
         try:
             return future.result()
-        finally:
-            future.cancel()
-
-    async def call(self, coroutine: Coroutine[Any, Any, Item]) -> Item:
-        """The same for a task of another event loop; cancelling it cancels the coroutine."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._running()))
+        except BaseException:
+            if future.cancel():
+                ended.wait(_SETTLE)
+            raise
 
     def close(self) -> None:
-        """Cancel what is running and end the loop; it starts anew when it is needed again."""
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.call_soon_threadsafe(loop.stop)
-
-    def _running(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run_loop, args=(self._loop,), name=self._name, daemon=True).start()
-            return self._loop
+        """Cancel what is left and end the thread; harmless when repeated."""
+        if self._loop.is_closed():
+            return
+        self.run(_cancel_others())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    try:
-        loop.run_forever()
-        tasks = asyncio.all_tasks(loop)
-        for task in tasks:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    finally:
-        loop.close()
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

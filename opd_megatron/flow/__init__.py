@@ -2,6 +2,6 @@
 
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import FilterError, GroupFilter, build_filter
-from opd_megatron.flow.pipeline import Rollout, RolloutFlow
+from opd_megatron.flow.pipeline import Rollout, RolloutFlow, Stages
 
-__all__ = ["FailurePolicy", "FilterError", "GroupFilter", "Rollout", "RolloutFlow", "build_filter"]
+__all__ = ["FailurePolicy", "FilterError", "GroupFilter", "Rollout", "RolloutFlow", "Stages", "build_filter"]

@@ -57,7 +57,7 @@ class StageClock:
         """
         self._tick()
         found = {f"perf/{stage}_seconds": seconds for stage, seconds in self._seconds.items() if seconds > 0}
-        return {**found, "perf/teacher_wait_seconds": self._waited}
+        return found | ({"perf/teacher_wait_seconds": self._waited} if self._seconds["teacher"] > 0 else {})
 
     def _tick(self) -> None:
         now = self._clock()

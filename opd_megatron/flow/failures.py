@@ -64,7 +64,7 @@ class FailureCount:
 
 
 def mask(sample: Sample, kind: FailureKind, teacher: str) -> None:
-    """Leave the sample out of the distillation term: scores that are valid nowhere, and no number to mistake for one."""
+    """Leave the sample out of the distillation term: its scores are valid nowhere and no number to mistake for one."""
     length = sample.response_length
     sample.teacher_failure = str(kind)
     sample.teacher_scores = TeacherScores(

@@ -7,6 +7,7 @@ import collections.abc
 import inspect
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from opd_megatron.config.errors import UserError
@@ -50,8 +51,11 @@ class CustomRater:
         self.takes_groups = takes_batch(function)
         call = getattr(function, "__call__", None)  # noqa: B004 - an object may have an async __call__
         self._concurrent = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        self._loop = LoopThread("reward loop")
         self._threads = CallingThreads(1, "reward")
+
+    @cached_property
+    def _loop(self) -> LoopThread:
+        return LoopThread("reward loop")
 
     def rate(self, samples: Sequence[Sample]) -> Iterable[float | Exception]:
         if not samples:
@@ -77,7 +81,8 @@ class CustomRater:
 
     def close(self) -> None:
         self._threads.close()
-        self._loop.close()
+        if "_loop" in self.__dict__:
+            self._loop.close()
 
     def _rate_one(self, sample: Sample) -> float:
         return cast(float, self._finish(self._function(sample)))

@@ -34,14 +34,13 @@ async def stream_custom(
     inconsistent is a ``ValueError`` that names ``path``. Closing the iterator cancels what runs; a plain function is
     left to return.
     """
-    main_loop = asyncio.get_running_loop()
 
     def produce(feed: Feed[Sample]) -> None:
         async def make(sample: Sample) -> None:
             index, group_index = sample.index, sample.group_index
             if feed.closed:
                 return
-            answer: Any = function(sample, SampleEngine(engine, (*stream, index), main_loop), sampling)
+            answer: Any = function(sample, SampleEngine(engine, (*stream, index)), sampling)
             made = await answer if inspect.isawaitable(answer) else answer
             feed.put(_checked(made, index, group_index, path))
 
@@ -70,15 +69,11 @@ class SampleEngine:
 
     The stream of a request is (the sample's stream, number of the call, place in the call, the request's own seed),
     so that each turn of an agent loop is new and a resumed run repeats it. The weights cannot be changed through it.
-    ``main_loop`` is the event loop that the engine's own streams run in.
     """
 
-    def __init__(
-        self, engine: RolloutEngine, stream: tuple[int, ...], main_loop: asyncio.AbstractEventLoop | None = None
-    ) -> None:
+    def __init__(self, engine: RolloutEngine, stream: tuple[int, ...]) -> None:
         self._engine = engine
         self._stream = stream
-        self._main_loop = main_loop
         self._calls = 0
 
     @property
@@ -91,15 +86,12 @@ class SampleEngine:
 
     async def generate_async(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As :meth:`generate`, for ``async`` functions: others go on meanwhile."""
-        if self._main_loop is None:
-            raise RuntimeError("generate_async needs the event loop of a rollout")
-        found = asyncio.run_coroutine_threadsafe(_all(self._engine.stream(self._own(requests))), self._main_loop)
-        return await asyncio.wrap_future(found)
+        by_place = dict([finished async for finished in self.stream(requests)])
+        return [by_place[place] for place in range(len(requests))]
 
-    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Generation], None]:
-        """As :meth:`RolloutEngine.stream`, all at the end."""
-        for place, generation in enumerate(await self.generate_async(requests)):
-            yield place, generation
+    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Generation], None]:
+        """As :meth:`RolloutEngine.stream`."""
+        return self._engine.stream(self._own(requests))
 
     def _own(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         call, self._calls = self._calls, self._calls + 1
@@ -112,14 +104,17 @@ class SampleEngine:
         """Refused: ``RuntimeError``."""
         raise RuntimeError("a generate function cannot change the engine's weights")
 
+    def metrics(self) -> dict[str, float]:
+        """None: they belong to the run."""
+        return {}
+
+    def rest(self) -> None:
+        """Refused: ``RuntimeError``."""
+        raise RuntimeError("a generate function cannot put the engine to rest")
+
     def close(self) -> None:
         """Refused: ``RuntimeError``."""
         raise RuntimeError("a generate function cannot close the engine")
-
-
-async def _all(found: AsyncGenerator[tuple[int, Generation], None]) -> list[Generation]:
-    by_place = dict([finished async for finished in found])
-    return [by_place[place] for place in range(len(by_place))]
 
 
 def _checked(made: Any, index: int, group_index: int, path: str) -> Sample:

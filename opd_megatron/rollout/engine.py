@@ -90,6 +90,14 @@ class RolloutEngine(Protocol):
         """The version of the weights that speak; empty before the first update."""
         ...
 
+    def metrics(self) -> dict[str, float]:
+        """What the engine did since the last call, under the names of ``metrics.jsonl``."""
+        ...
+
+    def rest(self) -> None:
+        """Nothing will be generated before the next update of the weights."""
+        ...
+
     def close(self) -> None:
         """Release what the engine holds; it cannot be used afterwards."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ def _build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
     with torch.random.fork_rng(devices=cuda), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
+
+
+def _nothing() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 class LocalEngine:
@@ -68,6 +73,7 @@ class LocalEngine:
         self._token_texts = TokenTexts(tokenizer, self._vocab_size)
         self._stops: dict[tuple[str, ...], StopStrings] = {}
         self._weight_version = ""
+        self._update_seconds: float | None = None
         self._ready = False
         self.end_token_ids = end_token_ids(tokenizer, resolved, folder)
 
@@ -84,6 +90,7 @@ class LocalEngine:
         """
         if self._decoder is None:
             raise RuntimeError("the engine is closed")
+        began = time.perf_counter()
         self._ready, self._weight_version = False, ""
         parameters = tensors_by_stored_name(self._model)
         missing = {id(parameter): name for name, parameter in reversed(parameters.items())}
@@ -108,6 +115,7 @@ class LocalEngine:
                 raise ValueError(f"weight update {version!r}: {len(names)} parameters did not arrive: {shown}")
             self._decoder.refresh()
         self._ready, self._weight_version = True, version
+        self._update_seconds = (self._update_seconds or 0.0) + time.perf_counter() - began
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """One generation per request, in order; raises ``ValueError`` on an empty prompt or an unknown token id.
@@ -152,8 +160,7 @@ class LocalEngine:
         room = [self._max_positions - len(prompt) for prompt in prompts]
         for place, left in enumerate(room):
             if left < 1:
-                nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
-                yield place, Generation(*nothing, "", Status.PROMPT_TOO_LONG, version)
+                yield place, Generation(*_nothing(), "", Status.PROMPT_TOO_LONG, version)
         for places in self._plan(requests, [place for place, left in enumerate(room) if left >= 1]):
             batch = Batch(
                 prompts=[prompts[place] for place in places],
@@ -171,6 +178,14 @@ class LocalEngine:
                     finish = Status.COMPLETED if response.ended else Status.TRUNCATED
                     found = Generation(response.tokens, response.log_probs, text, finish, version)
                     yield places[response.row], found
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds of the updates of the weights since the last call."""
+        seconds, self._update_seconds = self._update_seconds, None
+        return {} if seconds is None else {"perf/weight_update_seconds": seconds}
+
+    def rest(self) -> None:
+        """Nothing: the model stays where it is."""
 
     def close(self) -> None:
         """Release the model; the engine cannot be used afterwards."""
