@@ -33,8 +33,9 @@ class PolicyInputs:
     ``log_probs_N`` carry the gradient. ``old_log_probs_N`` are the trainer's under the weights that sampled the
     rollout; None means that these are the current weights. ``advantages_N`` are task advantages without the
     distillation term. Teacher scores count where ``teacher_valid_N`` (None: everywhere); ``opd_baseline_N`` is
-    subtracted from their distance (see :func:`~opd_megatron.objectives.opd.add_opd_term`). ``entropy_N`` needs a
-    gradient only where there is an entropy bonus. Raises ``ValueError`` on unequal shapes.
+    subtracted from their distance and ``opd_future_N`` added to it (see
+    :func:`~opd_megatron.objectives.opd.add_opd_term`). ``entropy_N`` needs a gradient only where there is an entropy
+    bonus. Raises ``ValueError`` on unequal shapes.
     """
 
     log_probs_N: Tensor
@@ -45,6 +46,7 @@ class PolicyInputs:
     teacher_log_probs_N: Tensor | None = None
     teacher_valid_N: Tensor | None = None
     opd_baseline_N: Tensor | None = None
+    opd_future_N: Tensor | None = None
     ref_log_probs_N: Tensor | None = None
     entropy_N: Tensor | None = None
 
@@ -110,7 +112,8 @@ def sft_objective(log_probs_N: Tensor, loss_weights_N: Tensor, loss_mask_N: Tens
 def _with_opd(inputs: PolicyInputs, task_N: Tensor, old_N: Tensor, mask_N: Tensor, opd_coef: float) -> Tensor:
     teacher_N = _required(inputs.teacher_log_probs_N, "teacher_log_probs_N", "opd_coef")
     scored_N = mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool()
-    return add_opd_term(task_N, old_N, teacher_N, scored_N, opd_coef, inputs.opd_baseline_N)
+    future_N = None if inputs.opd_future_N is None else _keep(inputs.opd_future_N, mask_N)
+    return add_opd_term(task_N, old_N, teacher_N, scored_N, opd_coef, inputs.opd_baseline_N, future_N=future_N)
 
 
 def _keep(values_N: Tensor, mask_N: Tensor) -> Tensor:
