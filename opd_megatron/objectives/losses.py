@@ -4,7 +4,7 @@ Shape legend: ``N`` response positions of the micro-batch, all its samples conca
 (padding, text that the student did not write) may hold anything: it adds nothing to the loss, the gradient or a metric,
 not even a NaN.
 
-Every scalar is ``sum(loss_weights * loss)`` with weights that sum to 1 over the whole optimizer step
+Every scalar is ``sum(loss_weights * loss)`` with weights that are fixed over the whole optimizer step
 (:func:`~opd_megatron.objectives.weights.token_loss_weights`), so the sum over micro-batches and data-parallel ranks
 is the loss of the step and nothing has to be divided later. Metrics are statistics
 (:mod:`opd_megatron.objectives.statistics`) with the same weights, so they are means as the loss sees them and
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from opd_megatron.config.options import ObjectiveOptions
+from opd_megatron.objectives.corrections import importance_weights, off_policy_mask
 from opd_megatron.objectives.kl import kl_loss
 from opd_megatron.objectives.log_probs import importance_ratio
 from opd_megatron.objectives.opd import add_opd_term
-from opd_megatron.objectives.policy_loss import clipped_policy_loss
+from opd_megatron.objectives.policy_loss import PolicyTerms, chosen_policy_loss
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.objectives.statistics import weighted_statistic
 
 
@@ -30,8 +32,9 @@ from opd_megatron.objectives.statistics import weighted_statistic
 class PolicyInputs:
     """What the policy loss needs to know of each position; all ``[N]``, on one device.
 
-    ``log_probs_N`` carry the gradient. ``old_log_probs_N`` are the trainer's under the weights that sampled the
-    rollout; None means that these are the current weights. ``advantages_N`` are task advantages without the
+    ``log_probs_N`` carry the gradient. ``sequences`` says which response a position is of. ``old_log_probs_N`` are the
+    trainer's under the weights that sampled the rollout; None means that these are the current weights.
+    ``rollout_log_probs_N`` are the engine's. ``advantages_N`` are task advantages without the
     distillation term. Teacher scores count where ``teacher_valid_N`` (None: everywhere); ``opd_baseline_N`` is
     subtracted from their distance and ``opd_future_N`` added to it (see
     :func:`~opd_megatron.objectives.opd.add_opd_term`). ``entropy_N`` needs a gradient only where there is an entropy
@@ -42,7 +45,9 @@ class PolicyInputs:
     advantages_N: Tensor
     loss_weights_N: Tensor
     loss_mask_N: Tensor
+    sequences: Sequences
     old_log_probs_N: Tensor | None = None
+    rollout_log_probs_N: Tensor | None = None
     teacher_log_probs_N: Tensor | None = None
     teacher_valid_N: Tensor | None = None
     opd_baseline_N: Tensor | None = None
@@ -53,10 +58,12 @@ class PolicyInputs:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None and value.shape != self.log_probs_N.shape:
+            if isinstance(value, Tensor) and value.shape != self.log_probs_N.shape:
                 raise ValueError(
                     f"{item.name} has shape {tuple(value.shape)}, log_probs_N {tuple(self.log_probs_N.shape)}"
                 )
+        if self.sequences.of_N.shape != self.log_probs_N.shape:
+            raise ValueError(f"sequences are of {len(self.sequences.of_N)} positions, not {len(self.log_probs_N)}")
 
 
 def policy_objective(
@@ -64,9 +71,10 @@ def policy_objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scalar loss of a micro-batch and its statistics.
 
-    ``clipped surrogate(A - opd_coef * d) + kl_loss_coef * KL(S||ref) - entropy_coef * H``; ``opd_coef`` None means no
-    distillation. ``d`` uses the old log-probabilities, so it stays fixed over the optimizer steps of a rollout.
-    Raises ``ValueError`` where a term is asked for and its input is missing.
+    ``w * surrogate(A - opd_coef * d) + kl_loss_coef * KL(S||ref) - entropy_coef * H`` with the surrogate of
+    ``--policy-loss`` and ``w`` of :mod:`~opd_megatron.objectives.corrections` (1 unless asked for); ``opd_coef`` None
+    means no distillation. ``d`` uses the old log-probabilities, so it stays fixed over the optimizer steps of a
+    rollout. Raises ``ValueError`` where a term is asked for and its input is missing.
     """
     mask_N = inputs.loss_mask_N.bool()
     weights_N = _keep(inputs.loss_weights_N, mask_N)
@@ -75,12 +83,15 @@ def policy_objective(
     old_N = old_N.detach()
     task_N = _keep(inputs.advantages_N, mask_N).detach()
     advantages_N = task_N if opd_coef is None else _with_opd(inputs, task_N, old_N, mask_N, opd_coef)
-    loss_N, clipped_N = clipped_policy_loss(
-        log_probs_N, old_N, advantages_N, objective.eps_clip, objective.eps_clip_high, objective.eps_clip_c
-    )
+    terms = PolicyTerms(log_probs_N, old_N, advantages_N, mask_N, inputs.sequences, objective)
+    loss_N, found = chosen_policy_loss(objective)(terms)
+    weight_N, weight_metrics = _correction(inputs, terms)
+    if weight_N is not None:
+        loss_N = weight_N * loss_N
     metrics = {
         "train/pg_loss": loss_N,
-        "train/pg_clipfrac": clipped_N,
+        **found,
+        **weight_metrics,
         "train/ratio_mean": importance_ratio(log_probs_N, old_N),
         "train/advantage_mean": advantages_N,
         "train/task_advantage_abs_mean": task_N.abs(),
@@ -114,6 +125,24 @@ def _with_opd(inputs: PolicyInputs, task_N: Tensor, old_N: Tensor, mask_N: Tenso
     scored_N = mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool()
     future_N = None if inputs.opd_future_N is None else _keep(inputs.opd_future_N, mask_N)
     return add_opd_term(task_N, old_N, teacher_N, scored_N, opd_coef, inputs.opd_baseline_N, future_N=future_N)
+
+
+def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Weights of the policy loss, None for 1 everywhere, and their metrics."""
+    options, mask_N = terms.options, terms.mask_N
+    weight_N, metrics = None, {}
+    if options.use_tis:
+        rollout_N = _keep(_required(inputs.rollout_log_probs_N, "rollout_log_probs_N", "use_tis"), mask_N)
+        weight_N, outside_N = importance_weights(terms.old_log_probs_N, rollout_N, mask_N, terms.sequences, options)
+        metrics |= {"train/tis_weight": weight_N, "train/tis_clipfrac": outside_N}
+    if options.use_opsm:
+        left_out_N = off_policy_mask(
+            terms.log_probs_N, terms.old_log_probs_N, terms.advantages_N, mask_N, terms.sequences, options.opsm_delta
+        )
+        weight_N = torch.where(left_out_N, 0.0, torch.ones_like(terms.log_probs_N) if weight_N is None else weight_N)
+        weight_N = weight_N.detach()
+        metrics["train/opsm_masked_frac"] = left_out_N
+    return weight_N, metrics
 
 
 def _keep(values_N: Tensor, mask_N: Tensor) -> Tensor:
