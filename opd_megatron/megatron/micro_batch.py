@@ -85,14 +85,14 @@ class MicroBatch:
         return dict(zip(self.indices, parts, strict=True))
 
     def join(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N]`` on its device."""
+        """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N, ...]`` on its device."""
         chosen = [np.asarray(arrays[index]) for index in self.indices]
         for array, length in zip(chosen, self.lengths, strict=True):
             if len(array) != length:
                 raise ValueError(f"{len(array)} values for a response of {length} tokens")
         parts = [array[offsets] for array, offsets in zip(chosen, self.offsets, strict=True)]
-        dtype = np.asarray(arrays[0]).dtype if len(arrays) else np.dtype(np.float32)
-        return torch.from_numpy(_concatenate(parts, dtype)).to(self.tokens_bs.device)
+        empty = np.asarray(arrays[0])[:0] if len(arrays) else np.zeros(0, dtype=np.float32)
+        return torch.from_numpy(np.concatenate([empty, *parts])).to(self.tokens_bs.device)
 
 
 def build(

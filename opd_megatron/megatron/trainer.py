@@ -175,16 +175,16 @@ class MegatronTrainer:
             self._teacher_rows = rows
         return found
 
-    def train(self, samples: Sequence[Sample]) -> TrainResult:
-        """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite."""
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
+        """Take the optimizer steps of rollout ``rollout_id`` (from 0, for the objective's schedules); raises ``RunError`` if a gradient is not finite."""
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
-            result = self._train(samples)
+            result = self._train(samples, rollout_id)
             if self.options.offload.offload_train:
                 gather_weights(self.wrapped)
             return result
 
-    def _train(self, samples: Sequence[Sample]) -> TrainResult:
+    def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
         per_step: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         size = self.options.global_batch_size
@@ -195,7 +195,8 @@ class MegatronTrainer:
                 self.options.objective.calculate_per_token_loss,
             )
             by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
-            metrics, found = self._optimizer_step(samples, micro_batches, by_place)
+            loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
+            metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
             log_probs.update(found)
         self._teacher_rows = None
@@ -206,12 +207,11 @@ class MegatronTrainer:
         return reports() and parallel_state.get_data_parallel_rank() == 0
 
     def _optimizer_step(
-        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], weights: list[np.ndarray]
+        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], loss: StepLoss
     ) -> tuple[dict[str, float], dict[int, np.ndarray]]:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = StepLoss(self.options, self.student, samples, weights, self._teacher_rows)
         results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, loss, with_gradients=True)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         with self.memory.holding("optimizer"):

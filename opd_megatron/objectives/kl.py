@@ -54,7 +54,12 @@ def _straight_through(kind: str) -> KlLoss:
 KL_LOSSES: Catalogue[KlLoss] = Catalogue("KL to a reference as a loss", "--use-kl-loss --kl-loss-type")
 for _kind, _loss, _formula, _proof in (
     ("k1", _times_ratio("k1"), r"$\rho\, x$", "test_kl_loss_has_the_gradient_of_the_reverse_kl"),
-    ("k2", _times_fixed_ratio("k2"), r"$\mathrm{sg}(\rho)\, x^2 / 2$", "test_kl_loss_has_the_gradient_of_the_reverse_kl"),
+    (
+        "k2",
+        _times_fixed_ratio("k2"),
+        r"$\mathrm{sg}(\rho)\, x^2 / 2$",
+        "test_kl_loss_has_the_gradient_of_the_reverse_kl",
+    ),
     ("k3", _times_ratio("k3"), r"$\rho\, (e^{-x} + x - 1)$", "test_kl_loss_has_the_gradient_of_the_reverse_kl"),
     ("k1+", _straight_through("k1"), r"value $\rho\, x$, gradient of k2", "test_straight_through_forms_show_the_kl"),
     ("k3+", _straight_through("k3"), r"value $\rho\, k_3$, gradient of k2", "test_straight_through_forms_show_the_kl"),

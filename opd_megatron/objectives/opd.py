@@ -20,50 +20,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd_megatron.objectives.advantages import discounted_returns
 from opd_megatron.objectives.kl import kl_estimate
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR, floor_log_probs, importance_ratio, log_ratio
+from opd_megatron.objectives.returns import discounted_returns
 from opd_megatron.objectives.tensors import TokenArray, as_float64, as_mask
 
 
-def add_opd_term(
-    advantages_N: Tensor,
+def sampled_term(
     student_log_probs_N: Tensor,
     teacher_log_probs_N: Tensor,
     valid_N: Tensor,
-    coef: float,
-    baseline_N: Tensor | None = None,
     *,
+    baseline_N: Tensor | None = None,
     limit: float | None = None,
     future_N: Tensor | None = None,
 ) -> Tensor:
-    """``A - coef * (d - b + F)`` with ``d = log p_S - log p_T`` where ``valid_N``, else ``A - coef * F``; detached.
+    """What the teacher adds to the advantage, ``-(d - b + F)`` with ``d = log p_S - log p_T``; ``[N]``, detached.
 
-    ``baseline_N`` is ``b`` (None: 0), a function of the prefix alone. Since ``E_S[grad log p_S] = 0``, it leaves the
-    expected gradient as it is; with ``b = KL(S||T)`` at the position, which is the mean of ``log p_S - log p_T`` under
-    the student, the gradient is usually less noisy (cf. arXiv 2605.07865): usually, because the baseline of least
-    variance weighs each action by its squared score.
+    ``-F`` where not ``valid_N``. ``baseline_N`` is ``b`` (None: 0), a function of the prefix alone. Since
+    ``E_S[grad log p_S] = 0``, it leaves the expected gradient as it is; with ``b = KL(S||T)`` at the position, which is
+    the mean of ``log p_S - log p_T`` under the student, the gradient is usually less noisy (cf. arXiv 2605.07865):
+    usually, because the baseline of least variance weighs each action by its squared score.
 
     ``valid_N`` is bool: the teacher scored the token and the loss mask is 1. Elsewhere the log-probabilities may be
     anything, NaN included. ``limit`` clips ``d`` to ``[-limit, limit]`` first (:func:`clip_distance`). ``future_N`` is
-    ``F`` (None: 0), what :func:`future_distances` makes of the tokens that follow. All are ``[N]``. A valid
-    log-probability of ``-inf`` (the teacher rules the token out) counts as
-    :data:`~opd_megatron.objectives.log_probs.LOG_PROB_FLOOR` and is counted by ``opd/floored_frac``.
+    ``F`` (None: 0), what :func:`future_distances` makes of the tokens that follow. A valid log-probability of ``-inf``
+    (the teacher rules the token out) counts as :data:`~opd_megatron.objectives.log_probs.LOG_PROB_FLOOR` and is counted
+    by ``opd/floored_frac``.
     """
     distance_N = clip_distance(log_ratio(student_log_probs_N, teacher_log_probs_N), limit)
     if baseline_N is not None:
         distance_N = distance_N - baseline_N.detach()
     term_N = torch.where(valid_N, distance_N, 0.0)
-    if future_N is not None:
-        term_N = term_N + future_N.detach()
-    return advantages_N.detach() - coef * term_N
+    return -term_N if future_N is None else -(term_N + future_N.detach())
 
 
 def clip_distance(distance: Tensor, limit: float | None) -> Tensor:
     """``d`` clipped to ``[-limit, limit]`` (None: as it is); any shape.
 
     It bounds what one token can do to a step, and biases the term: the mean of the clipped ``d`` over the student is no
-    divergence. The share of tokens that it changes is the metric ``opd/clipped_frac``.
+    divergence. The share of tokens that it changes is the metric ``train/opd_clipfrac``.
     """
     return distance if limit is None else distance.clamp(-limit, limit)
 
@@ -137,7 +133,7 @@ def reverse_kl_statistics(
       m < 2;
     - ``opd/student_log_prob``, ``opd/teacher_log_prob``, their perplexities ``exp(-mean)`` and
       ``opd/perplexity_gap``, teacher's minus student's;
-    - ``opd/floored_frac``: tokens where either log-probability lies below the floor (see :func:`add_opd_term`);
+    - ``opd/floored_frac``: tokens where either log-probability lies below the floor (see :func:`sampled_term`);
     - ``opd/scored_frac``: scored tokens among those with loss mask 1; ``opd/tokens``: scored tokens.
 
     A mean over no tokens is NaN. Raises ``ValueError`` when the lists or the tokens of a sample differ in length.
