@@ -26,7 +26,7 @@ class TrainerGroup(Protocol):
         """Log-probabilities ``[T]`` float32 of each response under a model."""
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Take the optimizer steps of rollout ``rollout_id``; metrics, and the student's log-probabilities before them."""
+        """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The student as Hugging Face tensors."""

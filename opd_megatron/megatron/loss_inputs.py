@@ -139,7 +139,7 @@ class LossInputs:
         if not opd.use_opd or opd.opd_loss != "distribution":
             return None
         head = {
-            "temperature": opd.opd_temperature or self.options.rollout.rollout_temperature,
+            "temperature": self._opd_temperature,
             "vocab_size": self.student.architecture.vocab_size,
             "group": parallel_state.get_tensor_model_parallel_group(),
         }
@@ -155,7 +155,12 @@ class LossInputs:
             for read in (lambda s: s.top_ids_TK, lambda s: s.top_log_probs_TK, lambda s: s.tail_log_mass_T)
         ]
         ids_NK, log_probs_NK, tail_N = (_required(part, "teacher distributions") for part in record)
-        return Record(ids_NK.long(), log_probs_NK, tail_N)
+        # Such a record is at temperature 1; at another one only its own tokens can be compared, rescaled.
+        return Record(ids_NK.long(), log_probs_NK / self._opd_temperature, tail_N)
+
+    @property
+    def _opd_temperature(self) -> float:
+        return self.options.opd.opd_temperature or self.options.rollout.rollout_temperature
 
     @cached_property
     def exact_moments(self) -> tuple[Tensor, Tensor] | None:

@@ -176,7 +176,10 @@ class MegatronTrainer:
         return found
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
-        """Take the optimizer steps of rollout ``rollout_id`` (from 0, for the objective's schedules); raises ``RunError`` if a gradient is not finite."""
+        """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
+
+        ``rollout_id`` (from 0) says where the schedules of the objective are.
+        """
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
             result = self._train(samples, rollout_id)
