@@ -178,10 +178,19 @@ def test_log_probs_are_those_of_transformers(
         np.testing.assert_allclose(found[place], expected, rtol=0, atol=1e-5)
 
 
-def test_a_token_outside_the_vocabulary_is_an_error(folders: dict[str, Path]) -> None:
-    """The padded columns exist in memory; they are no tokens."""
-    with pytest.raises(ValueError, match=f"token {VOCAB_SIZE} is not in the vocabulary of {VOCAB_SIZE}"):
-        make_trainer(folders["qwen2"]).score("student", [_sample([1], [VOCAB_SIZE])])
+@pytest.mark.parametrize("token", [VOCAB_SIZE, -1])
+def test_a_token_outside_the_vocabulary_is_an_error(folders: dict[str, Path], token: int) -> None:
+    """The padded columns exist in memory; they are no tokens. All models are asked for, in each pass."""
+    trainer = make_trainer(folders["qwen2"], reference=folders["qwen2"], loss_type="sft_loss")
+    samples = make_samples(1)
+    samples[-1] = _sample([1, token], [2])
+    for passes in (
+        lambda: trainer.score("student", samples),
+        lambda: trainer.score("reference", samples),
+        lambda: trainer.train(samples),
+    ):
+        with pytest.raises(ValueError, match=f"token {token} is not in the vocabulary of {VOCAB_SIZE}"):
+            passes()
 
 
 @pytest.mark.parametrize("loss_type", ["policy_loss", "sft_loss"])
