@@ -26,7 +26,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
-from opd_megatron.megatron.forward import run_micro_batches
+from opd_megatron.megatron.forward import check_tokens, run_micro_batches
 from opd_megatron.megatron.frozen import (
     DTYPES,
     FrozenModel,
@@ -157,21 +157,24 @@ class MegatronTrainer:
         """Log-probabilities ``[T]`` float32 of each response at the rollout temperature, by place in ``samples``.
 
         With ``keep_hidden`` the teacher's hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        Raises ``ValueError`` for a token outside the model's vocabulary.
         """
         if name == "student":
+            check_tokens(samples, self.spec.architecture.vocab_size)
             micro_batches = [places for step in self._share(samples) for places in step]
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, self.temperature)
         if name == "teacher":
             self._teacher_rows = None
         frozen = self.frozen[name]
+        steps = frozen.steps(samples)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
         with self.memory.holding(name):
-            found = frozen.score(samples, self.temperature, rows.keep if rows else None)
+            found = frozen.score(samples, steps, self.temperature, rows.keep if rows else None)
             if rows:
                 rows.take_weight(frozen.head_weight(), leaves=self.options.offload.offload_teacher)
         if rows:
-            rows.bring(frozen.steps(samples), self._steps(samples), other_ranks=frozen.has_own_layout)
+            rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
             self._teacher_rows = rows
         return found
 
@@ -180,6 +183,7 @@ class MegatronTrainer:
 
         ``rollout_id`` (from 0) says where the schedules of the objective are.
         """
+        check_tokens(samples, self.spec.architecture.vocab_size)
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
             result = self._train(samples, rollout_id)
