@@ -44,8 +44,10 @@ def chosen_estimator(options: ObjectiveOptions) -> AdvantageEstimator:
             raise UserError(f"{path}: {len(advantages)} advantages for {len(batch.loss_masks)} samples")
         for place, (advantage_T, mask_T) in enumerate(zip(advantages, batch.loss_masks, strict=True)):
             if advantage_T.shape != mask_T.shape:
-                raise UserError(f"{path}: advantages of shape {tuple(advantage_T.shape)} for the {len(mask_T)} tokens "
-                                f"of sample {place}")
+                raise UserError(
+                    f"{path}: advantages of shape {tuple(advantage_T.shape)} for the {len(mask_T)} tokens "
+                    f"of sample {place}"
+                )
             if not advantage_T[mask_T].isfinite().all():
                 raise UserError(f"{path}: the advantages of sample {place} are not finite")
         return advantages

@@ -1,7 +1,7 @@
 """Expected gradients of the advantage estimators, by summing over every group of responses.
 
-For each estimator the gradient of the loss ``-sum_i A_i log p(response i) / n`` of a group of n, in expectation over the
-group, against autograd of what the estimator is said to maximise.
+For each estimator the gradient of the loss ``-sum_i A_i log p(response i) / n`` of a group of n, in expectation over
+the group, against autograd of what the estimator is said to maximise.
 
 Shape legend: ``S`` all responses, ``G`` all groups of ``n`` of them, ``T`` tokens.
 """
@@ -143,8 +143,7 @@ def test_the_scale_of_gpg_makes_up_for_groups_without_a_signal() -> None:
             log_probs = policies[number].log_probs_ST().sum(1)[flat[mine]]
             expected[number] = expected[number] + weight * (found[mine] * log_probs).sum()
     quiet = [
-        (probs[number] * (rewards_S[members_Gn[:, 0]] == rewards_S[members_Gn[:, 1]])).sum().item()
-        for number in (0, 1)
+        (probs[number] * (rewards_S[members_Gn[:, 0]] == rewards_S[members_Gn[:, 1]])).sum().item() for number in (0, 1)
     ]
     for number in (0, 1):
         exact = policies[number].gradient((policies[number].probs_S() * rewards_S).sum())

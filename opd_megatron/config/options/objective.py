@@ -91,7 +91,9 @@ class MismatchOptions:
     use_tis: bool = option(
         False, "weigh the policy loss by the importance ratio of the trainer's to the engine's probability"
     )
-    tis_level: str = option("token", "ratio of --use-tis: of each token, or of the response", choices=("token", "sequence"))
+    tis_level: str = option(
+        "token", "ratio of --use-tis: of each token, or of the response", choices=("token", "sequence")
+    )
     tis_mode: str = option(
         "truncate",
         "ratios of --use-tis outside --tis-clip-low to --tis-clip: limited, or dropped (IcePop)",
