@@ -33,6 +33,8 @@ from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.trainer import TrainerSpec
+from opd_megatron.objectives.advantages import chosen_estimator
+from opd_megatron.objectives.policy_loss import chosen_policy_loss
 from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
@@ -92,6 +94,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         for name, path in options.evaluation.eval_prompt_data
     ]
     num_rollouts = _num_rollouts(options, prompts)
+    chosen_estimator(options.objective), chosen_policy_loss(options.objective)  # before the models are built
     with ExitStack() as stack:
         reward = build_reward(options.reward) if options.has_training_reward else None
         if reward is not None:
@@ -249,8 +252,11 @@ def preflight(parts: Parts, done: int) -> list[str]:
     notes = []
     objective = options.objective
     rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"
-    if rewarded and objective.advantage_estimator == "grpo" and options.rollout.n_samples_per_prompt == 1:
-        notes.append("grpo with one sample per prompt: every group's advantage is 0, the task reward teaches nothing")
+    if rewarded and chosen_estimator(objective).compares_samples and options.rollout.n_samples_per_prompt == 1:
+        notes.append(
+            f"{objective.advantage_estimator} with one sample per prompt: every group's advantage is 0, the task "
+            "reward teaches nothing"
+        )
     notes += _length_notes(parts)
     idle = idle_opd_options(options)
     if idle:

@@ -81,6 +81,7 @@ def train(
             samples = steps.make_samples(parts, rollout_id, found)
         with progress.phase("reward"):
             steps.reward(parts, samples, found)
+            steps.compare_greedily(parts, samples, rollout_id, found)
         with progress.phase("teacher"):
             steps.teach(parts, samples, rollout_id)
         steps.record(parts, samples, rollout_id, folder)

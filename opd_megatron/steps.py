@@ -21,8 +21,9 @@ from opd_megatron.config.resolve import (
 )
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
-from opd_megatron.objectives.advantages import task_advantages
+from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
 from opd_megatron.objectives.log_probs import log_ratio
+from opd_megatron.objectives.mismatch import mismatch_statistics
 from opd_megatron.objectives.opd import future_distances, reverse_kl_statistics
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.engine import SamplingParams
@@ -97,6 +98,12 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
         return "a token is not in the student's vocabulary"
     if len(sample.tokens) > student.max_position_embeddings:
         return f"it has {len(sample.tokens)} tokens, the student {student.max_position_embeddings} positions"
+    objective = options.objective
+    if objective.loss_type == "policy_loss":
+        if objective.use_tis and sample.rollout_log_probs is None:
+            return "it has no log-probabilities of the rollout engine, which --use-tis needs"
+        if chosen_estimator(objective).needs_greedy and sample.greedy_reward is None:
+            return f"it has no greedy_reward, which --advantage-estimator {objective.advantage_estimator} needs"
     scores = sample.teacher_scores
     if scores is None or not options.opd.use_opd:
         return None
@@ -124,6 +131,24 @@ def reward(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -
     metrics["reward/max"] = float(rewards.max())
     metrics["reward/min"] = float(rewards.min())
     metrics["reward/error_frac"] = sum(sample.reward_error is not None for sample in samples) / len(samples)
+
+
+def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
+    """Give each sample the reward of the greedy response to its prompt, where the estimator compares with it.
+
+    The greedy responses are seen by nobody else; recorded samples keep what was recorded.
+    """
+    objective = parts.options.objective
+    if objective.loss_type == "sft_loss" or not chosen_estimator(objective).needs_greedy:
+        return
+    if parts.generator is not None:
+        greedy = parts.generator.greedy(samples, rollout_id)
+        if parts.reward is not None:
+            parts.reward.score(greedy)
+        rewards = {sample.group_index: sample.reward or 0.0 for sample in greedy}
+        for sample in samples:
+            sample.greedy_reward = rewards[sample.group_index]
+    metrics["reward/greedy_mean"] = float(np.mean([sample.greedy_reward for sample in samples]))
 
 
 def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
@@ -173,7 +198,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         current if sample.old_log_probs is None else sample.old_log_probs
         for sample, current in zip(samples, log_probs, strict=True)
     ]
-    metrics |= _engine_gap(samples, student)
+    metrics |= _engine_gap(samples, student) | _mismatch(parts.options, samples, student)
     if options.opd.use_opd:
         scores = [sample.teacher_scores for sample in samples]
         assert all(score is not None for score in scores)
@@ -202,6 +227,7 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
         [sample.group_index for sample in samples],
         [sample.loss_mask for sample in samples],
         kls,
+        [float(sample.greedy_reward) for sample in samples if sample.greedy_reward is not None] or None,
     )
     if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
         _add_futures(parts.options.opd, samples)
@@ -235,6 +261,16 @@ def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dic
     if not len(gap):
         return {}
     return {"rollout/train_logprob_gap": float(gap.mean()), "rollout/train_logprob_gap_max": float(gap.max())}
+
+
+def _mismatch(options: Options, samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
+    """``rollout/mismatch_*`` of the samples that know how probable the engine found them."""
+    known = [
+        (sample.rollout_log_probs, log_probs, sample.loss_mask)
+        for sample, log_probs in zip(samples, student, strict=True)
+        if sample.rollout_log_probs is not None
+    ]
+    return mismatch_statistics(*zip(*known, strict=True), options.objective) if known else {}
 
 
 def check_engine(options: Options, metrics: dict[str, float]) -> None:

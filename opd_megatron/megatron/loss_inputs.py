@@ -28,6 +28,7 @@ from opd_megatron.megatron.teacher_rows import TeacherRows
 from opd_megatron.megatron.vocab_head import kl_and_baseline
 from opd_megatron.objectives.distribution import chosen_divergence, opd_coefficient
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.sample import Sample, TeacherScores
 
 Statistics = dict[str, Tensor]
@@ -105,6 +106,18 @@ class LossInputs:
     def old_log_probs_N(self) -> Tensor | None:
         """None where the weights in training are those that sampled."""
         return self._of_samples(lambda sample: sample.old_log_probs)
+
+    @property
+    def rollout_log_probs_N(self) -> Tensor | None:
+        """Of the engine that sampled; None where no correction asks for them."""
+        if not self.options.objective.use_tis:
+            return None
+        return _required(self._of_samples(lambda sample: sample.rollout_log_probs), "rollout log-probabilities")
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The responses of the positions, whose parts context-parallel ranks share."""
+        return self.batch.sequences(parallel_state.get_context_parallel_group())
 
     @property
     def ref_log_probs_N(self) -> Tensor | None:

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_megatron.megatron.packing import ContextSplit, PackedSequences, describe
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.sample import Sample
 
 
@@ -85,6 +87,18 @@ class MicroBatch:
         """``[N, ...]`` values cut into this rank's part of each sample, by its place."""
         parts = values_Nh.split([len(offsets) for offsets in self.offsets])
         return dict(zip(self.indices, parts, strict=True))
+
+    def sequences(self, context_group: dist.ProcessGroup) -> Sequences:
+        """Which of the samples each of the ``N`` positions is of; sums over a sample are completed in the group."""
+        held = torch.tensor([len(offsets) for offsets in self.offsets], dtype=torch.int64)
+        of_N = torch.arange(len(self.indices)).repeat_interleave(held).to(self.tokens_bs.device)
+
+        def add_up(sums_n: Tensor) -> Tensor:
+            if context_group.size() > 1 and len(sums_n):
+                dist.all_reduce(sums_n, group=context_group)
+            return sums_n
+
+        return Sequences(of_N, len(self.indices), add_up)
 
     def join(self, arrays: Sequence[np.ndarray]) -> Tensor:
         """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N, ...]`` on its device."""

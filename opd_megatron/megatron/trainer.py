@@ -194,18 +194,19 @@ class MegatronTrainer:
     def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
         per_step: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
-        size = self.options.global_batch_size
-        for number, micro_batches in enumerate(self._share(samples)):
+        size, objective = self.options.global_batch_size, self.options.objective
+        for number, micro_batches in [*enumerate(self._share(samples))] * objective.ppo_epochs:
             first = number * size
             weights = token_loss_weights(
                 [sample.loss_mask for sample in samples[first : first + size]],
-                self.options.objective.calculate_per_token_loss,
+                objective.calculate_per_token_loss,
+                objective.loss_length_divisor,
             )
             by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
             loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
-            log_probs.update(found)
+            log_probs = found | log_probs  # those before the first step that saw the sample
         self._teacher_rows = None
         return TrainResult(_mean_over_steps(per_step) if self._is_reporter else None, log_probs)
 

@@ -55,9 +55,9 @@ def off_policy_mask(
 ) -> Tensor:
     """Off-policy sequence masking (OPSM, arXiv 2512.02556): where tokens are left out, bool ``[N]``.
 
-    Those of negative advantage in responses with ``mean_t (log p_old - log p) > delta`` over unmasked tokens: the policy
-    has moved away from the response, and pushing it down further teaches about what it no longer says. The advantage is
-    that of the token, distillation term included.
+    Those of negative advantage in responses with ``mean_t (log p_old - log p) > delta`` over unmasked tokens: the
+    policy has moved away from the response, and pushing it down further teaches about what it no longer says. The
+    advantage is that of the token, distillation term included.
     """
     drift_N = sequences.mean(old_log_probs_N - log_probs_N, mask_N)
     return (advantages_N < 0) & (drift_N > delta)

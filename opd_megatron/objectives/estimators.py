@@ -89,6 +89,8 @@ class AdvantageEstimator:
     """Whitening belongs to the method, whatever ``--normalize-advantages`` says."""
     takes_kl: bool = True
     """The method has a reward that ``--kl-coef`` can shape."""
+    compares_samples: bool = False
+    """The advantage is relative to the other samples of the prompt: 0 where there are none."""
     needs_greedy: bool = False
     """The method compares with a greedy response to each prompt."""
 
@@ -184,7 +186,7 @@ def none(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
 ADVANTAGE_ESTIMATORS: Catalogue[AdvantageEstimator] = Catalogue("Task advantages", "--advantage-estimator")
 ADVANTAGE_ESTIMATORS.register(
     "grpo",
-    AdvantageEstimator(grpo),
+    AdvantageEstimator(grpo, compares_samples=True),
     title="GRPO",
     formula=r"$A = (r - \bar r) / (\mathrm{std}(r) + 10^{-6})$",
     source="arXiv 2402.03300",
@@ -199,7 +201,7 @@ ADVANTAGE_ESTIMATORS.describe(
 )
 ADVANTAGE_ESTIMATORS.register(
     "rloo",
-    AdvantageEstimator(rloo),
+    AdvantageEstimator(rloo, compares_samples=True),
     title="RLOO",
     formula=r"$A_i = r_i - \frac{1}{n-1} \sum_{j \ne i} r_j$",
     source="arXiv 2402.14740",
@@ -207,7 +209,7 @@ ADVANTAGE_ESTIMATORS.register(
 )
 ADVANTAGE_ESTIMATORS.register(
     "opo",
-    AdvantageEstimator(opo),
+    AdvantageEstimator(opo, compares_samples=True),
     title="OPO",
     formula=r"$A = r - \sum_j l_j r_j / \sum_j l_j$",
     source="arXiv 2505.23585",
@@ -223,7 +225,7 @@ ADVANTAGE_ESTIMATORS.register(
 )
 ADVANTAGE_ESTIMATORS.register(
     "gpg",
-    AdvantageEstimator(gpg),
+    AdvantageEstimator(gpg, compares_samples=True),
     title="GPG",
     formula=r"$A = \frac{G}{G_{\mathrm{signal}}} (r - \bar r)$, $G_{\mathrm{signal}}$: groups of unequal rewards",
     source="arXiv 2504.02546",
@@ -239,7 +241,7 @@ ADVANTAGE_ESTIMATORS.register(
 )
 ADVANTAGE_ESTIMATORS.register(
     "reinforce_plus_plus_baseline",
-    AdvantageEstimator(reinforce_plus_plus_baseline, always_whitened=True),
+    AdvantageEstimator(reinforce_plus_plus_baseline, always_whitened=True, compares_samples=True),
     title="REINFORCE++-baseline",
     formula=r"$A = r - \bar r$, whitened",
     source="arXiv 2501.03262",

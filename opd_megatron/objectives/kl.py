@@ -52,25 +52,22 @@ def _straight_through(kind: str) -> KlLoss:
 
 
 KL_LOSSES: Catalogue[KlLoss] = Catalogue("KL to a reference as a loss", "--use-kl-loss --kl-loss-type")
+_IS_THE_KLS = "test_exact_gradients.py::test_kl_loss_has_the_gradient_of_the_reverse_kl"
+_SHOWS_THE_KL = "test_exact_gradients.py::test_straight_through_forms_show_the_kl"
 for _kind, _loss, _formula, _proof in (
-    ("k1", _times_ratio("k1"), r"$\rho\, x$", "test_kl_loss_has_the_gradient_of_the_reverse_kl"),
-    (
-        "k2",
-        _times_fixed_ratio("k2"),
-        r"$\mathrm{sg}(\rho)\, x^2 / 2$",
-        "test_kl_loss_has_the_gradient_of_the_reverse_kl",
-    ),
-    ("k3", _times_ratio("k3"), r"$\rho\, (e^{-x} + x - 1)$", "test_kl_loss_has_the_gradient_of_the_reverse_kl"),
-    ("k1+", _straight_through("k1"), r"value $\rho\, x$, gradient of k2", "test_straight_through_forms_show_the_kl"),
-    ("k3+", _straight_through("k3"), r"value $\rho\, k_3$, gradient of k2", "test_straight_through_forms_show_the_kl"),
+    ("k1", _times_ratio("k1"), r"$\rho\, x$", _IS_THE_KLS),
+    ("k2", _times_fixed_ratio("k2"), r"$\mathrm{sg}(\rho)\, x^2 / 2$", _IS_THE_KLS),
+    ("k3", _times_ratio("k3"), r"$\rho\, (e^{-x} + x - 1)$", _IS_THE_KLS),
+    ("k1+", _straight_through("k1"), r"value $\rho\, x$, gradient of k2", _SHOWS_THE_KL),
+    ("k3+", _straight_through("k3"), r"value $\rho\, (e^{-x} + x - 1)$, gradient of k2", _SHOWS_THE_KL),
 ):
     KL_LOSSES.register(
         _kind,
         _loss,
-        title=f"{_kind}, $x = \\log S - \\log R$",
+        title=_kind,
         formula=_formula,
         source="Schulman, *Approximating KL divergence*, 2020",
-        proof=f"test_exact_gradients.py::{_proof}",
+        proof=_proof,
     )
 
 
@@ -79,8 +76,8 @@ def kl_loss(kind: str, log_probs_N: Tensor, ref_log_probs_N: Tensor, old_log_pro
 
     With the importance ratio ``r = S / S_old`` and sg() for "detached": ``r * k1``, ``sg(r) * k2``, ``r * k3``. The
     gradient of k2 is ``x * grad log S`` already, so only the sampling has to be corrected; k1 and k3 need the gradient
-    of the sampling law as well. ``k1+`` and ``k3+`` are straight-through: the value of ``sg(r) * k1`` or ``sg(r) * k3``,
-    whose mean is the KL, with the gradient of ``sg(r) * k2``. Where the rollout is on-policy pass
+    of the sampling law as well. ``k1+`` and ``k3+`` are straight-through: the value of ``sg(r) * k1`` or
+    ``sg(r) * k3``, whose mean is the KL, with the gradient of ``sg(r) * k2``. Where the rollout is on-policy pass
     ``log_probs_N.detach()`` as the old ones; r is then 1 and still differentiable. Reference log-probabilities are
     floored (:func:`~opd_megatron.objectives.log_probs.floor_log_probs`). Raises ``KeyError`` on an unknown ``kind``.
     """

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from opd_megatron.config.options import ObjectiveOptions
 from opd_megatron.objectives.advantages import task_advantages
-from opd_megatron.objectives.kl import kl_estimate, kl_loss
+from opd_megatron.objectives.kl import KL_LOSSES, kl_estimate, kl_loss
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.opd import future_distances, importance_weighted_term
+from opd_megatron.objectives.sequences import Sequences
 
 V, T = 4, 3
 RESPONSES_ST = torch.tensor(list(itertools.product(range(V), repeat=T)))
@@ -99,6 +100,7 @@ def expected_policy_gradient(
         else advantages_ST.flatten(),
         loss_weights_N=response_probs(sampler or student).repeat_interleave(T),
         loss_mask_N=(torch.ones(T, dtype=torch.bool) if mask_T is None else mask_T).repeat(len(RESPONSES_ST)),
+        sequences=Sequences(torch.arange(len(RESPONSES_ST)).repeat_interleave(T), len(RESPONSES_ST)),
         old_log_probs_N=None if sampler is None else sampler.log_probs_ST().detach().flatten(),
         teacher_log_probs_N=None if teacher is None else teacher.log_probs_ST().detach().flatten(),
         ref_log_probs_N=None if reference is None else reference.log_probs_ST().detach().flatten(),
@@ -329,7 +331,7 @@ def test_task_advantages_with_kl_in_the_reward_give_the_gradient_of_the_regulari
             assert relative_error(got, exact) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kind", sorted(KL_LOSSES))
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_kl_loss_has_the_gradient_of_the_reverse_kl(student: TabularPolicy, kind: str, on_policy: bool) -> None:
     reference = TabularPolicy(4)
@@ -338,6 +340,20 @@ def test_kl_loss_has_the_gradient_of_the_reverse_kl(student: TabularPolicy, kind
     got = expected_policy_gradient(student, objective=objective, sampler=sampler, reference=reference)
     exact = student.gradient(0.6 * per_token_kl(student, reference, sampler or student))
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_straight_through_forms_show_the_kl(student: TabularPolicy, kind: str) -> None:
+    """Their value is the estimate's, whose mean is the KL; their gradient is that of k2, token by token."""
+    reference, sampler = TabularPolicy(4), student.near(seed=7, distance=0.7)
+    log_probs_N, ref_N, old_N = (policy.log_probs_ST().flatten() for policy in (student, reference, sampler))
+    through_N, k2_N = (kl_loss(name, log_probs_N, ref_N, old_N) for name in (f"{kind}+", "k2"))
+    ratio_N = (log_probs_N - old_N).exp()
+    torch.testing.assert_close(through_N, ratio_N * kl_estimate(kind, log_probs_N - ref_N))
+    gradients = [torch.autograd.grad(loss_N.sum(), log_probs_N, retain_graph=True)[0] for loss_N in (through_N, k2_N)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    mean = (response_probs(sampler).repeat_interleave(T) * through_N).sum()
+    torch.testing.assert_close(mean, per_token_kl(student, reference, sampler))
 
 
 def test_kl_estimates_are_unbiased_but_wrong_when_backpropagated_as_they_stand(student: TabularPolicy) -> None:

@@ -1,7 +1,7 @@
 """Expected gradients of the advantage estimators, by summing over every group of responses.
 
-For each estimator the gradient of the loss ``-sum_i A_i log p(response i) / n`` of a group of n, in expectation over the
-group, against autograd of what the estimator is said to maximise.
+For each estimator the gradient of the loss ``-sum_i A_i log p(response i) / n`` of a group of n, in expectation over
+the group, against autograd of what the estimator is said to maximise.
 
 Shape legend: ``S`` all responses, ``G`` all groups of ``n`` of them, ``T`` tokens.
 """
