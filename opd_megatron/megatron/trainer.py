@@ -70,7 +70,8 @@ class TrainResult:
     """Metrics of one rollout's optimizer steps, and the student's log-probabilities by place in the list of samples.
 
     ``log_probs`` hold the rank's share under the weights before the first optimizer step that saw the sample.
-    ``metrics`` are None on ranks other than the reporting one.
+    ``metrics`` are means over the steps that had a token to train on (the others have no mean over tokens), and None on
+    ranks other than the reporting one.
     """
 
     metrics: dict[str, float] | None
@@ -193,6 +194,7 @@ class MegatronTrainer:
 
     def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
         per_step: list[dict[str, float]] = []
+        with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         size, objective = self.options.global_batch_size, self.options.objective
         for number, micro_batches in [*enumerate(self._share(samples))] * objective.ppo_epochs:
@@ -206,9 +208,11 @@ class MegatronTrainer:
             loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
+            if any(weight.any() for weight in weights):
+                with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
         self._teacher_rows = None
-        return TrainResult(_mean_over_steps(per_step) if self._is_reporter else None, log_probs)
+        return TrainResult(_mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
