@@ -119,7 +119,7 @@ def test_the_exact_divergence_takes_two_more_buffers() -> None:
         teacher_Nh = torch.randn(rows, 64)
         kl_and_baseline(hidden_Nh, weight_Vh, teacher_Nh, weight_Vh, temperature=1.0, vocab_size=6000, group=None)
     options = make_options(
-        use_opd=True, rollout_batch_size=1, rollout_max_prompt_len=1, rollout_max_response_len=rows
+        use_opd=True, opd_type="megatron", rollout_batch_size=1, rollout_max_prompt_len=1, rollout_max_response_len=rows
     )  # fmt: skip
     assert head_bytes(options, Models(model, model), "cpu") == pytest.approx(counter.peak, rel=0.1)
 
