@@ -20,6 +20,7 @@ from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
+    has_megatron_teacher,
     needs_reference,
     needs_teacher_hidden,
     reference_folder,
@@ -180,9 +181,9 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
         if folder is None:
             raise UserError("a KL to the reference needs weights in --ref-load or --hf-checkpoint")
         frozen["reference"] = FrozenModel(architecture, folder)
-    opd = options.opd
-    if opd.use_opd and opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is None:
-        frozen["teacher"] = teacher_model(options, teacher_architecture(options), Path(str(opd.opd_teacher_load)))
+    if has_megatron_teacher(options):
+        loaded = Path(str(options.opd.opd_teacher_load))
+        frozen["teacher"] = teacher_model(options, teacher_architecture(options), loaded)
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 
@@ -192,7 +193,7 @@ def _teacher(
     opd = options.opd
     if not opd.use_opd:
         return None
-    if opd.opd_type == "megatron":
+    if has_megatron_teacher(options):
         return MegatronTeacher(
             trainer,
             str(opd.opd_teacher_load),
@@ -260,7 +261,8 @@ def preflight(parts: Parts, done: int) -> list[str]:
     notes += _length_notes(parts)
     idle = idle_opd_options(options)
     if idle:
-        notes.append(f"distillation is off: {', '.join(idle)} of the --config file have no effect without --use-opd")
+        why = "recorded rollouts hold the teacher's scores" if options.opd.use_opd else "distillation is off"
+        notes.append(f"{why}: {', '.join(idle)} of the --config file have no effect")
     if teacher is None:
         return notes
     paths = options.checkpoint

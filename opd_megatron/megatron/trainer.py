@@ -173,7 +173,8 @@ class MegatronTrainer:
         with self.memory.holding(name):
             found = frozen.score(samples, steps, self.temperature, rows.keep if rows else None)
             if rows:
-                rows.take_weight(frozen.head_weight(), leaves=self.options.offload.offload_teacher)
+                leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
+                rows.take_weight(frozen.head_weight(), leaves=leaves)
         if rows:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
             self._teacher_rows = rows
