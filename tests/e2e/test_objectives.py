@@ -110,7 +110,7 @@ def test_a_recording_without_greedy_rewards_is_no_use_to_remax(student: Path, pr
 def test_passes_over_a_rollout_are_optimizer_steps_of_the_schedule(
     student: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    """Two passes of two steps: the linear schedule ends with the run, and a resumed run goes on as if none had ended."""
+    """Two passes of two steps: the linear schedule ends with the run, and a resumed run goes on as a whole one."""
     settings: dict[str, Any] = {"ppo_epochs": 2, "global_batch_size": 4, "lr": 1e-3, "entropy_coef": 0.1}
     whole = run_training(student, prompts, tmp_path / "whole", **settings, num_rollout=3)
     rates = [1e-3 * (1 - step / 12) for step in range(12)]
