@@ -151,7 +151,8 @@ def _distillation(
 def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Weights of the policy loss, None for 1 everywhere, and their metrics."""
     options, mask_N = terms.options, terms.mask_N
-    weight_N, metrics = None, {}
+    weight_N: Tensor | None = None
+    metrics: dict[str, Tensor] = {}
     if options.use_tis:
         rollout_N = _keep(_required(inputs.rollout_log_probs_N, "rollout_log_probs_N", "use_tis"), mask_N)
         weight_N, outside_N = importance_weights(terms.old_log_probs_N, rollout_N, mask_N, terms.sequences, options)
@@ -160,8 +161,8 @@ def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None
         left_out_N = off_policy_mask(
             terms.log_probs_N, terms.old_log_probs_N, terms.advantages_N, mask_N, terms.sequences, options.opsm_delta
         )
-        weight_N = torch.where(left_out_N, 0.0, torch.ones_like(terms.log_probs_N) if weight_N is None else weight_N)
-        weight_N = weight_N.detach()
+        kept_N = (~left_out_N).to(terms.log_probs_N.dtype)
+        weight_N = kept_N if weight_N is None else kept_N * weight_N
         metrics["train/opsm_masked_frac"] = left_out_N
     return weight_N, metrics
 
