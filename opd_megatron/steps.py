@@ -265,13 +265,13 @@ def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dic
 
 def _mismatch(options: Options, samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
     """``rollout/mismatch_*`` of the samples that know how probable the engine found them."""
-    known = [place for place, sample in enumerate(samples) if sample.rollout_log_probs is not None]
-    return mismatch_statistics(
-        [samples[place].rollout_log_probs for place in known],
-        [student[place] for place in known],
-        [samples[place].loss_mask for place in known],
-        options.objective,
-    )
+    known = [
+        (sample.rollout_log_probs, log_probs, sample.loss_mask)
+        for sample, log_probs in zip(samples, student, strict=True)
+        if sample.rollout_log_probs is not None
+    ]
+    engine, trainer, masks = zip(*known, strict=True) if known else ((), (), ())
+    return mismatch_statistics(engine, trainer, masks, options.objective)
 
 
 def check_engine(options: Options, metrics: dict[str, float]) -> None:
