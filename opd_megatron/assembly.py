@@ -27,7 +27,7 @@ from opd_megatron.config.resolve import (
     teacher_architecture,
 )
 from opd_megatron.config.validate_opd import idle_opd_options
-from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
+from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
@@ -36,11 +36,11 @@ from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
-from opd_megatron.sample import Sample
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
-from opd_megatron.teacher.preflight import PROBE_TEXTS, encode
+from opd_megatron.teacher.preflight import Finding, Student, text_samples
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
+from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def preflight(parts: Parts, done: int) -> list[str]:
 
     Returns warnings, raises ``UserError`` or TeacherError.
     """
-    options, teacher = parts.options, parts.teacher
+    options = parts.options
     _first_weights(parts, done)
     notes = []
     objective = options.objective
@@ -251,36 +251,52 @@ def preflight(parts: Parts, done: int) -> list[str]:
     idle = idle_opd_options(options)
     if idle:
         notes.append(f"distillation is off: {', '.join(idle)} of the --config file have no effect without --use-opd")
+    for finding in _check_teacher(parts):
+        if finding.warning:
+            notes.append(finding.text)
+        else:
+            logger.info("teacher, %s: %s", finding.check, finding.text)
+    return notes
+
+
+def _check_teacher(parts: Parts) -> list[Finding]:
+    options, teacher = parts.options, parts.teacher
     if teacher is None:
-        return notes
-    paths = options.checkpoint
-    folders = [folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None]
-    texts = [text for text in PROBE_TEXTS[:1] if parts.tokenizer.decode(encode(parts.tokenizer, text)) == text]
-
-    def student_log_probs(tokens: np.ndarray) -> np.ndarray:
-        sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
-        return parts.trainer.score("student", [sample])[0]
-
+        return []
+    paths, data = options.checkpoint, options.data
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
-    if isinstance(teacher, SGLangTeacher):
-        return notes + preflight_sglang(
-            teacher,
-            parts.tokenizer,
-            rollout_temperature=options.rollout.rollout_temperature,
-            allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
-            longest_sample=_longest_sample(parts),
-            student_folders=folders,
-            known_texts=texts,
-            student_log_probs=student_log_probs if same_temperature else None,
-        )
-    return notes + preflight_megatron(
-        teacher,
+    records = parts.prompts.records if parts.prompts is not None else []
+
+    def student_log_probs(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return parts.trainer.score("student", text_samples(texts))
+
+    student = Student(
         parts.tokenizer,
-        _teacher_tokenizer(str(options.opd.opd_teacher_load)),
-        vocab_size=teacher_architecture(options).vocab_size,
-        student_folders=folders,
-        known_texts=texts,
-        student_log_probs=student_log_probs,
+        folders=[folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None],
+        log_probs=student_log_probs if same_temperature else None,
+        texts=text_of_records(records, parts.tokenizer, count=8, longest=256),
+        chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
+    )
+    if isinstance(teacher, MegatronTeacher):
+        tokenizer, size = (
+            _teacher_tokenizer(str(options.opd.opd_teacher_load)),
+            teacher_architecture(options).vocab_size,
+        )
+        return preflight_megatron(teacher, student, tokenizer, vocab_size=size)
+    prompts = [len(record.prompt_tokens) for record in records]
+    return preflight_sglang(
+        [teacher],
+        student,
+        rollout_temperature=options.rollout.rollout_temperature,
+        allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
+        longest_sample=_longest_sample(parts),
+        sizes=RunSizes(
+            samples=options.samples_per_rollout,
+            group=options.rollout.n_samples_per_prompt,
+            prompt_tokens=int(np.median(prompts)) if prompts else 1,
+            response_tokens=options.rollout.rollout_max_response_len,
+            steps=parts.num_rollouts,
+        ),
     )
 
 
