@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,15 @@ from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
+from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.reward import RewardFunction, build_reward
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
+from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
 from opd_megatron.teacher.preflight import Finding, Student, text_samples
 from opd_megatron.teacher.sglang import SGLangTeacher
@@ -64,7 +68,7 @@ class Parts:
     evaluation_sets: list[EvaluationSet]
     num_rollouts: int
     trainer: TrainerGroup
-    engine: LocalEngine | None
+    engine: RolloutEngine | None
     generator: RolloutGenerator | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
@@ -103,7 +107,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         engine = None
         samples_rollouts = options.objective.loss_type == "policy_loss" and not replayed
         if samples_rollouts or sets:
-            engine = _engine(options, hf_folder, tokenizer)
+            engine = _engine(options, hf_folder, tokenizer, lambda tokens: _student_log_probs(trainer, tokens, 1.0))
             stack.callback(engine.close)
         generator = None
         if samples_rollouts and engine is not None:
@@ -153,7 +157,22 @@ def _num_rollouts(options: Options, prompts: PromptSet | None) -> int:
     return prompts.rollouts_for_epochs(options.data.num_epoch, options.rollout.rollout_batch_size)
 
 
-def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBase) -> LocalEngine:
+def _engine(
+    options: Options,
+    hf_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Callable[[np.ndarray], np.ndarray],
+) -> RolloutEngine:
+    """The engine that was asked for; ``reference`` are the trainer's log-probabilities, by which updates are proved."""
+    if options.engine.rollout_engine == "sglang":
+        return sglang_engine(
+            options,
+            hf_folder,
+            tokenizer,
+            write=partial(write_hf_folder, hf_folder=hf_folder),
+            reference=reference,
+            on_cpu=cpu.device().type == "cpu",
+        )
     return LocalEngine(
         hf_folder,
         tokenizer,
@@ -161,6 +180,11 @@ def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBas
         dtype=torch.bfloat16 if options.optimizer.bf16 else torch.float32,
         max_batch_size=options.rollout.rollout_engine_batch_size,
     )
+
+
+def _student_log_probs(trainer: TrainerGroup, tokens: np.ndarray, temperature: float | None = None) -> np.ndarray:
+    """The trainer's log-probabilities of ``tokens[1:]`` at the rollout temperature, or another one."""
+    return trainer.score("student", text_samples([tokens]), temperature=temperature)[0]
 
 
 def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
@@ -278,11 +302,8 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
     )
     if isinstance(teacher, MegatronTeacher):
-        tokenizer, size = (
-            _teacher_tokenizer(str(options.opd.opd_teacher_load)),
-            teacher_architecture(options).vocab_size,
-        )
-        return preflight_megatron(teacher, student, tokenizer, vocab_size=size)
+        tokenizer = _teacher_tokenizer(str(options.opd.opd_teacher_load))
+        return preflight_megatron(teacher, student, tokenizer, vocab_size=teacher_architecture(options).vocab_size)
     prompts = [len(record.prompt_tokens) for record in records]
     return preflight_sglang(
         [teacher],

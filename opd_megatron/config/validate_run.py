@@ -20,6 +20,7 @@ from opd_megatron.config.resolve import (
     teacher_parallel,
     weight_differences,
 )
+from opd_megatron.config.validate_engine import engine_faults
 from opd_megatron.config.validate_moe import expert_layout_faults, expert_model_faults, expert_option_faults
 from opd_megatron.config.validate_paths import ROLLOUT_ID
 
@@ -35,6 +36,7 @@ def run_faults(options: Options) -> list[str]:
         *_objective_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
+        *engine_faults(options),
         *_checkpoint_faults(options),
         *_reward_and_evaluation_faults(options),
         *_logging_faults(options),
