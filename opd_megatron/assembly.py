@@ -306,7 +306,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         return preflight_megatron(teacher, student, tokenizer, vocab_size=teacher_architecture(options).vocab_size)
     prompts = [len(record.prompt_tokens) for record in records]
     return preflight_sglang(
-        [teacher],
+        teacher,
         student,
         rollout_temperature=options.rollout.rollout_temperature,
         allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,

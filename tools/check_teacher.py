@@ -60,34 +60,27 @@ def main(argv: Sequence[str]) -> None:
     prompts = [len(record.prompt_tokens) for record in records] or [TYPICAL_PROMPT]
     opd, rollout = options.opd, options.rollout
     longest = min(max(prompts), rollout.rollout_max_prompt_len or max(prompts)) + rollout.rollout_max_response_len
-    servers = [
-        SGLangTeacher(
-            url,
-            vocab_size=vocab_size,
-            max_in_flight=opd.opd_teacher_max_in_flight,
-            timeout=opd.opd_teacher_timeout,
-            max_retries=opd.opd_teacher_max_retries,
-        )
-        for url in opd.opd_teacher_url
-    ]
-    try:
-        findings = preflight_sglang(
-            servers,
-            student,
-            rollout_temperature=rollout.rollout_temperature,
-            allow_sampling_mismatch=opd.opd_allow_sampling_mismatch,
-            longest_sample=longest,
-            sizes=RunSizes(
-                samples=(rollout.rollout_batch_size or 32) * rollout.n_samples_per_prompt,
-                group=rollout.n_samples_per_prompt,
-                prompt_tokens=int(np.median(prompts)),
-                response_tokens=rollout.rollout_max_response_len,
-                steps=options.data.num_rollout,
-            ),
-        )
-    finally:
-        for server in servers:
-            server.close()
+    teacher = SGLangTeacher(
+        opd.opd_teacher_url,
+        vocab_size=vocab_size,
+        max_in_flight=opd.opd_teacher_max_in_flight,
+        timeout=opd.opd_teacher_timeout,
+        max_retries=opd.opd_teacher_max_retries,
+    )
+    findings = preflight_sglang(
+        teacher,
+        student,
+        rollout_temperature=rollout.rollout_temperature,
+        allow_sampling_mismatch=opd.opd_allow_sampling_mismatch,
+        longest_sample=longest,
+        sizes=RunSizes(
+            samples=(rollout.rollout_batch_size or 32) * rollout.n_samples_per_prompt,
+            group=rollout.n_samples_per_prompt,
+            prompt_tokens=int(np.median(prompts)),
+            response_tokens=rollout.rollout_max_response_len,
+            steps=options.data.num_rollout,
+        ),
+    )
     print(report(findings))
 
 

@@ -95,7 +95,7 @@ def preflight_megatron(
     tokens = known_tokens(student, vocab_size)
     first, second = (score([tokens])[0] for _ in range(2))
     check_scores(first, second, name)
-    findings += same_model_warnings(student, teacher.name, tokens, first, name)
+    findings += same_model_warnings(student, [teacher.name], tokens, first, name)
     if texts := judged_texts(student):
         own = None if student.log_probs is None else student.log_probs(texts)
         findings.append(plausibility(score(texts), own, vocab_size, name))

@@ -57,20 +57,6 @@ class Student:
         return max(self.tokenizer.get_vocab().values())
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How far two answers of one model about one text may differ, in nats: on the average and at any token."""
-
-    mean: float
-    largest: float
-
-
-EXACT = Precision(mean=1e-3, largest=1e-3)
-"""Float32: what batching and caches change."""
-ROUNDED = Precision(mean=0.03, largest=0.5)
-"""16 bits and less: another batch or a cached prefix takes other kernels, and rare tokens move most."""
-
-
 def text_samples(texts: Sequence[np.ndarray]) -> list[Sample]:
     """Samples whose scores are the log-probabilities of tokens 2..L of each text."""
     return [
@@ -103,39 +89,18 @@ def judged_texts(student: Student, longest: int | None = None) -> list[np.ndarra
     return [text[:longest] for text in student.texts or ([] if known is None else [known])]
 
 
-def check_scores(log_probs: np.ndarray, again: np.ndarray, teacher_name: str, precision: Precision = EXACT) -> None:
+def check_scores(log_probs: np.ndarray, again: np.ndarray, teacher_name: str, tolerance: float = 1e-3) -> None:
     """Raise :class:`UserError` unless both are the same finite log-probabilities of a model that distinguishes tokens.
 
-    ``log_probs`` and ``again`` ``[N]`` are two answers about one text.
+    ``log_probs`` and ``again`` ``[N]`` are two answers about one text, which may differ by ``tolerance``.
     """
     what = f"{teacher_name} does not score a known text as a language model would:"
     if not (np.isfinite(log_probs).all() and np.isfinite(again).all() and (log_probs <= 1e-3).all()):
         raise UserError(f"{what} not all its log-probabilities are finite and at most 0; check its weights")
-    if not agree(log_probs, again, precision):
-        gap = float(np.abs(log_probs - again).max())
+    if (gap := float(np.abs(log_probs - again).max(initial=0.0))) > tolerance:
         raise UserError(f"{what} the same text scored twice differs by {gap:.2g}; check the server's version and flags")
     if len(log_probs) > 2 and np.ptp(log_probs) < 1e-6:
         raise UserError(f"{what} every token has log-probability {log_probs[0]:.4g}; check that its weights are loaded")
-
-
-def agree(one: np.ndarray, other: np.ndarray, precision: Precision) -> bool:
-    """Whether two answers ``[N]`` about one text may come from one model."""
-    gaps = np.abs(np.asarray(one, dtype=np.float64) - other)
-    return not len(gaps) or bool(gaps.mean() <= precision.mean and gaps.max() <= precision.largest)
-
-
-def check_replicas(scores: Mapping[str, np.ndarray], precision: Precision) -> Finding:
-    """Refuse servers of one teacher, by address, that score the known text ``[N]`` differently."""
-    (first, reference), *others = scores.items()
-    for name, log_probs in others:
-        if not agree(reference, log_probs, precision):
-            gap = float(np.abs(reference - log_probs).max())
-            raise UserError(
-                f"teacher servers {first} and {name} are meant to be replicas and score the same text differently, by "
-                f"up to {gap:.2g}: start both with the same model and the same precision"
-            )
-    largest = max((float(np.abs(reference - values).max(initial=0.0)) for values in scores.values()), default=0.0)
-    return Finding("replicas", f"{len(scores)} servers score a known text the same, to {largest:.1g}")
 
 
 def plausibility(
@@ -171,15 +136,15 @@ def _perplexity(mean_log_prob: float) -> float:
 
 
 def same_model_warnings(
-    student: Student, teacher_folder: Any, tokens: np.ndarray, log_probs: np.ndarray, teacher_name: str
+    student: Student, teacher_folders: Sequence[Any], tokens: np.ndarray, log_probs: np.ndarray, teacher_name: str
 ) -> Iterator[Finding]:
-    """Warnings where teacher and student are one: by the folder of the weights, or by the scores of ``tokens``."""
-    if isinstance(teacher_folder, str) and Path(teacher_folder).exists():
-        for folder in student.folders:
-            if Path(folder).exists() and Path(folder).samefile(teacher_folder):
-                text = f"{teacher_name} serves {teacher_folder}, where the student starts: the distillation term is 0"
-                yield Finding("same model", text, warning=True)
-                break
+    """Warnings where teacher and student are one: by a folder of the weights, or by the scores of ``tokens``."""
+    theirs = [folder for folder in teacher_folders if isinstance(folder, str) and Path(folder).exists()]
+    mine = [folder for folder in student.folders if Path(folder).exists()]
+    for folder in theirs:
+        if any(Path(own).samefile(folder) for own in mine):
+            text = f"{teacher_name} serves {folder}, where the student starts: the distillation term is 0"
+            yield Finding("same model", text, warning=True)
     if student.log_probs is not None:
         (own,) = student.log_probs([tokens])
         if len(own) and np.abs(own - log_probs).max() < SAME_MODEL_TOLERANCE:

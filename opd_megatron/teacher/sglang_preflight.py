@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,8 @@ import numpy as np
 from opd_megatron.config.architecture import read_hf_config
 from opd_megatron.config.errors import UserError
 from opd_megatron.teacher.preflight import (
-    EXACT,
-    ROUNDED,
     Finding,
-    Precision,
     Student,
-    check_replicas,
     check_scores,
     judged_texts,
     known_tokens,
@@ -24,9 +20,8 @@ from opd_megatron.teacher.preflight import (
     same_model_warnings,
     text_samples,
 )
-from opd_megatron.teacher.protocol import TeacherError
-from opd_megatron.teacher.sglang import SGLangTeacher
-from opd_megatron.teacher.sglang_client import HttpStatusError
+from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
+from opd_megatron.teacher.sglang import EXACT_TOLERANCE, ROUNDED_TOLERANCE, SGLangTeacher
 from opd_megatron.teacher.throughput import RunSizes, measure
 from opd_megatron.teacher.tokenizer_checks import (
     chat_questions,
@@ -60,8 +55,9 @@ class ServerInfo:
     """What it computes in; ``auto`` where it follows a model that cannot be read from here."""
 
     @property
-    def precision(self) -> Precision:
-        return EXACT if self.dtype == "float32" else ROUNDED
+    def tolerance(self) -> float:
+        """How far its answers about one text may differ."""
+        return EXACT_TOLERANCE if self.dtype == "float32" else ROUNDED_TOLERANCE
 
     def describe(self) -> str:
         limit = "an unknown number of" if self.max_tokens is None else f"at most {self.max_tokens}"
@@ -71,11 +67,12 @@ class ServerInfo:
         )
 
 
-def server_info(teacher: SGLangTeacher) -> ServerInfo:
+def server_info(teacher: SGLangTeacher, replica: int = 0) -> ServerInfo:
     """Ask ``/model_info`` and ``/server_info``; raises :class:`TeacherError` if the server does not answer."""
-    model, server = teacher.client.get("/model_info"), teacher.client.get("/server_info")
+    model, server = (teacher.ask(path, replica=replica) for path in ("/model_info", "/server_info"))
     if not isinstance(model, dict) or not isinstance(server, dict) or "model_path" not in model:
-        raise TeacherError(f"teacher server {teacher.name}: /model_info names no model; is this a SGLang server?")
+        name = teacher.clients[replica].server
+        raise TeacherError(f"{name}: /model_info names no model; is this a SGLang server?")
     config = _readable_config(model["model_path"])
     # The server accepts prompts shorter than this.
     limit, size = server.get("max_req_input_len"), config.get("vocab_size")
@@ -100,7 +97,7 @@ def _readable_config(model_path: Any) -> dict[str, Any]:
 
 
 def preflight_sglang(
-    servers: Sequence[SGLangTeacher],
+    teacher: SGLangTeacher,
     student: Student,
     *,
     rollout_temperature: float = 1.0,
@@ -108,51 +105,67 @@ def preflight_sglang(
     longest_sample: int | None = None,
     sizes: RunSizes | None = None,
 ) -> list[Finding]:
-    """Check a teacher before the first step: each of its ``servers``, and that they serve one model.
+    """Check a teacher before the first step: each of its servers, that they serve one model, and how it scores.
 
-    Each of them is restricted to what its server takes. ``longest_sample`` is the most tokens that prompt and response
-    can have together. Time is taken where ``sizes`` are given. Raises :class:`UserError` if a server cannot be reached
-    or does not fit.
+    ``teacher`` is restricted to what its servers take, and held to the weights that they have. ``longest_sample`` is
+    the most tokens that prompt and response can have together. Time is taken where ``sizes`` are given. Raises
+    :class:`UserError` if a server cannot be reached or does not fit.
     """
     findings = [_temperature(rollout_temperature, allow_sampling_mismatch)]
-    known: dict[str, np.ndarray] = {}
-    precision = EXACT
-    for server in servers:
-        info = _reach(server)
-        name = f"teacher server {server.name}"
-        findings.append(Finding("server", f"{server.name} has {info.describe()}"))
-        _check_length(info, longest_sample, name)
-        precision = max(precision, info.precision, key=lambda item: item.largest)
-        try:
-            findings += _check_tokenizer(server, student, name)
-            findings.append(_restrict(server, student, info, name))
-            tokens = known_tokens(student, server.vocab_size)[: info.max_tokens]
-            first, second = (_score(server, [tokens])[0] for _ in range(2))
-            check_scores(first, second, name, info.precision)
-            gap = float(np.abs(first - second).max(initial=0.0))
-            findings.append(Finding("known text", f"{len(first)} tokens scored twice, the same to {gap:.1g}"))
-            known[server.name] = first
-            findings += same_model_warnings(student, info.model_path, tokens, first, name)
-            if texts := judged_texts(student, info.max_tokens):
-                own = None if student.log_probs is None else student.log_probs(texts)
-                findings.append(plausibility(_score(server, texts), own, server.vocab_size, name))
-            if sizes is not None:
-                findings.append(Finding("throughput", measure(server, sizes, _ordinary_ids(student)).describe()))
-        except TeacherError as error:
-            raise UserError(f"{error}; see the server's log") from error
-    if len(known) > 1:
-        findings.append(check_replicas(known, precision))
+    infos = []
+    try:
+        for replica in range(len(teacher.clients)):
+            infos.append(_reach(teacher, replica))
+            findings += _check_server(teacher, replica, infos[-1], student, longest_sample)
+        findings += _check_scores(teacher, infos, student)
+        if sizes is not None:
+            findings.append(Finding("throughput", measure(teacher, sizes, _ordinary_ids(student)).describe()))
+    except TeacherError as error:
+        raise UserError(f"{error}; see the server's log") from error
     return findings
 
 
-def _reach(server: SGLangTeacher) -> ServerInfo:
+def _reach(teacher: SGLangTeacher, replica: int) -> ServerInfo:
     try:
-        return server_info(server)
+        return server_info(teacher, replica)
     except TeacherError as error:
         raise UserError(
             f"{error}; start the server (python -m sglang.launch_server --model-path DIR --port PORT) "
             "or correct --opd-teacher-url"
         ) from error
+
+
+def _check_server(
+    teacher: SGLangTeacher, replica: int, info: ServerInfo, student: Student, longest_sample: int | None
+) -> list[Finding]:
+    """What can differ from server to server: who it is, its context, its tokenizer, its vocabulary."""
+    client = teacher.clients[replica]
+    _check_length(info, longest_sample, client.server)
+    return [
+        Finding("server", f"{client.url} has {info.describe()}"),
+        *_check_tokenizer(teacher, replica, student),
+        _restrict(teacher, student, info, client.server),
+    ]
+
+
+def _check_scores(teacher: SGLangTeacher, infos: Sequence[ServerInfo], student: Student) -> list[Finding]:
+    """A known text scored by every server and once more, and texts of the data."""
+    name = f"teacher server {teacher.name}"
+    tokens = known_tokens(student, teacher.vocab_size)[: teacher.max_tokens]
+    first = teacher.pin(tokens)
+    second = teacher.score(text_samples([tokens]))[0].log_probs_T
+    check_scores(first, second, name, max(info.tolerance for info in infos))
+    gap = float(np.abs(first - second).max(initial=0.0))
+    findings = [Finding("known text", f"{len(first)} tokens scored twice, the same to {gap:.1g}")]
+    if len(infos) > 1:
+        findings.append(Finding("replicas", f"{len(infos)} servers score the known text the same"))
+    folders = dict.fromkeys(info.model_path for info in infos)
+    findings += same_model_warnings(student, list(folders), tokens, first, name)
+    if texts := judged_texts(student, teacher.max_tokens):
+        own = None if student.log_probs is None else student.log_probs(texts)
+        scores = [scores.log_probs_T for scores in teacher.score(text_samples(texts))]
+        findings.append(plausibility(scores, own, teacher.vocab_size, name))
+    return findings
 
 
 def _ordinary_ids(student: Student) -> list[int]:
@@ -170,11 +183,6 @@ def _temperature(rollout_temperature: float, allow_sampling_mismatch: bool) -> F
         )
     text = f"the teacher's server scores at temperature 1, the student samples at {rollout_temperature:g}"
     return Finding("temperature", text, warning=True)
-
-
-def _score(teacher: SGLangTeacher, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Log-probabilities of tokens 2..L of each text."""
-    return [scores.log_probs_T for scores in teacher.score(text_samples(texts))]
 
 
 def _check_length(info: ServerInfo, longest_sample: int | None, name: str) -> None:
@@ -198,58 +206,77 @@ def _restrict(teacher: SGLangTeacher, student: Student, info: ServerInfo, name: 
     return Finding("vocabulary", f"{size}; the student's tokenizer uses ids up to {highest}")
 
 
-def _check_tokenizer(teacher: SGLangTeacher, student: Student, name: str) -> list[Finding]:
+def _check_tokenizer(teacher: SGLangTeacher, replica: int, student: Student) -> list[Finding]:
     """Compare encodings, the texts of single ids and chats; a server that cannot be asked gives a warning."""
     tokenizer, texts = student.tokenizer, probe_texts(student.tokenizer)
+    asked = _Tokenizer(teacher, replica)
     try:
-        encodings = _ask(teacher, "/tokenize", {"prompt": texts, "add_special_tokens": False}, "tokens", len(texts))
-        compare_encodings(texts, tokenizer, encodings, name, lambda token: _detokenize(teacher, [token])[0])
-        compared = _compare_vocabulary(teacher, tokenizer, name)
-    except HttpStatusError as error:
+        compare_encodings(texts, tokenizer, asked.encode(texts), asked.name, asked.decode)
+        compared = _compare_vocabulary(asked, tokenizer)
+    except TeacherFailure as error:
+        if error.kind is not FailureKind.STATUS:
+            raise
         return [Finding("tokenizer", f"{error}; its tokenizer could not be compared with the student's", warning=True)]
     special = len(set(tokenizer.all_special_ids))
     agreed = f"the student's: {len(texts)} texts with {special} special tokens, and {compared} ids one by one"
-    return [Finding("tokenizer", agreed), _check_chat_template(teacher, student, name)]
+    return [Finding("tokenizer", agreed), _check_chat_template(asked, student)]
 
 
-def _check_chat_template(teacher: SGLangTeacher, student: Student, name: str) -> Finding:
+def _check_chat_template(asked: _Tokenizer, student: Student) -> Finding:
     check, settings = "chat template", student.chat_template_kwargs
     if settings is None:
         return Finding(check, "not used: prompts are plain text")
     try:
-        theirs = [_ask(teacher, "/tokenize", chat, "tokens", None) for chat in chat_questions(settings)]
-    except HttpStatusError as error:
+        theirs = [asked.encode_chat(chat) for chat in chat_questions(settings)]
+    except TeacherFailure as error:
+        if error.kind is not FailureKind.STATUS:
+            raise
         return Finding(check, f"{error}; its chat template could not be compared with the student's", warning=True)
-    fault = compare_chat_templates(
-        student.tokenizer, settings, theirs, name, lambda token: _detokenize(teacher, [token])[0]
-    )
+    fault = compare_chat_templates(student.tokenizer, settings, theirs, asked.name, asked.decode)
     return Finding(check, fault or "the student's", warning=fault is not None)
 
 
-def _detokenize(teacher: SGLangTeacher, ids: Sequence[int]) -> list[str]:
-    question = {"tokens": [[i] for i in ids], "skip_special_tokens": False}
-    return [str(text) for text in _ask(teacher, "/detokenize", question, "text", len(ids))]
+class _Tokenizer:
+    """The tokenizer of one server, asked through its endpoints."""
+
+    def __init__(self, teacher: SGLangTeacher, replica: int) -> None:
+        self.name = teacher.clients[replica].server
+        self._teacher = teacher
+        self._replica = replica
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._ask("/tokenize", {"prompt": texts, "add_special_tokens": False}, "tokens", len(texts))
+
+    def encode_chat(self, chat: Mapping[str, Any]) -> list[int]:
+        return self._ask("/tokenize", chat, "tokens", None)
+
+    def decode_each(self, ids: Sequence[int]) -> list[str]:
+        """The text of every id by itself."""
+        question = {"tokens": [[i] for i in ids], "skip_special_tokens": False}
+        return [str(text) for text in self._ask("/detokenize", question, "text", len(ids))]
+
+    def decode(self, number: int) -> str:
+        return self.decode_each([number])[0]
+
+    def _ask(self, path: str, question: Any, key: str, count: int | None) -> list[Any]:
+        """The list ``key`` of the answer, of ``count`` entries unless that is None."""
+        answer = self._teacher.ask(path, question, replica=self._replica)
+        value = answer.get(key) if isinstance(answer, dict) else None
+        if not isinstance(value, list) or len(value) != (len(value) if count is None else count):
+            raise TeacherError(f"{self.name}: {path} does not answer with {count or 'a list of'} {key}")
+        return value
 
 
-def _ask(teacher: SGLangTeacher, path: str, question: Any, key: str, count: int | None) -> list[Any]:
-    """The list ``key`` of the answer, of ``count`` entries unless that is None."""
-    answer = teacher.client.post(path, question)
-    value = answer.get(key) if isinstance(answer, dict) else None
-    if not isinstance(value, list) or len(value) != (len(value) if count is None else count):
-        raise TeacherError(f"teacher server {teacher.name}: {path} does not answer with {count or 'a list of'} {key}")
-    return value
-
-
-def _compare_vocabulary(teacher: SGLangTeacher, student: PreTrainedTokenizerBase, name: str) -> int:
+def _compare_vocabulary(asked: _Tokenizer, student: PreTrainedTokenizerBase) -> int:
     """Compare the texts of single ids; how many were compared."""
     numbers = sorted(student.get_vocab().values())
     compared = sorted({*numbers[:: max(1, len(numbers) // COMPARED_IDS)], *numbers[-512:]})
     mine = [str(student.decode([i], skip_special_tokens=False)) for i in compared]
-    for number, text, theirs in zip(compared, mine, _detokenize(teacher, compared), strict=True):
+    for number, text, theirs in zip(compared, mine, asked.decode_each(compared), strict=True):
         # Versions of the tokenizers library differ in the spaces around a lone token.
         if text.strip() != theirs.strip():
             raise UserError(
-                f"{name} has another tokenizer than the student: id {number} is {text!r} for the student and "
+                f"{asked.name} has another tokenizer than the student: id {number} is {text!r} for the student and "
                 f"{theirs!r} for the teacher; choose a teacher with the student's tokenizer"
             )
     return len(compared)
