@@ -67,4 +67,4 @@ def test_servers_with_other_weights_are_no_replicas(
     with sglang_server(tmp_path / "other", tmp_path / "server.log") as server:
         arguments = ["--opd-teacher-url", qwen.server.url, server.url, "--hf-checkpoint", str(qwen.folder)]
         assert run_cli(check_teacher.main, [*arguments, "--rollout-max-response-len", "32"]) == 2
-    assert "are meant to be replicas and score the same text differently" in capsys.readouterr().err
+    assert "do not serve the same weights: its log-probabilities of a known text differ by" in capsys.readouterr().err
