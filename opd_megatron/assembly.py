@@ -45,7 +45,7 @@ from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
-from opd_megatron.teacher.preflight import Finding, Student, text_samples
+from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
@@ -300,6 +300,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     if teacher is None:
         return []
     paths, data = options.checkpoint, options.data
+    positions = student_architecture(options).max_position_embeddings
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
     records = parts.prompts.records if parts.prompts is not None else []
 
@@ -310,7 +311,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         parts.tokenizer,
         folders=[folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None],
         log_probs=student_log_probs if same_temperature else None,
-        texts=text_of_records(records, parts.tokenizer, count=8, longest=256),
+        texts=text_of_records(records, parts.tokenizer, count=JUDGED_TEXTS, longest=min(JUDGED_TOKENS, positions)),
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
     )
     if isinstance(teacher, MegatronTeacher):

@@ -27,7 +27,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.parse import joined_options, option_groups, parse_groups
 from opd_megatron.data.prompts import PromptRecord, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.teacher.preflight import Finding, Student
+from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
@@ -125,7 +125,7 @@ def _student(options: Options, folder: Path, with_weights: bool) -> tuple[Studen
         tokenizer,
         folders=[folder],
         log_probs=_load_student(folder) if with_weights else None,
-        texts=text_of_records(records, tokenizer, count=8, longest=256),
+        texts=text_of_records(records, tokenizer, count=JUDGED_TEXTS, longest=JUDGED_TOKENS),
         chat_template_kwargs=settings if data.apply_chat_template else None,
     )
     return student, records

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 SAME_MODEL_TOLERANCE = 1e-4
 """Two models whose log-probabilities differ by less than this everywhere are taken for one."""
+JUDGED_TEXTS = 8
+"""Texts of the data that both are asked about."""
+JUDGED_TOKENS = 256
+"""Most tokens of each of them."""
 WORSE_BY = 0.05
 """Nats per token by which a teacher must be worse than the student on the data before it is said."""
 
