@@ -87,7 +87,10 @@ def preflight_megatron(
         raise UserError(
             f"{name} has a vocabulary of {vocab_size} tokens, the student's tokenizer has ids to {student.highest_id}"
         )
-    findings = _check_tokenizer(student, teacher_tokenizer, name)
+    findings = [
+        Finding("vocabulary", f"of {vocab_size} ids; the student's tokenizer uses ids up to {student.highest_id}"),
+        *_check_tokenizer(student, teacher_tokenizer, name),
+    ]
 
     def score(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [scores.log_probs_T for scores in teacher.score(text_samples(texts))]
@@ -95,6 +98,8 @@ def preflight_megatron(
     tokens = known_tokens(student, vocab_size)
     first, second = (score([tokens])[0] for _ in range(2))
     check_scores(first, second, name)
+    gap = float(np.abs(first - second).max(initial=0.0))
+    findings.append(Finding("known text", f"{len(first)} tokens scored twice, the same to {gap:.1g}"))
     findings += same_model_warnings(student, [teacher.name], tokens, first, name)
     if texts := judged_texts(student):
         own = None if student.log_probs is None else student.log_probs(texts)
@@ -106,9 +111,8 @@ def _check_tokenizer(student: Student, theirs: PreTrainedTokenizerBase | None, n
     if theirs is None:
         text = f"{name} carries no tokenizer: that it is the student's cannot be checked"
         return [Finding("tokenizer", text, warning=True)]
-    findings = [
-        Finding("tokenizer", text, warning=True) for text in preflight_tokenizers(student.tokenizer, theirs, name)
-    ]
+    notes = preflight_tokenizers(student.tokenizer, theirs, name)
+    findings = [Finding("tokenizer", note, warning=True) for note in notes] or [Finding("tokenizer", "the student's")]
     settings = student.chat_template_kwargs
     if settings is None or not theirs.chat_template:
         return findings
@@ -116,4 +120,4 @@ def _check_tokenizer(student: Student, theirs: PreTrainedTokenizerBase | None, n
     fault = compare_chat_templates(
         student.tokenizer, settings, chats, name, lambda token: str(theirs.convert_ids_to_tokens(token))
     )
-    return findings if fault is None else [*findings, Finding("chat template", fault, warning=True)]
+    return [*findings, Finding("chat template", fault or "the student's", warning=fault is not None)]
