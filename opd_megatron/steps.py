@@ -62,6 +62,9 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         else:
             sync_weights(parts, str(rollout_id))
             samples = parts.generator.generate(records, rollout_id)
+            if parts.engine is not None:
+                metrics |= parts.engine.metrics()
+                parts.engine.rest()
     metrics |= rollout_metrics(samples)
     return samples
 
@@ -313,7 +316,7 @@ def evaluate_all(parts: Parts, step: int) -> dict[str, float]:
             max_prompt_len=options.rollout.rollout_max_prompt_len,
         )
         metrics |= found
-    return metrics
+    return metrics | engine.metrics()
 
 
 def goal_reached(options: Options, metrics: dict[str, float]) -> bool:
