@@ -8,12 +8,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from aiohttp import web
 
-from tests.sglang.proxy import Answer, Exchange, Fault
+from tests.sglang.proxy import Answer, Asked, Exchange, Fault
 
 Change = Callable[[dict[str, Any]], None]
 """Changes the ``meta_info`` of one sample's answer."""
@@ -86,28 +87,43 @@ BUSY = status(429, {"error": "too many"}, "429")
 BUSY_FOR_A_WHILE = status(429, {"error": "too many"}, "429 with Retry-After", **{"Retry-After": "0.2"})
 
 
-def altered(
-    name: str, change: Change, matches: Callable[[dict[str, Any]], bool] | None = None, every: bool = False
-) -> Fault:
-    """The server's answer with ``change`` made in one sample of it: one that ``matches``, else one in turn.
+@dataclass(frozen=True)
+class Altered(Fault):
+    """A fault within the answer, which :func:`only_for` can aim at certain samples."""
 
-    With ``every``, in all of them, or all that match.
-    """
+    change: Change
 
+
+def altered(name: str, change: Change) -> Altered:
+    """The server's answer with ``change`` made in one sample of it, another one in each request."""
+
+    def choose(asked: Asked) -> list[int]:
+        return [asked.number % len(asked.elements)]
+
+    return Altered(name, _altering(change, choose), change)
+
+
+def only_for(fault: Altered, matches: Callable[[dict[str, Any]], bool]) -> Altered:
+    """``fault`` in the samples for which ``matches`` their payload, and nothing else."""
+
+    def choose(asked: Asked) -> list[int]:
+        return [index for index, element in enumerate(asked.elements) if matches(element)]
+
+    return Altered(fault.name, _altering(fault.change, choose), fault.change)
+
+
+def _altering(change: Change, choose: Callable[[Asked], list[int]]) -> Callable[[Exchange], Any]:
     async def run(exchange: Exchange) -> web.StreamResponse:
         asked, answer = exchange.asked, await exchange.answer()
         if answer.status != 200:
             return exchange.send(answer)
         body = json.loads(answer.body)
         parts = body if asked.is_batch else [body]
-        chosen = [index for index, element in enumerate(asked.elements) if matches is None or matches(element)]
-        if matches is None and not every:
-            chosen = [asked.number % len(parts)]
-        for index in chosen:
+        for index in choose(asked):
             change(parts[index]["meta_info"])
         return exchange.send(Answer.of(body))
 
-    return Fault(name, run)
+    return run
 
 
 def rearranged(name: str, change: Callable[[list[Any]], Any]) -> Fault:
@@ -211,7 +227,7 @@ class TopK:
                 self._meta[key + "_b64"] = base64.b64encode(array.astype(dtype).tobytes()).decode()
 
 
-def _top_k(name: str, change: Callable[[TopK], None]) -> Fault:
+def _top_k(name: str, change: Callable[[TopK], None]) -> Altered:
     def change_meta(meta: dict[str, Any]) -> None:
         top = TopK(meta)
         change(top)

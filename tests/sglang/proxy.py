@@ -176,11 +176,12 @@ class FaultProxy:
     recording: Recording | None = None
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
-    """What came to ``/generate``."""
+    """What came to ``/generate``; a long test empties it."""
     injected: Counter[str] = field(default_factory=Counter)
     """How often each fault was met."""
     open_requests: int = 0
     most_open_requests: int = 0
+    _count: int = 0
     _port: int = 0
     _outages: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -275,7 +276,8 @@ class FaultProxy:
         if request.path != GENERATE:
             answer = await self.answer(request, None)
             return web.Response(status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type})
-        asked = Asked.parse(len(self.asked), json.loads(body))
+        asked = Asked.parse(self._count, json.loads(body))
+        self._count += 1
         self.asked.append(asked)
         exchange = Exchange(asked, request, self)
         fault = self.plan(asked)
