@@ -35,7 +35,7 @@ fi
 
 # the flags of SGLANG_FLAGS stay as they are, everything else is quoted
 printf -v server '%q ' "$sglang_python" -m sglang.launch_server --model-path "$TEACHER" --host 127.0.0.1 --port '{port}'
-exec "$PYTHON" -m opd_megatron.teacher.local_server \
+exec "$PYTHON" -m opd_megatron.servers \
     --log "$RUN_DIR/teacher.log" \
     --start-timeout "${SERVER_TIMEOUT:-900}" \
     --server "$server ${SGLANG_FLAGS:---mem-fraction-static 0.3}" \

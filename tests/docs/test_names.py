@@ -34,7 +34,7 @@ EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def known_flags() -> set[str]:
-    known = train_flags() | argparse_flags(ROOT / "opd_megatron" / "teacher" / "local_server.py") | set(FOREIGN)
+    known = train_flags() | argparse_flags(ROOT / "opd_megatron" / "servers.py") | set(FOREIGN)
     for tool in TOOLS.values():
         known |= tool_flags(tool).keys()
     return known

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from opd_megatron.data.column_arithmetic import build_tokenizer
 from opd_megatron.data.tokenizer import train_bpe_tokenizer
 from opd_megatron.sample import Sample
-from opd_megatron.teacher.local_server import LocalServer, local_server
+from opd_megatron.servers import LocalServer, local_server
 from opd_megatron.teacher.sglang import SGLangTeacher
 
 REPOSITORY = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.teacher.local_server import local_server
+from opd_megatron.servers import local_server
 
 HEALTHY = """
 import http.server, pathlib, subprocess, sys
@@ -88,7 +88,7 @@ def test_a_missing_program_is_the_users_error(tmp_path: Path) -> None:
 def beside(tmp_path: Path, *command: str) -> subprocess.Popen[str]:
     (tmp_path / "server.py").write_text(HEALTHY)
     server = f"{sys.executable} {tmp_path / 'server.py'} {{port}} {tmp_path / 'worker'}"
-    program = [sys.executable, "-m", "opd_megatron.teacher.local_server", "--log", str(tmp_path / "log")]
+    program = [sys.executable, "-m", "opd_megatron.servers", "--log", str(tmp_path / "log")]
     return subprocess.Popen(
         [*program, "--server", server, "--", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
