@@ -50,7 +50,7 @@ FORMS: dict[str, dict[str, bool]] = {
     "flat base64": {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True},
 }
 """The forms in which the server gives its most probable tokens."""
-WAYS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2)]
+WAYS = [(1, 1), (2, 1), (2, 2), (4, 2)]
 """Numbers of posts and of threads that are tried for the script."""
 
 
@@ -123,6 +123,7 @@ class Script:
             concurrent.futures.ThreadPoolExecutor(self.threads) as threads,
         ):
             session.trust_env = False
+            session.headers["Content-Type"] = "application/json"
             found = threads.map(lambda chunk: self._post(session, [samples[index] for index in chunk]), chunks)
             return list(itertools.chain.from_iterable(found))
 

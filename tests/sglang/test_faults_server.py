@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from tests.e2e.support import make_model, run_training, write_prompts
 from tests.sglang.conftest import Served, make_qwen, server_command
-from tests.sglang.proxy import Asked, Fault, FaultProxy, no_fault
+from tests.sglang.proxy import Asked, Fault, FaultProxy
 from tests.sglang.support import assert_same_scores, mixed_samples, score_all, wait_until
 
 pytestmark = pytest.mark.sglang
