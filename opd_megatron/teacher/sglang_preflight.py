@@ -21,9 +21,8 @@ from opd_megatron.teacher.preflight import (
     plausible,
     probe_texts,
 )
-from opd_megatron.teacher.protocol import TeacherError
+from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
-from opd_megatron.teacher.sglang_client import HttpStatusError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +46,7 @@ class ServerInfo:
 
 def server_info(teacher: SGLangTeacher) -> ServerInfo:
     """Ask ``/model_info`` and ``/server_info``; raises :class:`TeacherError` if the server does not answer."""
-    model, server = teacher.client.get("/model_info"), teacher.client.get("/server_info")
+    model, server = teacher.ask("/model_info"), teacher.ask("/server_info")
     if not isinstance(model, dict) or not isinstance(server, dict) or "model_path" not in model:
         raise TeacherError(f"teacher server {teacher.name}: /model_info names no model; is this a SGLang server?")
     # The server accepts prompts shorter than this.
@@ -105,7 +104,7 @@ def preflight_sglang(
         warnings = _check_tokenizer(teacher, student_tokenizer, name)
         _restrict(teacher, student_tokenizer, info, name)
         tokens = known_tokens(student_tokenizer, teacher.vocab_size, known_texts)
-        first, second = (_score(teacher, tokens) for _ in range(2))
+        first, second = teacher.pin(tokens), _score(teacher, tokens)
     except TeacherError as error:
         raise UserError(f"{error}; see the server's log") from error
     check_scores(first, second, name)
@@ -151,7 +150,9 @@ def _check_tokenizer(teacher: SGLangTeacher, student: PreTrainedTokenizerBase, n
         encodings = _ask(teacher, "/tokenize", {"prompt": texts, "add_special_tokens": False}, "tokens", len(texts))
         compare_encodings(texts, student, encodings, name, lambda token: _detokenize(teacher, [token])[0])
         _compare_vocabulary(teacher, student, name)
-    except HttpStatusError as error:
+    except TeacherFailure as error:
+        if error.kind is not FailureKind.STATUS:
+            raise
         return [f"{error}; its tokenizer could not be compared with the student's"]
     return []
 
@@ -162,7 +163,7 @@ def _detokenize(teacher: SGLangTeacher, ids: Sequence[int]) -> list[str]:
 
 
 def _ask(teacher: SGLangTeacher, path: str, question: Any, key: str, count: int) -> list[Any]:
-    answer = teacher.client.post(path, question)
+    answer = teacher.ask(path, question)
     value = answer.get(key) if isinstance(answer, dict) else None
     if not isinstance(value, list) or len(value) != count:
         raise TeacherError(f"teacher server {teacher.name}: {path} does not answer with {count} {key}")
