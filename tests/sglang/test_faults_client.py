@@ -72,9 +72,12 @@ class Scorer:
         self.recording = Recording()
         self.expected = self.through(FaultProxy(served.server.url, recording=self.recording))
 
-    def through(self, proxy: FaultProxy, **settings: Any) -> list[Outcome]:
+    def through(self, proxy: FaultProxy, known: np.ndarray | None = None, **settings: Any) -> list[Outcome]:
+        """Scores of all samples, by a teacher that is held to its word about the tokens ``known``."""
         with proxy:
             teacher = self._connect(self._served, proxy.url, **self._settings, **settings)
+            if known is not None:
+                teacher.pin(known)
             return score_all(teacher, self.samples)
 
     def proxy(self, plan: Any) -> FaultProxy:
@@ -84,7 +87,7 @@ class Scorer:
 @pytest.fixture(scope="module")
 def make_scorer(qwen: Served) -> Callable[..., Scorer]:
     def connect(served: Served, url: str, **settings: Any) -> SGLangTeacher:
-        defaults = {"vocab_size": served.vocab_size, "max_retries": 2, "backoff": 0.05, "timeout": 20.0}
+        defaults = {"vocab_size": served.vocab_size, "max_retries": 4, "backoff": 0.05, "timeout": 20.0}
         return SGLangTeacher(url, **{**defaults, **settings})
 
     return functools.cache(lambda **settings: Scorer(qwen, connect, **settings))
@@ -156,6 +159,13 @@ def test_a_wrong_part_of_an_answer_is_repeated_or_fails_its_sample_alone(
     assert_only_the_victim_failed(scorer, found, kind)
 
 
+@pytest.mark.parametrize("fault", [fault for fault, _ in WITHIN], ids=named)
+def test_a_wrong_answer_to_one_sample_is_asked_for_again(scorer: Scorer, fault: faults.Altered) -> None:
+    proxy = scorer.proxy(in_turn(fault, fault))
+    assert_same_scores(scorer.through(proxy, max_in_flight=1), scorer.expected)
+    assert proxy.injected[fault.name] == 2
+
+
 @pytest.mark.parametrize(("fault", "kind"), [LASTING[0], LASTING[3], LASTING[5], LASTING[6]], ids=named)
 def test_a_sample_that_spoils_its_requests_takes_no_neighbour_with_it(
     scorer: Scorer, fault: Fault, kind: FailureKind
@@ -194,8 +204,12 @@ def test_under_random_faults_every_sample_is_scored_and_rightly(make_scorer: Cal
     assert_same_scores(scorer.through(proxy, max_retries=12, timeout=2.0, max_in_flight=4), scorer.expected)
 
 
-def test_new_weights_under_a_run_are_noticed(scorer: Scorer) -> None:
-    found = scorer.through(scorer.proxy(always(faults.only_for(faults.OTHER_VERSION, is_victim(scorer)))))
-    failure = found[scorer.samples.index(victim(scorer))]
-    assert isinstance(failure, TeacherFailure)
-    assert failure.kind == FailureKind.CHANGED_MODEL
+def test_another_weight_version_ends_the_trust_in_the_server(scorer: Scorer) -> None:
+    plan = always(faults.only_for(faults.OTHER_VERSION, is_victim(scorer)))
+    found = scorer.through(scorer.proxy(plan), known=np.arange(8))
+    for index, outcome in enumerate(found):
+        if isinstance(outcome, TeacherFailure):
+            assert outcome.kind == FailureKind.CHANGED_MODEL
+        else:
+            assert scorer.samples[index] is not victim(scorer)
+            assert_same_scores([outcome], [scorer.expected[index]])
