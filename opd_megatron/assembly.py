@@ -20,7 +20,9 @@ from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
+    has_megatron_teacher,
     needs_reference,
+    needs_teacher_hidden,
     reference_folder,
     starting_point,
     student_architecture,
@@ -32,6 +34,8 @@ from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.trainer import TrainerSpec
+from opd_megatron.objectives.advantages import chosen_estimator
+from opd_megatron.objectives.policy_loss import chosen_policy_loss
 from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
@@ -91,6 +95,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         for name, path in options.evaluation.eval_prompt_data
     ]
     num_rollouts = _num_rollouts(options, prompts)
+    chosen_estimator(options.objective), chosen_policy_loss(options.objective)  # before the models are built
     with ExitStack() as stack:
         reward = build_reward(options.reward) if options.has_training_reward else None
         if reward is not None:
@@ -176,9 +181,9 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
         if folder is None:
             raise UserError("a KL to the reference needs weights in --ref-load or --hf-checkpoint")
         frozen["reference"] = FrozenModel(architecture, folder)
-    opd = options.opd
-    if opd.use_opd and opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is None:
-        frozen["teacher"] = teacher_model(options, teacher_architecture(options), Path(str(opd.opd_teacher_load)))
+    if has_megatron_teacher(options):
+        loaded = Path(str(options.opd.opd_teacher_load))
+        frozen["teacher"] = teacher_model(options, teacher_architecture(options), loaded)
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 
@@ -188,7 +193,7 @@ def _teacher(
     opd = options.opd
     if not opd.use_opd:
         return None
-    if opd.opd_type == "megatron":
+    if has_megatron_teacher(options):
         return MegatronTeacher(
             trainer,
             str(opd.opd_teacher_load),
@@ -208,8 +213,11 @@ def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeache
     if not isinstance(teacher, MegatronTeacher):
         return False
     possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
-    if not possible and options.opd.opd_baseline != "none":
-        raise UserError(f"--opd-baseline {options.opd.opd_baseline} needs a teacher with the student's vocabulary size")
+    if not possible and needs_teacher_hidden(options):
+        flag = f"--opd-baseline {options.opd.opd_baseline}"
+        if options.opd.opd_loss == "distribution":
+            flag = "--opd-loss distribution"
+        raise UserError(f"{flag} needs a teacher with the student's vocabulary size")
     if not possible and options.opd.opd_exact_kl_interval:
         logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
     return possible
@@ -245,12 +253,16 @@ def preflight(parts: Parts, done: int) -> list[str]:
     notes = []
     objective = options.objective
     rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"
-    if rewarded and objective.advantage_estimator == "grpo" and options.rollout.n_samples_per_prompt == 1:
-        notes.append("grpo with one sample per prompt: every group's advantage is 0, the task reward teaches nothing")
+    if rewarded and chosen_estimator(objective).compares_samples and options.rollout.n_samples_per_prompt == 1:
+        notes.append(
+            f"{objective.advantage_estimator} with one sample per prompt: every group's advantage is 0, the task "
+            "reward teaches nothing"
+        )
     notes += _length_notes(parts)
     idle = idle_opd_options(options)
     if idle:
-        notes.append(f"distillation is off: {', '.join(idle)} of the --config file have no effect without --use-opd")
+        why = "recorded rollouts hold the teacher's scores" if options.opd.use_opd else "distillation is off"
+        notes.append(f"{why}: {', '.join(idle)} of the --config file have no effect")
     if teacher is None:
         return notes
     paths = options.checkpoint

@@ -41,7 +41,9 @@ class AdaptiveLimit:
         self._rise = 0
         self._reference = 0.0
         self._lowered_at = -float("inf")
-        self._begin_round()
+        self._samples = self._tokens = 0
+        self._full = True
+        self._began = clock()
 
     def answered(self, samples: int, tokens: int, *, full: bool) -> None:
         """Count ``samples`` that the server answered; ``full`` says that the limit kept others waiting meanwhile."""

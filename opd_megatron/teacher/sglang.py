@@ -92,6 +92,7 @@ class SGLangTeacher:
         self._policy = RetryPolicy(max_retries, backoff)
         self._known: np.ndarray | None = None
         self._identity: Identity | None = None
+        self._version: str | None = None
         self._tolerance = EXACT_TOLERANCE
         self._deadline: float | None = None
         self._counts: Counter[str] = Counter()
@@ -228,7 +229,7 @@ class SGLangTeacher:
                     f"{client.server} and {self.clients[0].url} do not serve the same weights: {difference}; start "
                     "both with the same model"
                 )
-        self._known, self._identity = tokens, first
+        self._known, self._identity, self._version = tokens, first, first.weight_version
         return first.log_probs_N
 
     def begin_step(self, deadline: float | None) -> None:
@@ -321,12 +322,11 @@ class SGLangTeacher:
         top_k = self.top_k if question.union is None else 0
         sent = question.tokens[question.start :]
         reading = read_answer(answer, sent, self.vocab_size, top_k=top_k, union=question.union)
-        known = self._identity
-        if known is not None and reading.weight_version != known.weight_version:
-            raise AnswerError(
-                FailureKind.CHANGED_MODEL,
-                f"its weight version is {reading.weight_version!r}, not {known.weight_version!r}",
-            )
+        if self._version is None:
+            self._version = reading.weight_version
+        if reading.weight_version != self._version:
+            reason = f"its weight version is {reading.weight_version!r}, not {self._version!r}"
+            raise AnswerError(FailureKind.CHANGED_MODEL, reason)
         return reading
 
     async def _prove(self, replica: Replica) -> None:
