@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron import steps
-from opd_megatron.assembly import Parts, assemble, preflight, scores_later
+from opd_megatron.assembly import Parts, assemble, preflight
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.dump import dump_yaml
 from opd_megatron.config.errors import refuse
 from opd_megatron.config.options import Options
 from opd_megatron.config.validate_paths import earlier_run_faults
-from opd_megatron.flow import FilterError
-from opd_megatron.interrupt import Interrupt, resume_command
+from opd_megatron.flow import FilterError, scores_later
+from opd_megatron.flow.clock import teacher_wait
+from opd_megatron.interrupt import Interrupt, resume_command, unwinding_at_sigterm
 from opd_megatron.observe.log import configure_logging
 from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
@@ -42,6 +43,7 @@ def run(options: Options) -> None:
     configure_logging()
     started = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(unwinding_at_sigterm())
         stack.enter_context(run_lock(options.run_folder))
         refuse(list(earlier_run_faults(options)))  # another run may have come and gone since the options were judged
         parts = stack.enter_context(assemble(options))
@@ -86,12 +88,13 @@ def train(
         with saved_before(parts, rollout_id):
             with progress.phase("rollout"):
                 samples = steps.make_samples(parts, rollout_id, found)
+                steps.compare_greedily(parts, samples, rollout_id, found)
             if scores_later(parts.teacher):
                 with progress.phase("teacher"):
                     steps.teach(parts, samples, rollout_id)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
-            steps.learn(parts, samples, found)
+            steps.learn(parts, samples, rollout_id, found)
         if not trained_tokens(samples):
             logger.warning("rollout %d has no token to train on: are the prompts too long?", rollout_id)
         if step == done + 1:
@@ -103,7 +106,7 @@ def train(
         interrupted = interrupt.signal is not None and not is_last
         reached = steps.goal_reached(parts.options, found)
         found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
-        found |= steps.teacher_wait(found)
+        found |= teacher_wait(found)
         found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
         # The line comes before the checkpoint: a resumed run forgets lines that have no checkpoint, but could not make
         # up for one that is missing.

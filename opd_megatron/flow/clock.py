@@ -67,3 +67,12 @@ class StageClock:
                 self._seconds[stage] += passed
         if self._busy["teacher"] and not self._busy["sampling"] and not self._busy["reward"]:
             self._waited += passed
+
+
+def teacher_wait(metrics: dict[str, float]) -> dict[str, float]:
+    """``perf/teacher_wait_*`` of a finished step; all time of a teacher that scores whole rollouts is waiting."""
+    seconds = metrics.get("perf/teacher_wait_seconds", metrics.get("perf/teacher_seconds"))
+    if seconds is None:
+        return {}
+    total = metrics["perf/step_seconds"]
+    return {"perf/teacher_wait_seconds": seconds, "perf/teacher_wait_frac": seconds / total if total > 0 else 0.0}

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
-from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
 
 
@@ -61,12 +58,3 @@ class FailureCount:
         """``opd/teacher_failed_frac``, of the samples asked about, and ``opd/teacher_failed/<kind>``, counts."""
         found = {f"opd/teacher_failed/{kind}": float(count) for kind, count in sorted(self._by_kind.items())}
         return {"opd/teacher_failed_frac": self._by_kind.total() / max(self.asked, 1), **found}
-
-
-def mask(sample: Sample, kind: FailureKind, teacher: str) -> None:
-    """Leave the sample out of the distillation term: its scores are valid nowhere and no number to mistake for one."""
-    length = sample.response_length
-    sample.teacher_failure = str(kind)
-    sample.teacher_scores = TeacherScores(
-        np.full(length, np.nan, dtype=np.float32), np.zeros(length, dtype=np.bool_), teacher=teacher
-    )

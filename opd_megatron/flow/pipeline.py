@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from opd_megatron.flow.clock import StageClock
-from opd_megatron.flow.failures import FailureCount, FailurePolicy, mask
+from opd_megatron.flow.failures import FailureCount, FailurePolicy
 from opd_megatron.flow.filters import FilterError, GroupFilter
 from opd_megatron.flow.gate import Gate
+from opd_megatron.flow.masking import complete_masked, mask
 from opd_megatron.reward import RewardFunction
 from opd_megatron.rollout.prompt import Prompt
 from opd_megatron.sample import Sample
@@ -127,6 +128,8 @@ class _Making:
         self.late = False
 
     async def finish(self) -> Rollout:
+        if self.stages.teacher is not None:
+            self.stages.teacher.begin_step(None)  # the time limit counts while nothing else is left to do
         watch = asyncio.create_task(self._watch_deadline())
         try:
             while missing := self.stages.batch - len(self._kept()):
@@ -138,6 +141,7 @@ class _Making:
         finally:
             watch.cancel()
         samples = [sample for group in self._kept() for sample in sorted(group.ready, key=lambda sample: sample.index)]
+        complete_masked(samples)
         metrics = {"rollout/filtered_groups": float(self.filtered), **self.clock.metrics()}
         if self.stages.teacher is not None:
             metrics |= self.failures.metrics()

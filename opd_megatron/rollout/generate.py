@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -98,44 +99,76 @@ class RolloutGenerator:
         Errors of a custom generate function propagate; a sample that it leaves inconsistent is a ``ValueError``.
         """
         samples = [
-            new_sample(record, group * self._copies + copy, group)
+            new_sample(record, group * self._copies + number, group)
             for group, record in enumerate(records, start=first_group)
-            for copy in range(self._copies)
+            for number in range(self._copies)
         ]
+        async with contextlib.aclosing(self._answer(samples, (self._seed, rollout_id), self.sampling)) as finished:
+            async for sample in finished:
+                yield sample
+
+    def generate(self, records: Sequence[Prompt], rollout_id: int) -> list[Sample]:
+        """All samples of :meth:`stream` in the order of the prompts, for callers without an event loop."""
+        return _collect(self.stream(records, rollout_id))
+
+    def greedy(self, samples: Sequence[Sample], rollout_id: int) -> list[Sample]:
+        """One greedy response to each prompt of ``samples``, by first occurrence of its ``group_index``."""
+        prompts: dict[int, Sample] = {}
+        for sample in samples:
+            prompts.setdefault(sample.group_index, sample)
+        copies = [
+            Sample(
+                index=place,
+                group_index=group,
+                prompt=sample.prompt,
+                prompt_tokens=sample.prompt_tokens,
+                label=sample.label,
+                metadata=dict(sample.metadata),
+            )
+            for place, (group, sample) in enumerate(prompts.items())
+        ]
+        sampling = dataclasses.replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
+        return _collect(self._answer(copies, (self._seed, rollout_id, len(samples)), sampling))
+
+    async def _answer(
+        self, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
+    ) -> AsyncGenerator[Sample, None]:
         fitting, too_long = split_by_length(samples, self._engine.weight_version, self._max_prompt_len)
         for sample in too_long:
             yield sample
         if fitting:
-            stream = (self._seed, rollout_id)
-            source = self._by_engine(fitting, stream) if self._custom is None else self._by_custom(fitting, stream)
-            async with contextlib.aclosing(source) as finished:
+            answer = self._by_engine if self._custom is None else self._by_custom
+            async with contextlib.aclosing(answer(fitting, stream, sampling)) as finished:
                 async for sample in finished:
                     yield sample
 
-    def generate(self, records: Sequence[Prompt], rollout_id: int) -> list[Sample]:
-        """All samples of :meth:`stream` in the order of the prompts, for callers without an event loop."""
-
-        async def collect() -> list[Sample]:
-            return [sample async for sample in self.stream(records, rollout_id)]
-
-        return sorted(asyncio.run(collect()), key=lambda sample: sample.index)
-
-    async def _by_engine(self, samples: Sequence[Sample], stream: tuple[int, ...]) -> AsyncGenerator[Sample, None]:
-        found = self._engine.stream(_requests(samples, self.sampling, stream))
+    async def _by_engine(
+        self, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
+    ) -> AsyncGenerator[Sample, None]:
+        found = self._engine.stream(_requests(samples, sampling, stream))
         async with contextlib.aclosing(found) as generations:
             async for place, generation in generations:
                 fill_sample(samples[place], generation)
                 yield samples[place]
 
-    async def _by_custom(self, samples: Sequence[Sample], stream: tuple[int, ...]) -> AsyncGenerator[Sample, None]:
+    async def _by_custom(
+        self, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
+    ) -> AsyncGenerator[Sample, None]:
         assert self._custom is not None
         assert self._custom_path is not None
-        made = stream_custom(self._custom, self._custom_path, samples, self._engine, self.sampling, stream)
+        made = stream_custom(self._custom, self._custom_path, samples, self._engine, sampling, stream)
         async with contextlib.aclosing(made) as finished:
             async for sample in finished:
                 if not sample.response and sample.response_length:
                     sample.response = self._tokenizer.decode(sample.response_tokens, skip_special_tokens=True)
                 yield sample
+
+
+def _collect(finished: AsyncGenerator[Sample, None]) -> list[Sample]:
+    async def collect() -> list[Sample]:
+        return [sample async for sample in finished]
+
+    return sorted(asyncio.run(collect()), key=lambda sample: sample.index)
 
 
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -71,8 +71,8 @@ def read_response(answer: Any, *, limit: int, vocab_size: int, server: str) -> t
     was aborted, :class:`RunError` on an answer that is none to the request.
     """
     meta = _meta(answer, server)
-    finish = meta.get("finish_reason")
-    kind = finish.get("type") if isinstance(finish, dict) else None
+    finish = meta.get("finish_reason") or {}
+    kind = finish.get("type")
     if kind == "abort":
         raise UnusableAnswerError(f"{server} aborted the request: {finish.get('message', '')}")
     tokens, log_probs = _pairs(meta.get("output_token_logprobs"), server)
@@ -96,8 +96,8 @@ def read_scores(answer: Any, tokens: np.ndarray, *, vocab_size: int, server: str
     Raises :class:`UnusableAnswerError` and :class:`RunError` like :func:`read_response`.
     """
     meta = _meta(answer, server)
-    finish = meta.get("finish_reason")
-    if isinstance(finish, dict) and finish.get("type") == "abort":
+    finish = meta.get("finish_reason") or {}
+    if finish.get("type") == "abort":
         raise UnusableAnswerError(f"{server} aborted the request: {finish.get('message', '')}")
     entries = meta.get("input_token_logprobs")
     ids, log_probs = _pairs(entries[1:] if isinstance(entries, list) else entries, server)

@@ -44,7 +44,7 @@ def sglang_engine(
     ends = end_token_ids(tokenizer, config, hf_folder)
     text_ids = tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
     return SGLangEngine(
-        SpokenModel(tokenizer, int(config.vocab_size), positions, ends, dtype),
+        SpokenModel(hf_folder, tokenizer, int(config.vocab_size), positions, ends, dtype),
         servers,
         WeightFolders(weights, write),
         probe=probe_tokens(text_ids, int(config.vocab_size), positions),

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,11 +39,12 @@ _PAUSE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class SpokenModel:
-    """The model that speaks: its ``tokenizer``, sizes, and the tokens that end a response.
+    """The model that speaks: its ``folder`` with the config, tokenizer, sizes, and the tokens that end a response.
 
     ``dtype`` is that of its weights, a key of ``TOLERANCES``.
     """
 
+    folder: Path
     tokenizer: Any
     vocab_size: int
     positions: int
@@ -76,6 +78,7 @@ class SGLangEngine:
         free_memory: bool = False,
     ) -> None:
         self._model = model
+        self._positions = model.positions
         self._folders = folders
         self._probe = probe
         self._reference = reference
@@ -154,7 +157,7 @@ class SGLangEngine:
         assert self._thread is not None
         loop = asyncio.get_running_loop()
         finished: asyncio.Queue[tuple[int, Generation] | None] = asyncio.Queue()
-        ended: asyncio.Future[None] = loop.create_future()
+        ended = asyncio.Event()
 
         def deliver(place: int, generation: Generation) -> None:
             loop.call_soon_threadsafe(finished.put_nowait, (place, generation))
@@ -164,7 +167,7 @@ class SGLangEngine:
                 await self._ask_all(requests, deliver)
             finally:
                 loop.call_soon_threadsafe(finished.put_nowait, None)
-                loop.call_soon_threadsafe(lambda: ended.done() or ended.set_result(None))
+                loop.call_soon_threadsafe(ended.set)
 
         future = self._thread.submit(work())
         try:
@@ -173,7 +176,7 @@ class SGLangEngine:
             await asyncio.wrap_future(future)
         finally:
             future.cancel()
-            await ended
+            await ended.wait()
 
     def metrics(self) -> dict[str, float]:
         """Seconds of the updates since the last call, by part, and the restarts of the whole run."""
@@ -226,8 +229,17 @@ class SGLangEngine:
     async def _wait_for(self, server: SGLangServer) -> None:
         try:
             await server.wait_until_healthy()
+            usable = await server.usable_positions(self._model.folder)
         except HttpError as error:
             raise UserError(f"--rollout-engine-url: {error}: start the server, or correct the address") from error
+        if usable < self._positions:
+            logger.warning(
+                "%s takes %d tokens of prompt and response, the model has %d positions: responses are cut there",
+                server.name,
+                usable,
+                self._positions,
+            )
+            self._positions = usable
 
     async def _load(self, server: SGLangServer) -> None:
         assert self._folders.newest is not None
@@ -254,7 +266,7 @@ class SGLangEngine:
         prompts = self._check_prompts(requests)
         tasks = []
         for place, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            room = self._model.positions - len(prompt)
+            room = self._positions - len(prompt)
             if room < 1:
                 empty = np.zeros(0, np.int64), np.zeros(0, np.float32)
                 report(place, Generation(*empty, "", Status.PROMPT_TOO_LONG, self._weight_version))

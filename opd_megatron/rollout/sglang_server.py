@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -24,6 +25,21 @@ START_TIMEOUT = 1800.0
 ALIVE_TIMEOUT = 60.0
 """Seconds that a server which runs already has to answer."""
 _POLL = 0.25
+
+_SHAPES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "moe_intermediate_size",
+    "tie_word_embeddings",
+)
+"""Fields of a config that decide which weights a model has and of what shapes."""
 
 Launch = Callable[[], LocalServer]
 """Starts the server's process and returns at once."""
@@ -122,10 +138,24 @@ class SGLangServer:
             raise UserError(f"{self.name} is no SGLang server: its /model_info has no weight_version")
         return info
 
-    async def server_info(self) -> dict[str, Any]:
-        """What ``/server_info`` says of its settings."""
-        info = await self._exchange("GET", "/server_info", None, timeout=ALIVE_TIMEOUT)
-        return info if isinstance(info, dict) else {}
+    async def usable_positions(self, folder: Path) -> int:
+        """How many tokens prompt and response may have together; what does not fit kills no server, but is refused.
+
+        Raises :class:`UserError` where the server has another model than ``folder`` names: weights of another shape
+        would end it. Its config is compared as far as it can be read here.
+        """
+        info = await self.model_info()
+        mine = _read_config(folder)
+        for place in (info.get("tokenizer_path"), info["model_path"]):
+            theirs = _read_config(Path(str(place)))
+            for field in _SHAPES:
+                if mine.get(field) != theirs.get(field, mine.get(field)):
+                    raise UserError(
+                        f"{self.name} has another model than --hf-checkpoint: {field} is {theirs[field]} there and "
+                        f"{mine.get(field)} here"
+                    )
+        longest = (await self._exchange("GET", "/server_info", None, timeout=ALIVE_TIMEOUT)).get("max_req_input_len")
+        return int(longest) - 1
 
     async def generate(self, body: dict[str, Any]) -> Any:
         """The answer to a request, which is aborted where it is given up."""
@@ -192,3 +222,12 @@ class SGLangServer:
             await self._client.aclose()
         if self._process is not None:
             await asyncio.to_thread(self._process.end)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config of a folder, {} where there is none to read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

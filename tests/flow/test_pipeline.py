@@ -177,7 +177,7 @@ def test_what_is_unanswered_at_the_deadline_has_failed() -> None:
     rollout = make(stages(teacher=teacher, policy=FailurePolicy("mask", deadline=0.05)))
     assert [sample.index for sample in rollout.samples if sample.teacher_failure == "deadline"] == [7]
     assert rollout.metrics["perf/teacher_wait_seconds"] >= 0.05
-    with pytest.raises(TeacherFailure, match="sample 7 when the step had waited for it for 0.05 seconds"):
+    with pytest.raises(TeacherFailure, match=r"sample 7 when the step had waited for it for 0\.05 seconds"):
         make(stages(teacher=teacher, policy=FailurePolicy(deadline=0.05)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_megatron import steps
+from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.sample import Sample
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -46,7 +46,7 @@ def test_the_gradient_is_n_over_n_scored_times_that_of_the_scored_tokens(
     counts = np.array([sample.loss_mask.sum() for sample in samples], dtype=np.float64)
     weights = counts / counts.sum() if per_token else (counts > 0) / (counts > 0).sum()
     scored = np.array([sample.index not in FAILED for sample in samples])
-    steps._leave_out_failed(make_options(rollout_batch_size=12, **flags), samples)
+    leave_out_failed(make_options(rollout_batch_size=12, **flags), samples)
     expected = {name: gradient / weights[scored].sum() for name, gradient in unscaled.items()}
     for micro_batch_size in (1, 5):
         trainer = make_trainer(folders["qwen3"], micro_batch_size=micro_batch_size, **flags)
@@ -58,7 +58,7 @@ def test_the_gradient_is_n_over_n_scored_times_that_of_the_scored_tokens(
 def test_each_optimizer_step_is_scaled_by_its_own_failures() -> None:
     samples = masked_samples()
     options = make_options(rollout_batch_size=12, global_batch_size=4, calculate_per_token_loss=True)
-    steps._leave_out_failed(options, samples)
+    leave_out_failed(options, samples)
     for first in (0, 4, 8):
         step = samples[first : first + 4]
         counts = {sample.index: int(sample.loss_mask.sum()) for sample in step}
@@ -71,5 +71,5 @@ def test_each_optimizer_step_is_scaled_by_its_own_failures() -> None:
 
 def test_nothing_is_scaled_where_nothing_failed() -> None:
     samples = make_samples(17)
-    steps._leave_out_failed(make_options(rollout_batch_size=12), samples)
+    leave_out_failed(make_options(rollout_batch_size=12), samples)
     assert all(sample.opd_weights is None for sample in samples)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opd_megatron.config.options.engine import EngineOptions
 from opd_megatron.data.column_arithmetic import build_tokenizer
@@ -51,7 +51,9 @@ class Speaker:
             eos_token_id=self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.pad_token_id,
         )  # fmt: skip
         self.model: Any = Qwen3ForCausalLM(self.config).eval()
-        self.config.save_pretrained(folder)
+        with torch.no_grad():
+            self.model.get_input_embeddings().weight.normal_(0.0, 0.25)  # a row of zeros would magnify every step
+        self.model.save_pretrained(folder)
         self.first = {name: tensor.clone() for name, tensor in self.weights()}
         self.served = ServedModel(folder, POSITIONS, "float32", seed=1)
 
@@ -82,7 +84,7 @@ class Speaker:
             servers = server_launches(options, self.served, log_folder, on_cpu=True)
         ends = end_token_ids(self.tokenizer, self.config, self.folder)
         return SGLangEngine(
-            SpokenModel(self.tokenizer, self.config.vocab_size, POSITIONS, ends, "float32"),
+            SpokenModel(self.folder, self.tokenizer, self.config.vocab_size, POSITIONS, ends, "float32"),
             servers,
             WeightFolders(log_folder / "weights", settings.pop("write", write_weights)),
             probe=probe_tokens([], self.config.vocab_size, POSITIONS),
@@ -105,8 +107,3 @@ class Speaker:
             GenerateRequest(generator.integers(3, self.config.vocab_size, size=length), sampling, (7, place))
             for place, length in enumerate(lengths)
         ]
-
-
-def loaded_model(folder: Path) -> Any:
-    """The model that a folder holds, by transformers."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
