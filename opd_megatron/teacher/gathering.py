@@ -134,7 +134,7 @@ class Gatherer:
         payload, tokens = self._payload(batch), sum(len(question.tokens) for question in batch)
 
         async def attempt() -> tuple[Replica, Any]:
-            replica = held.pop() if held else (await self.replicas.acquire(len(batch), whole=True))[0]
+            replica = held.pop() if held else await self.replicas.acquire_again(len(batch))
             self._counts["requests"] += 1
             try:
                 return replica, await self.replicas.ask(replica, len(batch), tokens, payload, subject)
