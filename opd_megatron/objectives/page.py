@@ -12,12 +12,22 @@ from typing import Any
 
 from opd_megatron.objectives.catalogue import Catalogue
 from opd_megatron.objectives.corrections import CORRECTIONS
+from opd_megatron.objectives.distribution import DIVERGENCES
 from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS
 from opd_megatron.objectives.kl import KL_LOSSES
+from opd_megatron.objectives.opd_losses import OPD_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
 from opd_megatron.objectives.weights import AGGREGATIONS
 
-CATALOGUES: tuple[Catalogue[Any], ...] = (ADVANTAGE_ESTIMATORS, POLICY_LOSSES, CORRECTIONS, AGGREGATIONS, KL_LOSSES)
+CATALOGUES: tuple[Catalogue[Any], ...] = (
+    ADVANTAGE_ESTIMATORS,
+    OPD_LOSSES,
+    DIVERGENCES,
+    POLICY_LOSSES,
+    CORRECTIONS,
+    AGGREGATIONS,
+    KL_LOSSES,
+)
 """Every table of the page, in its order."""
 
 BEGIN = "<!-- objectives: written by python -m opd_megatron.objectives.page -->"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_megatron.http_client import HttpError, retried
+from opd_megatron.http_client import HttpError, HttpFault, retried
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.replicas import Replica, Replicas
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading
@@ -42,8 +42,9 @@ class Gatherer:
     What waits when a server has room goes into one request: a single question at an idle server, up to half of what may
     be in flight where the server is behind. A request of several questions that fails for a reason that may lie in one
     of them, and an answer to one of several that is not believed, are followed by a request for each question alone, so
-    that a bad one fails alone. ``read`` turns one sample's answer into a :class:`Reading` or raises
-    :class:`AnswerError`. ``counts`` is told of requests and retries.
+    that a bad one fails alone. One alone whose answer is not believed is asked again like one that got no answer.
+    ``read`` turns one sample's answer into a :class:`Reading` or raises :class:`AnswerError`. ``counts`` is told of
+    requests and retries.
     """
 
     def __init__(self, replicas: Replicas, read: Read, top_k: int, counts: Counter[str]) -> None:
@@ -132,16 +133,24 @@ class Gatherer:
     async def _send(self, batch: list[Question], held: list[Replica]) -> None:
         subject = batch[0].subject if len(batch) == 1 else f"{len(batch)} samples"
         payload, tokens = self._payload(batch), sum(len(question.tokens) for question in batch)
+        disbelief: AnswerError | None = None
 
         async def attempt() -> tuple[Replica, Any]:
             replica = held.pop() if held else await self.replicas.acquire_again(len(batch))
             self._counts["requests"] += 1
+            nonlocal disbelief
+            disbelief = None
             try:
-                return replica, await self.replicas.ask(replica, len(batch), tokens, payload, subject)
+                answer = await self.replicas.ask(replica, len(batch), tokens, payload, subject)
+                return replica, self._believed(batch[0], answer, replica) if len(batch) == 1 else answer
             except HttpError as error:
                 if len(batch) > 1 and error.delivered and not error.busy:
                     error.transient = False
                 raise
+            except AnswerError as error:
+                disbelief = error
+                server = replica.client.server
+                raise HttpError(server, subject, str(error), HttpFault.MALFORMED, transient=True) from None
 
         def count_retry() -> None:
             self._counts["retries"] += 1
@@ -151,13 +160,26 @@ class Gatherer:
         except (HttpError, TeacherFailure) as error:
             if len(batch) > 1 and isinstance(error, HttpError) and error.delivered and not error.busy:
                 self._one_by_one(batch)
+            elif disbelief is not None and isinstance(error, HttpError) and error.fault is HttpFault.MALFORMED:
+                _fail(batch, error, disbelief.kind)
             else:
                 _fail(batch, error)
             return
-        self._hand_out(batch, replica, answer)
+        if len(batch) > 1:
+            self._hand_out(batch, replica, answer)
+        elif not batch[0].answer.done():
+            batch[0].answer.set_result(answer)
 
-    def _hand_out(self, batch: list[Question], replica: Replica, answer: Any) -> None:
-        answers = [answer] if len(batch) == 1 else answer
+    def _believed(self, question: Question, answer: Any, replica: Replica) -> Reading:
+        """What ``answer`` says; a server of another model is asked no more. Raises :class:`AnswerError`."""
+        try:
+            return self._read(question, answer, replica)
+        except AnswerError as error:
+            if error.kind is FailureKind.CHANGED_MODEL:
+                self.replicas.refuse(replica, f"{replica.client.server}: {error}")
+            raise
+
+    def _hand_out(self, batch: list[Question], replica: Replica, answers: Any) -> None:
         if not isinstance(answers, list) or len(answers) != len(batch):
             self._one_by_one(batch)
             return
@@ -165,17 +187,10 @@ class Gatherer:
             if question.answer.done():
                 continue
             try:
-                question.answer.set_result(self._read(question, own, replica))
-            except AnswerError as error:
-                if error.kind is FailureKind.CHANGED_MODEL:
-                    # Another server may do; where there is none, this is how the sample fails.
-                    self.replicas.refuse(replica, f"{replica.client.server}: {error}")
-                    self._one_by_one([question])
-                elif len(batch) > 1:
-                    self._one_by_one([question])
-                else:
-                    message = f"{replica.client.server}: {question.subject}: {error}"
-                    question.answer.set_exception(TeacherFailure(message, error.kind))
+                question.answer.set_result(self._believed(question, own, replica))
+            except AnswerError:
+                # Another attempt, or another server where this one's weights are others, may do.
+                self._one_by_one([question])
 
     def _one_by_one(self, batch: Sequence[Question]) -> None:
         for question in batch:
@@ -205,12 +220,14 @@ class Gatherer:
         }
 
 
-def _fail(batch: Sequence[Question], error: HttpError | TeacherFailure) -> None:
+def _fail(
+    batch: Sequence[Question], error: HttpError | TeacherFailure, kind_of_answer: FailureKind | None = None
+) -> None:
     for question in batch:
         if question.answer.done():
             continue
         if isinstance(error, HttpError):
-            kind = FailureKind(error.fault.value)
+            kind = kind_of_answer or FailureKind(error.fault.value)
             message = str(error.about(question.subject))
         else:
             kind, message = error.kind, f"{question.subject}: {error}"

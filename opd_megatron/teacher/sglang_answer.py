@@ -124,6 +124,8 @@ def _log_probs(values: np.ndarray, key: str) -> np.ndarray:
     """``values`` (objects of any shape) as float64; raises :class:`AnswerError` unless they are log-probabilities."""
     try:
         log_probs = values.astype(np.float64)
+        if values.size and np.array(values.tolist()).dtype.kind not in "fi":
+            raise ValueError("not all are numbers")
     except (TypeError, ValueError) as error:
         if any(value is None for value in values.flat):
             raise AnswerError(FailureKind.NOT_FINITE, f"None is not a log-probability ({key})") from None
