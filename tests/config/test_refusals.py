@@ -166,7 +166,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "teacher layout that does not fit": (
         MEGATRON + "--actor-num-gpus-per-node 2 --opd-teacher-tensor-model-parallel-size 3",
         (
-            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 (as of the student)",
+            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 (as of",
             "does not divide the 2 ranks",
             "--opd-teacher-tensor-model-parallel-size 3 does not divide the teacher's",
         ),
