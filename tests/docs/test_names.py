@@ -22,7 +22,9 @@ from tests.docs.declared import (
 
 FOREIGN = {
     "--context-length": "sglang",
+    "--enable-deterministic-inference": "sglang",
     "--local-dir": "hf",
+    "--max-running-requests": "sglang",
     "--mem-fraction-static": "sglang",
     "--model-path": "sglang",
     "--nproc-per-node": "torchrun",
@@ -83,7 +85,9 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 def test_quoted_messages_are_those_of_the_code() -> None:
     """First column of the tables headed ``message``; ``...`` stands for what varies."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    text = "\n".join(
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("troubleshooting.md", "rollout.md")
+    )
     messages = [
         message
         for table in re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
