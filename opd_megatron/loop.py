@@ -82,11 +82,12 @@ def train(
             samples = steps.make_samples(parts, rollout_id, found)
         with progress.phase("reward"):
             steps.reward(parts, samples, found)
+            steps.compare_greedily(parts, samples, rollout_id, found)
         with progress.phase("teacher"):
             steps.teach(parts, samples, rollout_id)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
-            steps.learn(parts, samples, found)
+            steps.learn(parts, samples, rollout_id, found)
         if not trained_tokens(samples):
             logger.warning("rollout %d has no token to train on: are the prompts too long?", rollout_id)
         if step == done + 1:

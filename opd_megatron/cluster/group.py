@@ -32,8 +32,8 @@ class TrainerGroup(Protocol):
     ) -> list[np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response under a model, at the rollout temperature or another."""
 
-    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Take the rollout's optimizer steps; metrics, and the student's log-probabilities before them."""
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The student as Hugging Face tensors."""
@@ -84,8 +84,8 @@ class LocalTrainerGroup:
         scored = self._trainer.score(name, samples, keep_hidden=keep_hidden, temperature=temperature)
         return merge_arrays([scored], len(samples))
 
-    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
-        return merge_results([self._trainer.train(samples)], len(samples))
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
+        return merge_results([self._trainer.train(samples, rollout_id)], len(samples))
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         return self._trainer.export_weights()

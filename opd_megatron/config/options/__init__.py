@@ -97,7 +97,8 @@ class Options:
 
     @property
     def steps_per_rollout(self) -> int:
-        return self.samples_per_rollout // self.global_batch_size
+        """Optimizer steps per rollout: its global batches, in each of the ``--ppo-epochs``."""
+        return self.samples_per_rollout // self.global_batch_size * self.objective.ppo_epochs
 
     @property
     def label_key(self) -> str:
