@@ -51,6 +51,31 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "--lr 1e300: is too large for a 32-bit number",
         ),
     ),
+    "server flags that are set": (
+        BASE + "--rollout-engine sglang --sglang-server-args=--port=1",
+        ("--sglang-server-args --port=1: --port is set already: a free one is taken",),
+    ),
+    "server flags that are none": (BASE + "--sglang-server-args=x", ("must begin with a flag",)),
+    "unknown flag of the server": (
+        BASE + "--sglang-mem-fraction-statik 0.5",
+        ("--sglang-mem-fraction-statik: unknown flag (did you mean --sglang-mem-fraction-static?)",),
+    ),
+    "servers without their engine": (
+        BASE + "--rollout-num-engines 2 --sglang-free-memory",
+        ("--rollout-num-engines goes with --rollout-engine sglang only", "--sglang-free-memory goes with"),
+    ),
+    "servers started and given": (
+        BASE + "--rollout-engine sglang --rollout-engine-url http://127.0.0.1:1 --rollout-num-engines 2",
+        ("--rollout-num-engines has no effect on the servers of --rollout-engine-url",),
+    ),
+    "batches of the local engine": (
+        BASE + "--rollout-engine sglang --rollout-engine-batch-size 4",
+        ("--rollout-engine-batch-size is for the local engine",),
+    ),
+    "servers without samples": (
+        BASE + "--rollout-engine sglang --loss-type sft_loss",
+        ("--rollout-engine sglang has nothing to sample with --loss-type sft_loss",),
+    ),
     "top-k of zero": (BASE + "--rollout-top-k 0", ("--rollout-top-k 0: must be -1 (off) or at least 1",)),
     "chat template arguments": (
         BASE + "--apply-chat-template --apply-chat-template-kwargs [1]",
