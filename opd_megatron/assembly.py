@@ -21,6 +21,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     needs_reference,
+    needs_teacher_hidden,
     reference_folder,
     starting_point,
     student_architecture,
@@ -211,8 +212,11 @@ def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeache
     if not isinstance(teacher, MegatronTeacher):
         return False
     possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
-    if not possible and options.opd.opd_baseline != "none":
-        raise UserError(f"--opd-baseline {options.opd.opd_baseline} needs a teacher with the student's vocabulary size")
+    if not possible and needs_teacher_hidden(options):
+        flag = f"--opd-baseline {options.opd.opd_baseline}"
+        if options.opd.opd_loss == "distribution":
+            flag = "--opd-loss distribution"
+        raise UserError(f"{flag} needs a teacher with the student's vocabulary size")
     if not possible and options.opd.opd_exact_kl_interval:
         logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
     return possible

@@ -86,7 +86,7 @@ def train(
             steps.teach(parts, samples, rollout_id)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
-            steps.learn(parts, samples, found)
+            steps.learn(parts, samples, rollout_id, found)
         if not trained_tokens(samples):
             logger.warning("rollout %d has no token to train on: are the prompts too long?", rollout_id)
         if step == done + 1:

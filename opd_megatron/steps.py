@@ -12,14 +12,19 @@ import torch
 
 from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
-from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import needs_reference, student_architecture
+from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.resolve import (
+    needs_old_log_probs,
+    needs_reference,
+    needs_teacher_hidden,
+    student_architecture,
+)
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.mismatch import mismatch_statistics
-from opd_megatron.objectives.opd import reverse_kl_statistics
+from opd_megatron.objectives.opd import future_distances, reverse_kl_statistics
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
@@ -153,7 +158,7 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
     if isinstance(parts.teacher, MegatronTeacher):
         opd = parts.options.opd
         measured = opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
-        parts.teacher.keep_hidden = (measured or opd.opd_baseline != "none") and parts.exact_kl_possible
+        parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
     for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
         sample.teacher_scores = scores
         sample.validate()
@@ -179,12 +184,12 @@ def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: Run
         write_samples(options.rollout.save_debug_rollout_data.replace("{rollout_id}", str(rollout_id)), samples)
 
 
-def learn(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -> None:
+def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Compute advantages over the whole rollout, take its optimizer steps and report them."""
     options = parts.options
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
-    trained, log_probs = parts.trainer.train(samples)
+    trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":
         return
@@ -207,7 +212,7 @@ def learn(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) ->
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     objective = parts.options.objective
-    if parts.options.steps_per_rollout > 1 or objective.kl_coef > 0:
+    if needs_old_log_probs(parts.options):
         for sample, log_probs in zip(samples, parts.trainer.score("student", samples), strict=True):
             sample.old_log_probs = log_probs
     if needs_reference(parts.options):
@@ -224,9 +229,25 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
         kls,
         [float(sample.greedy_reward) for sample in samples if sample.greedy_reward is not None] or None,
     )
+    if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
+        _add_futures(parts.options.opd, samples)
     for sample, values in zip(samples, advantages, strict=True):
         sample.advantages = values.numpy()
         sample.validate()
+
+
+def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
+    scores = [sample.teacher_scores for sample in samples]
+    futures = future_distances(
+        [sample.old_log_probs for sample in samples if sample.old_log_probs is not None],
+        [score.log_probs_T for score in scores if score is not None],
+        [sample.loss_mask for sample in samples],
+        [score.valid_T for score in scores if score is not None],
+        discount=opd.opd_kl_discount,
+        limit=opd.opd_log_ratio_clip,
+    )
+    for sample, future in zip(samples, futures, strict=True):
+        sample.opd_future = future.numpy()
 
 
 def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:

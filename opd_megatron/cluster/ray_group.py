@@ -182,8 +182,8 @@ class RayTrainerGroup:
         shared = ray.put(list(samples))
         return merge_arrays(self._all("score", name, shared, keep_hidden=keep_hidden), len(samples))
 
-    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
-        return merge_results(self._all("train", ray.put(list(samples))), len(samples))
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
+        return merge_results(self._all("train", ray.put(list(samples)), rollout_id), len(samples))
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         exported: list[tuple[str, Tensor]] = self._wait([actor.export_weights.remote() for actor in self._actors])[0]

@@ -35,6 +35,14 @@ def off_or_positive(value: int) -> str | None:
     return "must be -1 (off) or at least 1" if value == 0 else None
 
 
+def rollout_range(value: str) -> str | None:
+    """``START:END``, counted from 0."""
+    parts = value.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+        return "must be written START:END with START below END, e.g. 0:200"
+    return None
+
+
 def named_path(value: tuple[str, str]) -> str | None:
     """The name of a named file appears in metric names."""
     return None if _SET_NAME.fullmatch(value[0]) else f"name {value[0]!r} may hold letters, digits and . _ + - only"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.validate_distribution import distribution_faults
 
 _SGLANG_ONLY = (
     "opd_teacher_url",
@@ -45,6 +46,7 @@ def opd_faults(options: Options) -> list[str]:
         faults += _megatron_faults(options)
     else:
         faults += _sglang_faults(options)
+    faults += distribution_faults(options)
     if not opd.opd_allow_sampling_mismatch:
         faults += _sampling_faults(options)
     return faults
@@ -109,6 +111,8 @@ def _sampling_faults(options: Options) -> list[str]:
             f"--rollout-temperature {rollout.rollout_temperature:g} does not go with --opd-type sglang, whose scores "
             f"are at temperature 1: set it to 1, use --opd-type megatron, {override}"
         )
+    if options.opd.opd_loss == "distribution":
+        return faults  # which has no expectation over sampled tokens
     if rollout.rollout_top_p < 1.0:
         faults.append(
             f"--rollout-top-p {rollout.rollout_top_p:g} samples from another distribution than the one that --use-opd "

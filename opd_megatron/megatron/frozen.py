@@ -24,6 +24,7 @@ from opd_megatron.config.resolve import teacher_parallel
 from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
+from opd_megatron.megatron.forward import check_tokens
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, build_chunks
 from opd_megatron.megatron.scoring import response_log_probs
@@ -129,11 +130,15 @@ class FrozenScorer:
     def score(
         self,
         samples: Sequence[Sample],
+        steps: Sequence[Sequence[MicroBatches]],
         temperature: float,
         keep: Callable[[MicroBatch, Tensor], None] | None = None,
     ) -> dict[int, np.ndarray]:
-        """See :func:`~opd_megatron.megatron.scoring.response_log_probs`."""
-        steps = self.steps(samples)
+        """See :func:`~opd_megatron.megatron.scoring.response_log_probs`; ``steps`` are those of :meth:`steps`.
+
+        Raises ``ValueError`` for a token outside this model's vocabulary.
+        """
+        check_tokens(samples, self.spec.architecture.vocab_size)
         with distributed.using(self._groups):
             rank = parallel_state.get_data_parallel_rank()
             micro_batches = [places for step in steps for places in step[rank]]

@@ -18,11 +18,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from opd_megatron.config.options import ObjectiveOptions
+from opd_megatron.config.options import ObjectiveOptions, OpdOptions
 from opd_megatron.objectives.corrections import importance_weights, off_policy_mask
 from opd_megatron.objectives.kl import kl_loss
 from opd_megatron.objectives.log_probs import importance_ratio
-from opd_megatron.objectives.opd import add_opd_term
+from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdEffect, OpdTerms
 from opd_megatron.objectives.policy_loss import PolicyTerms, chosen_policy_loss
 from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.objectives.statistics import weighted_statistic
@@ -36,8 +36,10 @@ class PolicyInputs:
     trainer's under the weights that sampled the rollout; None means that these are the current weights.
     ``rollout_log_probs_N`` are the engine's. ``advantages_N`` are task advantages without the
     distillation term. Teacher scores count where ``teacher_valid_N`` (None: everywhere); ``opd_baseline_N`` is
-    subtracted from their distance (see :func:`~opd_megatron.objectives.opd.add_opd_term`). ``entropy_N`` needs a
-    gradient only where there is an entropy bonus. Raises ``ValueError`` on unequal shapes.
+    subtracted from their distance and ``opd_future_N`` added to it (see
+    :func:`~opd_megatron.objectives.opd.sampled_term`); ``opd_divergence_N`` carries the gradient of ``--opd-loss
+    distribution``. ``entropy_N`` needs a gradient only where there is an entropy bonus. Raises ``ValueError`` on
+    unequal shapes.
     """
 
     log_probs_N: Tensor
@@ -50,6 +52,8 @@ class PolicyInputs:
     teacher_log_probs_N: Tensor | None = None
     teacher_valid_N: Tensor | None = None
     opd_baseline_N: Tensor | None = None
+    opd_future_N: Tensor | None = None
+    opd_divergence_N: Tensor | None = None
     ref_log_probs_N: Tensor | None = None
     entropy_N: Tensor | None = None
 
@@ -65,7 +69,10 @@ class PolicyInputs:
 
 
 def policy_objective(
-    inputs: PolicyInputs, objective: ObjectiveOptions, opd_coef: float | None
+    inputs: PolicyInputs,
+    objective: ObjectiveOptions,
+    opd_coef: float | None,
+    opd: OpdOptions = OpdOptions(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scalar loss of a micro-batch and its statistics.
 
@@ -80,7 +87,9 @@ def policy_objective(
     old_N = log_probs_N if inputs.old_log_probs_N is None else _keep(inputs.old_log_probs_N, mask_N)
     old_N = old_N.detach()
     task_N = _keep(inputs.advantages_N, mask_N).detach()
-    advantages_N = task_N if opd_coef is None else _with_opd(inputs, task_N, old_N, mask_N, opd_coef)
+    effect = OpdEffect() if opd_coef is None else _distillation(inputs, log_probs_N, old_N, mask_N, opd)
+    coef = 0.0 if opd_coef is None else opd_coef
+    advantages_N = task_N if effect.advantage_N is None else task_N + coef * effect.advantage_N
     terms = PolicyTerms(log_probs_N, old_N, advantages_N, mask_N, inputs.sequences, objective)
     loss_N, found = chosen_policy_loss(objective)(terms)
     weight_N, weight_metrics = _correction(inputs, terms)
@@ -90,12 +99,16 @@ def policy_objective(
         "train/pg_loss": loss_N,
         **found,
         **weight_metrics,
+        **effect.metrics,
         "train/ratio_mean": importance_ratio(log_probs_N, old_N),
         "train/advantage_mean": advantages_N,
         "train/task_advantage_abs_mean": task_N.abs(),
     }
-    if opd_coef is not None:
+    if effect.advantage_N is not None:
         metrics["train/opd_advantage_abs_mean"] = (advantages_N - task_N).abs()
+    if effect.loss_N is not None:
+        loss_N = loss_N + coef * effect.loss_N
+        metrics["train/opd_loss"] = effect.loss_N
     if objective.use_kl_loss:
         ref_N = _keep(_required(inputs.ref_log_probs_N, "ref_log_probs_N", "use_kl_loss"), mask_N)
         kl_N = kl_loss(objective.kl_loss_type, log_probs_N, ref_N, old_N)
@@ -118,10 +131,21 @@ def sft_objective(log_probs_N: Tensor, loss_weights_N: Tensor, loss_mask_N: Tens
     return (weights_N * loss_N).sum(), {"train/loss": weighted_statistic(loss_N, weights_N)}
 
 
-def _with_opd(inputs: PolicyInputs, task_N: Tensor, old_N: Tensor, mask_N: Tensor, opd_coef: float) -> Tensor:
+def _distillation(
+    inputs: PolicyInputs, log_probs_N: Tensor, old_N: Tensor, mask_N: Tensor, opd: OpdOptions
+) -> OpdEffect:
     teacher_N = _required(inputs.teacher_log_probs_N, "teacher_log_probs_N", "opd_coef")
-    scored_N = mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool()
-    return add_opd_term(task_N, old_N, teacher_N, scored_N, opd_coef, inputs.opd_baseline_N)
+    terms = OpdTerms(
+        log_probs_N,
+        old_N,
+        teacher_N,
+        mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool(),
+        opd,
+        baseline_N=inputs.opd_baseline_N,
+        future_N=None if inputs.opd_future_N is None else _keep(inputs.opd_future_N, mask_N),
+        divergence_N=inputs.opd_divergence_N,
+    )
+    return OPD_LOSSES[opd.opd_loss](terms)
 
 
 def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, dict[str, Tensor]]:

@@ -111,16 +111,21 @@ def test_the_vocabulary_head(dtype: torch.dtype, rows: int) -> None:
     assert head_bytes(options, Models(model), "cpu") == pytest.approx(measured, rel=0.1)
 
 
-def test_the_exact_divergence_takes_two_more_buffers() -> None:
-    rows = 300
-    options, model = _head_options(False, rows)
-    hidden_Nh, weight_Vh = torch.randn(rows, 64), torch.randn(6016, 64)
+@pytest.mark.parametrize("rows", [300, 4000], ids=["one-chunk", "several-chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_exact_divergence(dtype: torch.dtype, rows: int) -> None:
+    options, model = _head_options(dtype == torch.bfloat16, rows)
+    hidden_Nh, weight_Vh = torch.randn(rows, 64, dtype=dtype), torch.randn(6016, 64, dtype=dtype)
     with LiveBytes() as counter:
-        teacher_Nh = torch.randn(rows, 64)
+        teacher_Nh = torch.randn(rows, 64, dtype=dtype)
         kl_and_baseline(hidden_Nh, weight_Vh, teacher_Nh, weight_Vh, temperature=1.0, vocab_size=6000, group=None)
     options = make_options(
-        use_opd=True, rollout_batch_size=1, rollout_max_prompt_len=1, rollout_max_response_len=rows
-    )  # fmt: skip
+        use_opd=True,
+        bf16=dtype == torch.bfloat16,
+        rollout_batch_size=1,
+        rollout_max_prompt_len=1,
+        rollout_max_response_len=rows,
+    )
     assert head_bytes(options, Models(model, model), "cpu") == pytest.approx(counter.peak, rel=0.1)
 
 

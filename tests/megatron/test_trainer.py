@@ -213,6 +213,19 @@ def test_several_optimizer_steps_equal_separate_rollouts(folders: dict[str, Path
     assert_same_tensors(exported(together), expected, 1e-6)
 
 
+def test_a_step_without_tokens_does_not_spoil_the_means(folders: dict[str, Path]) -> None:
+    samples = make_samples(4)
+    for sample in samples[6:]:
+        sample.loss_mask[:] = False
+    flags = {"use_opd": True, "rollout_batch_size": 12}
+    alone = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples[:6])
+    both = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples)
+    assert both == pytest.approx(alone, rel=1e-6)
+    assert all(np.isfinite(value) for value in both.values())
+    # a rollout without any has none
+    assert np.isnan(_train(make_trainer(folders["qwen3"], **flags, global_batch_size=3), samples[6:])["train/loss"])
+
+
 def test_frozen_models_leave_the_student_as_it_was(folders: dict[str, Path], teacher_folder: Path) -> None:
     alone = exported(make_trainer(folders["qwen2"]))
     other = save_reference(teacher_folder.parent / "reference", tiny_config("qwen2"), seed=21)

@@ -44,6 +44,8 @@ def random_inputs(seed: int, per_token: bool = False) -> PolicyInputs:
         teacher_log_probs_N=-3 * draw(),
         teacher_valid_N=draw() < 0.9,
         opd_baseline_N=draw(),
+        opd_future_N=draw(),
+        opd_divergence_N=draw().requires_grad_(),
         ref_log_probs_N=-3 * draw(),
         entropy_N=draw().requires_grad_(),
     )
@@ -164,7 +166,7 @@ def test_metrics_show_both_terms_and_add_up_to_the_loss() -> None:
     )
     weights_N = inputs.loss_weights_N
     distance_N = given(inputs.old_log_probs_N) - given(inputs.teacher_log_probs_N) - given(inputs.opd_baseline_N)
-    distance_N = torch.where(given(inputs.teacher_valid_N), distance_N, 0.0)
+    distance_N = torch.where(given(inputs.teacher_valid_N), distance_N, 0.0) + given(inputs.opd_future_N)
     assert means["train/opd_advantage_abs_mean"] == pytest.approx((weights_N * 0.7 * distance_N.abs()).sum().item())
     assert means["train/task_advantage_abs_mean"] == pytest.approx((weights_N * inputs.advantages_N.abs()).sum().item())
     assert means["train/advantage_mean"] == pytest.approx(
@@ -229,7 +231,7 @@ def test_masked_positions_may_hold_anything(garbage: float, changes: dict[str, A
 
 def test_unscored_tokens_keep_their_task_advantage() -> None:
     inputs = random_inputs(7)
-    nothing_scored = replace(inputs, teacher_valid_N=torch.zeros_like(inputs.loss_mask_N))
+    nothing_scored = replace(inputs, teacher_valid_N=torch.zeros_like(inputs.loss_mask_N), opd_future_N=None)
     plain, _ = policy_objective(inputs, ObjectiveOptions(), None)
     unscored, _ = policy_objective(nothing_scored, ObjectiveOptions(), 5.0)
     assert unscored.item() == plain.item()

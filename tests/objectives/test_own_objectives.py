@@ -34,7 +34,8 @@ def test_the_distillation_term_and_the_estimator_leave_each_other_alone(estimato
     task_N = torch.cat(task_advantages(own, REWARDS, GROUPS, masks, None, REWARDS[::-1])).double()
     inputs = replace(inputs, advantages_N=task_N)
     distance_N = given(inputs.old_log_probs_N) - given(inputs.teacher_log_probs_N) - given(inputs.opd_baseline_N)
-    term_N = torch.where(inputs.loss_mask_N & given(inputs.teacher_valid_N), distance_N, 0.0)
+    term_N = torch.where(given(inputs.teacher_valid_N), distance_N, 0.0) + given(inputs.opd_future_N)
+    term_N = torch.where(inputs.loss_mask_N, term_N, 0.0)
     for coef in (None, 0.0, 0.25, 4.0):
         spies.seen.clear()
         _, statistics = policy_objective(inputs, options, coef)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.options.distribution import DistributionOptions
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,33 @@ class MegatronTeacherOptions:
 
 
 @dataclass(frozen=True)
-class OpdOptions(ServerTeacherOptions, MegatronTeacherOptions):
+class OpdOptions(ServerTeacherOptions, MegatronTeacherOptions, DistributionOptions):
     """On-policy distillation"""
 
     use_opd: bool = option(False, "add the per-token distillation term to the advantage")
     opd_type: str | None = option(None, "where teacher log-probabilities come from", choices=("sglang", "megatron"))
     opd_kl_coef: float = option(1.0, "coefficient of log p_student - log p_teacher", minimum=0.0)
+    opd_kl_coef_end: float | None = option(
+        None, "coefficient that --opd-kl-coef changes to, linearly over --opd-kl-coef-rollouts", minimum=0.0
+    )
+    opd_kl_coef_rollouts: int | None = option(
+        None, "length of the way to --opd-kl-coef-end", unit="rollouts", minimum=1
+    )
+    opd_loss: str = option(
+        "sampled",
+        "form of the term: sampled, the sampled token's log-ratio in the advantage; distribution, a divergence of "
+        "whole distributions as a loss; kl_loss, an estimator as a loss",
+        choices=("sampled", "distribution", "kl_loss"),
+    )
+    opd_kl_discount: float = option(
+        0.0, "weight of later tokens' log-ratios in a token's term (1: KL of whole responses)", minimum=0.0, maximum=1.0
+    )
+    opd_log_ratio_clip: float | None = option(None, "clip log p_student - log p_teacher to this size", above=0.0)
+    opd_importance: bool = option(
+        False,
+        "with several optimizer steps per rollout: importance ratio times the current log-ratio as a loss, unclipped",
+    )
+    opd_kl_loss_type: str = option("k2", "estimator of --opd-loss kl_loss", choices=("k1", "k2", "k3"))
     opd_exact_kl_interval: int = option(
         1,
         "measure opd/reverse_kl_exact this often (Megatron teacher; 0: only where --opd-baseline needs it)",
