@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -265,11 +266,11 @@ def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dic
 
 def _mismatch(options: Options, samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
     """``rollout/mismatch_*`` of the samples that know how probable the engine found them."""
-    known = [place for place, sample in enumerate(samples) if sample.rollout_log_probs is not None]
+    known = [sample.rollout_log_probs is not None for sample in samples]
     return mismatch_statistics(
-        [samples[place].rollout_log_probs for place in known],
-        [student[place] for place in known],
-        [samples[place].loss_mask for place in known],
+        [sample.rollout_log_probs for sample in samples if sample.rollout_log_probs is not None],
+        list(itertools.compress(student, known)),
+        [sample.loss_mask for sample in itertools.compress(samples, known)],
         options.objective,
     )
 

@@ -310,7 +310,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--tis-level has no effect without --use-tis", "--tis-clip has no", "--opsm-delta has no effect without"),
     ),
     "bounds of weights": (BASE + "--use-tis --tis-clip 0.5 --tis-clip-low 0.6", ("--tis-clip-low 0.6 is above",)),
-    "masking on policy": (BASE + "--use-opsm --global-batch-size 8", ("--use-opsm has no effect with one optimizer",)),
+    "masking on policy": (BASE + "--use-opsm", ("--use-opsm has no effect with one optimizer",)),
     "two estimators": (
         BASE + "--advantage-estimator rloo --custom-advantage-path pkg:function",
         ("--advantage-estimator and --custom-advantage-path both name",),
