@@ -359,6 +359,27 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-loss-coef 0.1 --kl-loss-type k2",
         ("--kl-loss-coef has no effect", "--kl-loss-type has no effect"),
     ),
+    "corrections that are off": (
+        BASE + "--tis-level sequence --tis-clip 3 --opsm-delta 0.1",
+        ("--tis-level has no effect without --use-tis", "--tis-clip has no", "--opsm-delta has no effect without"),
+    ),
+    "bounds of weights": (BASE + "--use-tis --tis-clip 0.5 --tis-clip-low 0.6", ("--tis-clip-low 0.6 is above",)),
+    "masking on policy": (BASE + "--use-opsm", ("--use-opsm has no effect with one optimizer",)),
+    "two estimators": (
+        BASE + "--advantage-estimator rloo --custom-advantage-path pkg:function",
+        ("--advantage-estimator and --custom-advantage-path both name",),
+    ),
+    "two policy losses": (
+        BASE + "--policy-loss gspo --custom-loss-path pkg:function",
+        ("--policy-loss and --custom-loss-path both name",),
+    ),
+    "dual clip without clip": (BASE + "--policy-loss cispo --eps-clip-c 3", ("--eps-clip-c bounds a clipped",)),
+    "two averages": (
+        BASE + "--calculate-per-token-loss --loss-length-divisor 10",
+        ("--calculate-per-token-loss and --loss-length-divisor",),
+    ),
+    "passes over labels": (BASE + "--loss-type sft_loss --ppo-epochs 2", ("--ppo-epochs has no effect with",)),
+    "gamma of another": (BASE + "--advantage-estimator rloo --gamma 0.9", ("--gamma belongs to",)),
     "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
     "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),
     "learning rates": (
