@@ -9,8 +9,6 @@ bytes that autograd keeps for backward (weights not counted) are fitted by strai
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
 import tempfile
 import time
@@ -21,12 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from report import DrawnOutput, processor, publish
 from transformers import Qwen3Config
 
 from opd_megatron.config.architecture import architecture_from_hf, read_hf_config
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.declare import option
-from opd_megatron.config.parse import parse_groups, parse_options
+from opd_megatron.config.parse import parse_options
 from opd_megatron.config.resolve import StartingPoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec
@@ -39,7 +38,7 @@ FACTORS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class BenchmarkOptions(DrawnOutput):
     """Cost of a step over its sizes"""
 
     tokens: int = option(1024, "least tokens of a step; a multiple of 64", unit="tokens", minimum=LENGTH)
@@ -48,8 +47,6 @@ class BenchmarkOptions:
     hidden: int = option(128, "hidden size; a multiple of 64", minimum=64)
     repeats: int = option(5, "measured steps of each size", minimum=1)
     threads: int = option(1, "threads", minimum=1)
-    json: str | None = option(None, "also write the result here", metavar="FILE")
-    picture: str | None = option(None, "also draw it here", metavar="FILE")
 
 
 def build(folder: Path, hidden: int, size: dict[str, int]) -> MegatronTrainer:
@@ -119,13 +116,6 @@ def straight_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     return {"start": float(start), "slope": float(slope), "largest_deviation": float(deviation.max())}
 
 
-def processor() -> str:
-    """The processor's name."""
-    facts = Path("/proc/cpuinfo")
-    names = [line for line in facts.read_text().splitlines() if "model name" in line] if facts.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
-
-
 def run(options: BenchmarkOptions) -> dict[str, Any]:
     """All points and lines."""
     torch.set_num_threads(options.threads)
@@ -180,15 +170,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    options = parse_groups(
-        argv, {"benchmark": BenchmarkOptions}, prog="scaling.py", description=str(__doc__).split("\n\n")[0]
-    )[BenchmarkOptions]
-    result = run(options)
-    print(render(result))
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if options.picture is not None:
-        draw(result, Path(options.picture))
+    publish(argv, BenchmarkOptions, program="scaling.py", about=str(__doc__), run=run, render=render, draw=draw)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from report import Output, processor, publish
+
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.declare import option
 from opd_megatron.config.errors import UserError
-from opd_megatron.config.parse import parse_groups
 
 HERE = Path(__file__).resolve().parent
 OURS, TRL = "opd_megatron", "TRL"
@@ -46,7 +47,7 @@ def even(value: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class BenchmarkOptions(Output):
     """Step against TRL"""
 
     steps: int = option(20, "measured steps of each side", minimum=1)
@@ -58,7 +59,6 @@ class BenchmarkOptions:
         1, "how often this project measures the exact KL beside the sampled one (0: never)", minimum=0
     )
     trl_venv: str = option(".venv-trl", "environment with TRL", metavar="DIR")
-    json: str | None = option(None, "also write the result here", metavar="FILE")
 
 
 class Side:
@@ -178,19 +178,14 @@ def median_ratio(ours: Sequence[Step], theirs: Sequence[Step], field: str) -> fl
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    models = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
         "wait_policy": (WAIT_POLICY | os.environ)["OMP_WAIT_POLICY"],
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
 
 
 def render(result: dict[str, Any]) -> str:
@@ -257,15 +252,11 @@ def run(options: BenchmarkOptions, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    parsed = parse_groups(
-        argv, {"benchmark": BenchmarkOptions}, prog="step_vs_trl.py", description=str(__doc__).split("\n\n")[0]
-    )
-    options = parsed[BenchmarkOptions]
-    with tempfile.TemporaryDirectory(prefix="step-vs-trl-") as folder:
-        result = run(options, Path(folder))
-    print(render(result))
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    def run_in_own_folder(options: BenchmarkOptions) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="step-vs-trl-") as folder:
+            return run(options, Path(folder))
+
+    publish(argv, BenchmarkOptions, program="step_vs_trl.py", about=str(__doc__), run=run_in_own_folder, render=render)
 
 
 if __name__ == "__main__":

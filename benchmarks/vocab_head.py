@@ -10,7 +10,6 @@ the inputs and the two gradients, which both paths must make; buffers inside the
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from report import DrawnOutput, publish
 from torch import Tensor
 
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.declare import option
-from opd_megatron.config.parse import parse_groups
 from opd_megatron.megatron import cpu_products
 from opd_megatron.megatron.vocab_head import full_divergence, record_divergence, token_log_probs
 from opd_megatron.megatron.vocab_head.shard import chunk_tokens
@@ -39,7 +38,7 @@ BETAS = {"forward KL": 0.0, "JSD 0.5": 0.5, "reverse KL": 1.0}
 
 
 @dataclass(frozen=True)
-class BenchmarkOptions:
+class BenchmarkOptions(DrawnOutput):
     vocab_size: int = option(32_000, "Vocabulary of the ratios of time.")
     hidden_sizes: tuple[int, ...] = option((256, 1024, 2048), "Hidden sizes at which log-probabilities are timed.")
     tokens: int = option(1024, "Tokens of the ratios of time.")
@@ -49,8 +48,6 @@ class BenchmarkOptions:
     curve_tokens: tuple[int, ...] = option((1024, 4096, 16_384, 32_768), "Tokens of the curves.")
     plain_limit_gib: float = option(8.0, "The plain path is left out where it would take more memory than this.")
     threads: int = option(2, "Threads of the arithmetic.")
-    json: str | None = option(None, "File for the numbers.")
-    picture: str | None = option(None, "File for the plot of the curves.")
 
 
 @dataclass(frozen=True)
@@ -327,15 +324,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    options = parse_groups(
-        argv, {"benchmark": BenchmarkOptions}, prog="vocab_head.py", description=str(__doc__).split("\n\n")[0]
-    )[BenchmarkOptions]
-    result = run(options)
-    print(render(result))
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if options.picture is not None:
-        draw(result, Path(options.picture))
+    publish(argv, BenchmarkOptions, program="vocab_head.py", about=str(__doc__), run=run, render=render, draw=draw)
 
 
 if __name__ == "__main__":

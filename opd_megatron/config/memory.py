@@ -199,8 +199,8 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     Forward: a chunk's logits in float32 and three blocks of temporaries (with ``--bf16`` first the logits in that).
     Backward: gradients of hidden rows and of the weight, the latter in float32, a chunk's logits and its part of
     either gradient; with ``--bf16`` also the logits' gradient, and at the end the weight's, in that. The exact KL:
-    logits of both models and two temporaries of their size, and the teacher's hidden rows; and its output weight where
-    the teacher itself is elsewhere.
+    a chunk's logits of both models and two blocks of temporaries (with a teacher in bf16 first its logits in that), and
+    the teacher's hidden rows; and its output weight where the teacher itself is elsewhere.
     """
     student, number = models.student, number_bytes(options.optimizer)
     rows = Work.of(options, student).rows
@@ -218,7 +218,9 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
     exact = 0
     if models.teacher is not None and keeps_hidden_rows(options):
-        exact = 16 * logits + teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
+        teacher_short = teacher_number_bytes(options) if teacher_number_bytes(options) < 4 else 0
+        exact = 8 * logits + max(8 * block, teacher_short * logits)
+        exact += teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
         if options.offload.offload_teacher or has_own_layout(options):
             exact += teacher_head_bytes(options, models.teacher)
     return max(forward, backward, exact) + STATISTICS_BYTES * rows
@@ -241,7 +243,7 @@ def rollout_bytes(options: Options, student: ModelArchitecture) -> int:
     """The local engine: the student's weights, keys and values of the sequences decoded together, their logits."""
     rollout, number = options.rollout, number_bytes(options.optimizer)
     samples = options.objective.loss_type == "policy_loss" and rollout.load_debug_rollout_data is None
-    if not samples and not options.evaluation.eval_prompt_data:
+    if options.engine.rollout_engine != "local" or (not samples and not options.evaluation.eval_prompt_data):
         return 0
     known = options.samples_per_rollout if rollout.rollout_batch_size else rollout.rollout_engine_batch_size
     sequences = min(rollout.rollout_engine_batch_size, known)

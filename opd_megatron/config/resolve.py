@@ -55,6 +55,23 @@ def holds_checkpoint(folder: str | Path) -> bool:
     return info.kind in ("hf", "torch_dist") or info.problem is not None
 
 
+def needs_old_log_probs(options: Options) -> bool:
+    """Whether the student's log-probabilities are computed before the first optimizer step of a rollout.
+
+    With one step they are those of the step's own forward pass, unless something is made of them before it.
+    """
+    discounted = options.opd.use_opd and options.opd.opd_kl_discount > 0
+    return options.steps_per_rollout > 1 or options.objective.kl_coef > 0 or discounted
+
+
+def needs_teacher_hidden(options: Options) -> bool:
+    """Whether every rollout is trained with the hidden states of a Megatron teacher."""
+    opd = options.opd
+    if not opd.use_opd or opd.opd_type != "megatron":
+        return False
+    return opd.opd_baseline != "none" or opd.opd_loss == "distribution"
+
+
 def reference_folder(options: Options) -> Path | None:
     """Weights of the reference model for ``--kl-coef`` and ``--use-kl-loss``; None if there are none.
 

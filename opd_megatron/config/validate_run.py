@@ -14,7 +14,6 @@ from opd_megatron.config.resolve import (
     has_megatron_teacher,
     has_own_layout,
     needs_reference,
-    reference_folder,
     schedule_steps,
     student_architecture,
     teacher_architecture,
@@ -22,6 +21,7 @@ from opd_megatron.config.resolve import (
     teacher_parallel,
     weight_differences,
 )
+from opd_megatron.config.validate_engine import engine_faults
 from opd_megatron.config.validate_moe import (
     SizeName,
     expert_layout_faults,
@@ -29,6 +29,7 @@ from opd_megatron.config.validate_moe import (
     expert_option_faults,
     plain_size,
 )
+from opd_megatron.config.validate_objective import objective_faults
 from opd_megatron.config.validate_paths import ROLLOUT_ID
 
 
@@ -40,9 +41,10 @@ def run_faults(options: Options) -> list[str]:
         *_model_faults(options),
         *_recompute_faults(options),
         *_offload_faults(options),
-        *_objective_faults(options),
+        *objective_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
+        *engine_faults(options),
         *_checkpoint_faults(options),
         *_reward_and_evaluation_faults(options),
         *_logging_faults(options),
@@ -220,37 +222,6 @@ def _offload_faults(options: Options) -> Iterator[str]:
         offload.offload_teacher or offload.offload_optimizer or offload.offload_train
     ):
         yield "--offload-dir has nothing to hold: add --offload-teacher, --offload-optimizer or --offload-train"
-
-
-def _objective_faults(options: Options) -> Iterator[str]:
-    objective, given = options.objective, options.given
-    if not objective.use_kl_loss:
-        for name, flag in (("kl_loss_coef", "--kl-loss-coef"), ("kl_loss_type", "--kl-loss-type")):
-            if name in given:
-                yield f"{flag} has no effect without --use-kl-loss: add it"
-    if objective.loss_type == "sft_loss":
-        unused = {
-            "--use-kl-loss": objective.use_kl_loss,
-            "--kl-coef": objective.kl_coef > 0,
-            "--entropy-coef": objective.entropy_coef > 0,
-            "--n-samples-per-prompt": options.rollout.n_samples_per_prompt > 1,
-            "--advantage-estimator": "advantage_estimator" in given,
-            "--normalize-advantages": objective.normalize_advantages,
-        }
-        for flag in (flag for flag, used in unused.items() if used):
-            yield f"{flag} has no effect with --loss-type sft_loss: leave it out"
-        return
-    if objective.use_kl_loss and objective.kl_loss_coef == 0:
-        yield "--use-kl-loss has no effect with --kl-loss-coef 0, its default: give a coefficient"
-    if "gamma" in given and objective.advantage_estimator != "reinforce_plus_plus":
-        yield "--gamma belongs to --advantage-estimator reinforce_plus_plus: leave it out"
-    if objective.disable_grpo_std_normalization and objective.advantage_estimator != "grpo":
-        yield "--disable-grpo-std-normalization belongs to --advantage-estimator grpo: leave it out"
-    if objective.advantage_estimator == "none" and objective.kl_coef > 0:
-        yield "--kl-coef is part of the task reward, which --advantage-estimator none ignores: use --use-kl-loss"
-    if needs_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
-        flag = "--use-kl-loss" if objective.use_kl_loss else "--kl-coef"
-        yield f"{flag} needs a reference: give --ref-load, or weights in --hf-checkpoint"
 
 
 def _schedule_faults(options: Options) -> Iterator[str]:

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_megatron.megatron.packing import ContextSplit, PackedSequences, describe
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.sample import Sample
 
 
@@ -86,15 +88,27 @@ class MicroBatch:
         parts = values_Nh.split([len(offsets) for offsets in self.offsets])
         return dict(zip(self.indices, parts, strict=True))
 
+    def sequences(self, context_group: dist.ProcessGroup) -> Sequences:
+        """Which of the samples each of the ``N`` positions is of; sums over a sample are completed in the group."""
+        held = torch.tensor([len(offsets) for offsets in self.offsets], dtype=torch.int64)
+        of_N = torch.arange(len(self.indices)).repeat_interleave(held).to(self.tokens_bs.device)
+
+        def add_up(sums_n: Tensor) -> Tensor:
+            if context_group.size() > 1 and len(sums_n):
+                dist.all_reduce(sums_n, group=context_group)
+            return sums_n
+
+        return Sequences(of_N, len(self.indices), add_up)
+
     def join(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N]`` on its device."""
+        """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N, ...]`` on its device."""
         chosen = [np.asarray(arrays[index]) for index in self.indices]
         for array, length in zip(chosen, self.lengths, strict=True):
             if len(array) != length:
                 raise ValueError(f"{len(array)} values for a response of {length} tokens")
         parts = [array[offsets] for array, offsets in zip(chosen, self.offsets, strict=True)]
-        dtype = np.asarray(arrays[0]).dtype if len(arrays) else np.dtype(np.float32)
-        return torch.from_numpy(_concatenate(parts, dtype)).to(self.tokens_bs.device)
+        empty = np.asarray(arrays[0])[:0] if len(arrays) else np.zeros(0, dtype=np.float32)
+        return torch.from_numpy(np.concatenate([empty, *parts])).to(self.tokens_bs.device)
 
 
 def build(

@@ -26,7 +26,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
-from opd_megatron.megatron.forward import check_tokens, head_log_probs, run_micro_batches
+from opd_megatron.megatron.forward import check_tokens, run_micro_batches
 from opd_megatron.megatron.frozen import (
     DTYPES,
     FrozenModel,
@@ -36,7 +36,7 @@ from opd_megatron.megatron.frozen import (
     student_rule,
 )
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
-from opd_megatron.megatron.micro_batch import MicroBatch
+from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, gradients_of, tensors_of, weights_of
 from opd_megatron.megatron.optimizer import (
@@ -49,8 +49,6 @@ from opd_megatron.megatron.optimizer import (
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
-from opd_megatron.megatron.vocab_head import kl_and_baseline
-from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
 from opd_megatron.sample import Sample
@@ -72,7 +70,8 @@ class TrainResult:
     """Metrics of one rollout's optimizer steps, and the student's log-probabilities by place in the list of samples.
 
     ``log_probs`` hold the rank's share under the weights before the first optimizer step that saw the sample.
-    ``metrics`` are None on ranks other than the reporting one.
+    ``metrics`` are means over the steps that had a token to train on (the others have no mean over tokens), and None on
+    ranks other than the reporting one.
     """
 
     metrics: dict[str, float] | None
@@ -155,24 +154,33 @@ class MegatronTrainer:
         rank = parallel_state.get_data_parallel_rank()
         return [step[rank] for step in self._steps(samples)]
 
-    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> dict[int, np.ndarray]:
-        """Log-probabilities ``[T]`` float32 of each response at the rollout temperature, by place in ``samples``.
+    def score(
+        self,
+        name: ModelName,
+        samples: Sequence[Sample],
+        *,
+        keep_hidden: bool = False,
+        temperature: float | None = None,
+    ) -> dict[int, np.ndarray]:
+        """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        With ``keep_hidden`` the teacher's hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the teacher's
+        hidden rows stay on the host for the exact KL of the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
+        temperature = self.temperature if temperature is None else temperature
         if name == "student":
             check_tokens(samples, self.spec.architecture.vocab_size)
             micro_batches = [places for step in self._share(samples) for places in step]
             with self.memory.holding("weights"):
-                return response_log_probs(self.chunks, samples, micro_batches, self.temperature)
+                return response_log_probs(self.chunks, samples, micro_batches, temperature)
         if name == "teacher":
             self._teacher_rows = None
         frozen = self.frozen[name]
         steps = frozen.steps(samples)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
         with self.memory.holding(name):
-            found = frozen.score(samples, steps, self.temperature, rows.keep if rows else None)
+            found = frozen.score(samples, steps, temperature, rows.keep if rows else None)
             if rows:
                 leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
                 rows.take_weight(frozen.head_weight(), leaves=leaves)
@@ -181,51 +189,52 @@ class MegatronTrainer:
             self._teacher_rows = rows
         return found
 
-    def train(self, samples: Sequence[Sample]) -> TrainResult:
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
 
-        Raises ``ValueError`` for a token outside the vocabulary.
+        ``rollout_id`` (from 0) says where the schedules of the objective are.
         """
         check_tokens(samples, self.spec.architecture.vocab_size)
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
-            result = self._train(samples)
+            result = self._train(samples, rollout_id)
             if self.options.offload.offload_train:
                 gather_weights(self.wrapped)
             return result
 
-    def _train(self, samples: Sequence[Sample]) -> TrainResult:
+    def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
         per_step: list[dict[str, float]] = []
+        with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
-        size = self.options.global_batch_size
-        for number, micro_batches in enumerate(self._share(samples)):
+        size, objective = self.options.global_batch_size, self.options.objective
+        for number, micro_batches in [*enumerate(self._share(samples))] * objective.ppo_epochs:
             first = number * size
             weights = token_loss_weights(
                 [sample.loss_mask for sample in samples[first : first + size]],
-                self.options.objective.calculate_per_token_loss,
+                objective.calculate_per_token_loss,
+                objective.loss_length_divisor,
             )
             by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
-            metrics, found = self._optimizer_step(samples, micro_batches, by_place)
+            loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
+            metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
-            log_probs.update(found)
+            if any(weight.any() for weight in weights):
+                with_tokens.append(metrics)
+            log_probs = found | log_probs  # those before the first step that saw the sample
         self._teacher_rows = None
-        return TrainResult(_mean_over_steps(per_step) if self._is_reporter else None, log_probs)
+        return TrainResult(_mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
         return reports() and parallel_state.get_data_parallel_rank() == 0
 
     def _optimizer_step(
-        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], weights: list[np.ndarray]
+        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], loss: StepLoss
     ) -> tuple[dict[str, float], dict[int, np.ndarray]]:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-        def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, Any]:
-            return self._loss(samples, batch, rows_Nh, weights)
-
-        results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, last_stage, with_gradients=True)
+        results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, loss, with_gradients=True)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         with self.memory.holding("optimizer"):
             gradient_norm = optimizer_step(self.optimizer)
@@ -241,63 +250,6 @@ class MegatronTrainer:
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
-
-    def _loss(
-        self, samples: Sequence[Sample], batch: MicroBatch, rows_Nh: Tensor, weights: list[np.ndarray]
-    ) -> tuple[Tensor, tuple[dict[str, Tensor], dict[int, np.ndarray]]]:
-        log_probs_N, entropy_N = head_log_probs(self.student, batch, rows_Nh, self.temperature)
-        objective = self.options.objective
-        weights_N = batch.join(weights)
-        mask_N = batch.join([sample.loss_mask for sample in samples])
-        exact_kl_N, quietest_N = self._exact_moments(batch, rows_Nh)
-        if objective.loss_type == "sft_loss":
-            loss, statistics = sft_objective(log_probs_N, weights_N, mask_N)
-        else:
-            inputs = PolicyInputs(
-                log_probs_N=log_probs_N,
-                entropy_N=entropy_N if objective.entropy_coef > 0 else entropy_N.detach(),
-                loss_weights_N=weights_N,
-                loss_mask_N=mask_N,
-                advantages_N=_joined(batch, [sample.advantages for sample in samples], "advantages"),
-                old_log_probs_N=_joined_if_any(batch, [sample.old_log_probs for sample in samples]),
-                ref_log_probs_N=_joined_if_any(batch, [sample.ref_log_probs for sample in samples]),
-                opd_baseline_N={"none": None, "kl": exact_kl_N, "optimal": quietest_N}[self.options.opd.opd_baseline],
-                **self._teacher_inputs(samples, batch),
-            )
-            coefficient = self.options.opd.opd_kl_coef if self.options.opd.use_opd else None
-            loss, statistics = policy_objective(inputs, objective, coefficient)
-        if exact_kl_N is not None:
-            sums = torch.stack([exact_kl_N[mask_N].double().sum(), mask_N.sum().double()])
-            statistics["opd/reverse_kl_exact"] = sums
-        return loss, (statistics, batch.split(log_probs_N))
-
-    def _teacher_inputs(self, samples: Sequence[Sample], batch: MicroBatch) -> dict[str, Tensor]:
-        if not self.options.opd.use_opd:
-            return {}
-        scores = [sample.teacher_scores for sample in samples]
-        log_probs = [None if score is None else score.log_probs_T for score in scores]
-        return {
-            "teacher_log_probs_N": _joined(batch, log_probs, "teacher scores"),
-            "teacher_valid_N": batch.join([score.valid_T for score in scores if score is not None]),
-        }
-
-    def _exact_moments(self, batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """``[N]`` KL(student || teacher) over the vocabulary and the baseline of least variance, without gradient.
-
-        None where the teacher's hidden rows were not kept.
-        """
-        if self._teacher_rows is None:
-            return None, None
-        teacher_rows_Nh, teacher_weight = self._teacher_rows.of(batch)
-        return kl_and_baseline(
-            rows_Nh.detach(),
-            self.student.head_weight(),
-            teacher_rows_Nh,
-            teacher_weight,
-            temperature=self.temperature,
-            vocab_size=self.spec.architecture.vocab_size,
-            group=parallel_state.get_tensor_model_parallel_group(),
-        )
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
@@ -325,23 +277,6 @@ class MegatronTrainer:
     def close(self) -> None:
         """Leave the process group."""
         distributed.shutdown()
-
-
-def _joined(batch: MicroBatch, arrays: Sequence[np.ndarray | None], what: str) -> Tensor:
-    joined = _joined_if_any(batch, arrays)
-    if joined is None:
-        raise ValueError(f"the samples have no {what}")
-    return joined
-
-
-def _joined_if_any(batch: MicroBatch, arrays: Sequence[np.ndarray | None]) -> Tensor | None:
-    """Join a field that all samples have, or None if none has it; a field that only some have is an error."""
-    present = [array for array in arrays if array is not None]
-    if not present:
-        return None
-    if len(present) != len(arrays):
-        raise ValueError("some samples of the rollout lack a field that others have")
-    return batch.join(present)
 
 
 def _sum_over_data_parallel(statistics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from opd_megatron.config.options import Options
+from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.megatron.vocab_head import token_log_probs
 from opd_megatron.sample import Sample
@@ -147,14 +148,14 @@ def saved_activations(trainer: MegatronTrainer) -> int:
     """Bytes that autograd keeps, before the loss, in an optimizer step of one full micro-batch on this rank."""
     samples = full_samples(trainer.options, trainer.spec.architecture.vocab_size)
     weights = {parameter.untyped_storage().data_ptr() for parameter in _parameters(trainer)}
-    loss, kept = trainer._loss, [0]
+    loss, kept = StepLoss.__call__, [0]
     with saved_for_backward(weights) as found, pytest.MonkeyPatch.context() as patch:
 
         def watched(*arguments: Any) -> Any:
             kept[0] = found.total
             return loss(*arguments)
 
-        patch.setattr(trainer, "_loss", watched)
+        patch.setattr(StepLoss, "__call__", watched)
         trainer.train(samples)
     return kept[0] or found.total  # only the last pipeline stage has a loss
 

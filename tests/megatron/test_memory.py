@@ -91,7 +91,8 @@ def test_a_recomputed_unit_is_what_its_layers_keep_otherwise(sized: dict[str, Pa
         for name in ("none", "uniform")
     )  # fmt: skip
     assert plain.recomputed == 0
-    assert again.recomputed == pytest.approx(plain.activations / 4, rel=0.1)
+    # beside its layers the plain step keeps what comes out of the last one
+    assert again.recomputed == pytest.approx(plain.activations / 4, rel=0.15)
     assert again.activations < plain.activations / 4
 
 
@@ -111,16 +112,22 @@ def test_the_vocabulary_head(dtype: torch.dtype, rows: int) -> None:
     assert head_bytes(options, Models(model), "cpu") == pytest.approx(measured, rel=0.1)
 
 
-def test_the_exact_divergence_takes_two_more_buffers() -> None:
-    rows = 300
-    options, model = _head_options(False, rows)
-    hidden_Nh, weight_Vh = torch.randn(rows, 64), torch.randn(6016, 64)
+@pytest.mark.parametrize("rows", [300, 4000], ids=["one-chunk", "several-chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_exact_divergence(dtype: torch.dtype, rows: int) -> None:
+    options, model = _head_options(dtype == torch.bfloat16, rows)
+    hidden_Nh, weight_Vh = torch.randn(rows, 64, dtype=dtype), torch.randn(6016, 64, dtype=dtype)
     with LiveBytes() as counter:
-        teacher_Nh = torch.randn(rows, 64)
+        teacher_Nh = torch.randn(rows, 64, dtype=dtype)
         kl_and_baseline(hidden_Nh, weight_Vh, teacher_Nh, weight_Vh, temperature=1.0, vocab_size=6000, group=None)
     options = make_options(
-        use_opd=True, opd_type="megatron", rollout_batch_size=1, rollout_max_prompt_len=1, rollout_max_response_len=rows
-    )  # fmt: skip
+        use_opd=True,
+        opd_type="megatron",
+        bf16=dtype == torch.bfloat16,
+        rollout_batch_size=1,
+        rollout_max_prompt_len=1,
+        rollout_max_response_len=rows,
+    )
     assert head_bytes(options, Models(model, model), "cpu") == pytest.approx(counter.peak, rel=0.1)
 
 

@@ -17,12 +17,14 @@ from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     FAMILIES,
     GRADIENT_FLAGS,
+    WHOLE_RESPONSES,
     assert_equal_tensors,
     assert_same_tensors,
     exported,
     load_reference,
     make_samples,
     make_trainer,
+    off_policy_samples,
     reference_gradients,
     reference_log_probs,
     reference_logits,
@@ -114,6 +116,44 @@ def test_the_step_does_not_depend_on_the_micro_batch_size(folders: dict[str, Pat
         assert_same_tensors(gradients, results[0][1], 1e-5)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [WHOLE_RESPONSES, {"policy_loss": "cispo", "eps_clip": 0.5, "loss_length_divisor": 30}],
+    ids=["whole responses", "cispo"],
+)
+def test_no_policy_loss_depends_on_the_micro_batch_size(folders: dict[str, Path], flags: dict[str, Any]) -> None:
+    samples = off_policy_samples(13)
+    layouts: list[dict[str, Any]] = [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 5},
+        {"micro_batch_size": 12, "qkv_format": "bshd"},
+    ]
+    results = [
+        step_gradients(make_trainer(folders["qwen3"], **flags, **layout, **GRADIENT_FLAGS), samples)
+        for layout in layouts
+    ]
+    assert 0 < results[0][0]["train/pg_clipfrac"] < 1
+    for metrics, gradients in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-5)
+        assert_same_tensors(gradients, results[0][1], 1e-5)
+
+
+def test_passes_over_a_rollout_repeat_its_steps(folders: dict[str, Path]) -> None:
+    """Two passes are the rollout trained twice; what is returned are the log-probabilities before the first."""
+    settings: dict[str, Any] = {"lr": 1e-3, "global_batch_size": 6, "lr_decay_style": "constant"}
+    samples = off_policy_samples(16)
+    apart = make_trainer(folders["qwen3"], **settings)
+    first = apart.train(samples).log_probs
+    apart.train(samples)
+    expected = exported(apart)
+    together = make_trainer(folders["qwen3"], ppo_epochs=2, **settings)
+    found = together.train(samples).log_probs
+    assert_equal_tensors(exported(together), expected)
+    assert found.keys() == first.keys()
+    for place, log_probs in first.items():
+        np.testing.assert_array_equal(found[place], log_probs)
+
+
 def test_an_entropy_bonus_has_the_gradient_of_transformers(folders: dict[str, Path]) -> None:
     samples = make_samples(14)
     _, found = step_gradients(make_trainer(folders["qwen3"], entropy_coef=0.3, **GRADIENT_FLAGS), samples)
@@ -171,6 +211,19 @@ def test_several_optimizer_steps_equal_separate_rollouts(folders: dict[str, Path
     together = make_trainer(folders["qwen3"], loss_type="sft_loss", global_batch_size=6, lr=1e-3)
     together.train(samples)
     assert_same_tensors(exported(together), expected, 1e-6)
+
+
+def test_a_step_without_tokens_does_not_spoil_the_means(folders: dict[str, Path]) -> None:
+    samples = make_samples(4)
+    for sample in samples[6:]:
+        sample.loss_mask[:] = False
+    flags = {"use_opd": True, "rollout_batch_size": 12}
+    alone = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples[:6])
+    both = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples)
+    assert both == pytest.approx(alone, rel=1e-6)
+    assert all(np.isfinite(value) for value in both.values())
+    # a rollout without any has none
+    assert np.isnan(_train(make_trainer(folders["qwen3"], **flags, global_batch_size=3), samples[6:])["train/loss"])
 
 
 def test_frozen_models_leave_the_student_as_it_was(folders: dict[str, Path], teacher_folder: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from opd_megatron.megatron.vocab_head import kl_and_baseline, shard
+from tests.megatron.live_bytes import LiveBytes
 
 N, H, K, V, PADDED = 13, 6, 9, 11, 16
 
@@ -20,9 +21,12 @@ def dense(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunk", [3, 10**6])
-def test_moments_equal_the_dense_ones(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk", "block"), [(3, 2 * V), (10**6, 3 * V), (10**6, 10**6)])
+def test_moments_equal_the_dense_ones(
+    temperature: float, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shard, "chunk_tokens", lambda rows, device: chunk)
+    monkeypatch.setattr(shard, "BLOCK_ELEMENTS", {"cpu": block})
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(N, size, generator=generator) for size in (H, K))
     student_weight, teacher_weight = (torch.randn(PADDED, size, generator=generator) for size in (H, K))
@@ -34,6 +38,23 @@ def test_moments_equal_the_dense_ones(temperature: float, chunk: int, monkeypatc
     )
     torch.testing.assert_close(kl_N.double(), exact_kl_N, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(baseline_N.double(), exact_baseline_N, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_is_below_three_chunks_and_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, chunk = 4000, 64
+    monkeypatch.setattr(shard, "CHUNK_ELEMENTS", {"cpu": chunk * columns})
+    monkeypatch.setattr(shard, "LEAST_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(shard, "BLOCK_ELEMENTS", {"cpu": 4 * columns})
+    weight = torch.randn(columns, H)
+    peaks = {}
+    for tokens in (128, 512):
+        rows = torch.randn(tokens, H)
+        with LiveBytes() as counter:
+            kl_and_baseline(rows, weight, rows, weight, temperature=0.9, vocab_size=columns, group=None)
+        peaks[tokens] = counter.peak
+        assert 2 * 4 * chunk * columns < counter.peak <= 3 * 4 * chunk * columns
+    # two results and a token's statistics of a chunk
+    assert peaks[512] - peaks[128] <= 8 * (512 - 128)
 
 
 def test_a_certain_student_has_a_finite_baseline() -> None:

@@ -23,10 +23,12 @@ from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
+    WHOLE_RESPONSES,
     exported,
     logits,
     make_samples,
     make_spec,
+    off_policy_samples,
     optimizer_state,
     step_gradients,
 )
@@ -65,6 +67,13 @@ def gradients(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics of the first step and every parameter's gradient."""
     return step_gradients(_trainer(rendezvous, folder, flags | LOSSES[loss] | GRADIENT_FLAGS), make_samples(1))
+
+
+def whole_responses(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and gradients of a step whose loss sums over whole responses, which ranks may share."""
+    return step_gradients(_trainer(rendezvous, folder, flags | WHOLE_RESPONSES | GRADIENT_FLAGS), off_policy_samples(1))
 
 
 def step_and_scores(

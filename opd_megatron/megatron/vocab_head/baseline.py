@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opd_megatron.megatron.vocab_head.align import align
 from opd_megatron.megatron.vocab_head.divergence import BothLogits
-from opd_megatron.megatron.vocab_head.shard import VocabShard, statistics_dtype
+from opd_megatron.megatron.vocab_head.shard import VocabShard, blocks, statistics_dtype
 
 
 @torch.no_grad()
@@ -28,6 +28,9 @@ def kl_and_baseline(
     for ``b = E[|onehot - p|^2 d] / E[|onehot - p|^2]`` (Weaver and Tao, arXiv 1301.2315), which with ``s = sum p^2`` is
     ``sum p (1 + s - 2 p) d / (1 - s)``. The sides may differ as in
     :func:`~opd_megatron.megatron.vocab_head.divergence.full_divergence`, which also says what is needed of the ranks.
+
+    Extra memory: both sides' logits of a chunk in float32 and a block's temporaries, at most three chunks of logits
+    whatever the number of tokens; for inputs of fewer bits one side's logits once more in those.
     """
     shard = VocabShard.of(student_weight_Vh, vocab_size, group)
     both = BothLogits(student_hidden_Nh, student_weight_Vh, teacher_hidden_Nk, align(teacher_weight_Vk, shard), shard)
@@ -57,15 +60,18 @@ def _moments(student_CV: Tensor, teacher_CV: Tensor, shard: VocabShard) -> Tenso
     # rows: sums of exp(l_T), and over the other tokens, with odds e = p / p_top, of e, e^2, e d, e^2 d
     sums_5C = student_CV.new_zeros((5, count))
     if shard.columns:
-        odds_CV = torch.exp(student_CV - student_top_C[:, None])
+        top_d_C = student_top_C - teacher_top_C
         mine_C1 = owner_C[:, None] == shard.first // shard.rows
-        odds_CV.scatter_(1, top_C1, torch.where(mine_C1, 0.0, odds_CV.gather(1, top_C1)))
-        d_CV = student_CV.sub_(teacher_CV).sub_((student_top_C - teacher_top_C)[:, None])
-        sums_5C[0] = teacher_CV.sub_(teacher_maximum_C[:, None]).exp_().sum(-1)
-        sums_5C[1] = odds_CV.sum(-1)
-        sums_5C[2] = torch.linalg.vecdot(odds_CV, odds_CV)
-        sums_5C[3] = torch.linalg.vecdot(odds_CV, d_CV)
-        sums_5C[4] = torch.linalg.vecdot(odds_CV, d_CV.mul_(odds_CV))
+        for (rows, student_RV), (_, teacher_RV) in zip(blocks(student_CV), blocks(teacher_CV), strict=True):
+            odds_RV = (student_RV - student_top_C[rows, None]).exp_()
+            own_top_R1 = odds_RV.gather(1, top_C1[rows])
+            odds_RV.scatter_(1, top_C1[rows], torch.where(mine_C1[rows], 0.0, own_top_R1))
+            d_RV = student_RV.sub_(teacher_RV).sub_(top_d_C[rows, None])
+            sums_5C[0, rows] = teacher_RV.sub_(teacher_maximum_C[rows, None]).exp_().sum(-1)
+            sums_5C[1, rows] = odds_RV.sum(-1)
+            sums_5C[2, rows] = torch.linalg.vecdot(odds_RV, odds_RV)
+            sums_5C[3, rows] = torch.linalg.vecdot(odds_RV, d_RV)
+            sums_5C[4, rows] = torch.linalg.vecdot(odds_RV, d_RV.mul_(odds_RV))
     teacher_sum_C, odds_C, squared_C, odds_d_C, squared_d_C = shard.sum(sums_5C)
     top_prob_C = 1 / (1 + odds_C)
     top_d_C = -torch.log1p(odds_C) - (teacher_top_C - teacher_maximum_C - torch.log(teacher_sum_C))

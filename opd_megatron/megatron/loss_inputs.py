@@ -1,0 +1,238 @@
+"""From the hidden rows of a micro-batch to its loss: what an objective asks for is collected here.
+
+An objective declares its inputs as the fields of a dataclass (:class:`~opd_megatron.objectives.losses.PolicyInputs`),
+and :class:`LossInputs` has a property of the same name for each. A further input is a field there and a property here;
+a further loss is an entry of :data:`LOSSES`. The trainer knows none of them.
+
+Shape legend: ``N`` response tokens that this rank predicts, sample after sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from opd_megatron.config.options import Options
+from opd_megatron.megatron.distribution import DistributionTerm, Record, Side
+from opd_megatron.megatron.forward import head_log_probs
+from opd_megatron.megatron.micro_batch import MicroBatch
+from opd_megatron.megatron.model import HiddenStateModel
+from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.vocab_head import kl_and_baseline
+from opd_megatron.objectives.distribution import chosen_divergence, opd_coefficient
+from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
+from opd_megatron.objectives.sequences import Sequences
+from opd_megatron.sample import Sample, TeacherScores
+
+Statistics = dict[str, Tensor]
+"""Metrics that can be summed over micro-batches and ranks, see :mod:`opd_megatron.objectives.statistics`."""
+
+BASELINES: dict[str, int | None] = {"none": None, "kl": 0, "optimal": 1}
+"""Which of the exact moments ``--opd-baseline`` subtracts."""
+
+Inputs = TypeVar("Inputs")
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of any micro-batch of one optimizer step, called on the last pipeline stage.
+
+    ``loss_weights`` hold one ``[T]`` array for each of ``samples`` that the step trains on. ``teacher_rows`` are there
+    where the exact KL is measured or whole distributions are compared. ``rollout_id`` says where the schedules of the
+    distillation term are. The call returns the loss, and with it the statistics and this rank's
+    log-probabilities by place in ``samples``.
+    """
+
+    options: Options
+    student: HiddenStateModel
+    samples: Sequence[Sample]
+    loss_weights: Sequence[np.ndarray]
+    teacher_rows: TeacherRows | None = None
+    rollout_id: int = 0
+
+    def __call__(self, batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, tuple[Statistics, dict[int, np.ndarray]]]:
+        inputs = LossInputs(self, batch, rows_Nh)
+        loss, statistics = LOSSES[self.options.objective.loss_type](inputs)
+        return loss, (statistics | inputs.exact_statistics(), batch.split(inputs.log_probs_N))
+
+
+class LossInputs:
+    """Everything that a loss may want of one micro-batch: made when it is first asked for, ``[N]`` on the device."""
+
+    def __init__(self, step: StepLoss, batch: MicroBatch, rows_Nh: Tensor) -> None:
+        self.options, self.student, self.batch, self.rows_Nh = step.options, step.student, batch, rows_Nh
+        self._step = step
+        self.rollout_id = step.rollout_id
+
+    def collect(self, kind: type[Inputs]) -> Inputs:
+        """The dataclass ``kind`` with each of its fields taken from the property of that name."""
+        return kind(**{item.name: getattr(self, item.name) for item in fields(kind)})  # type: ignore[arg-type]
+
+    @cached_property
+    def _head(self) -> tuple[Tensor, Tensor]:
+        return head_log_probs(self.student, self.batch, self.rows_Nh, self.options.rollout.rollout_temperature)
+
+    @property
+    def log_probs_N(self) -> Tensor:
+        """Of the response tokens under the weights in training, at the rollout temperature, with a gradient."""
+        return self._head[0]
+
+    @property
+    def entropy_N(self) -> Tensor:
+        """With a gradient where the objective has an entropy bonus."""
+        entropy_N = self._head[1]
+        return entropy_N if self.options.objective.entropy_coef > 0 else entropy_N.detach()
+
+    @cached_property
+    def loss_weights_N(self) -> Tensor:
+        return self.batch.join(self._step.loss_weights)
+
+    @cached_property
+    def loss_mask_N(self) -> Tensor:
+        return self.batch.join([sample.loss_mask for sample in self._step.samples])
+
+    @property
+    def advantages_N(self) -> Tensor:
+        return _required(self._of_samples(lambda sample: sample.advantages), "advantages")
+
+    @property
+    def old_log_probs_N(self) -> Tensor | None:
+        """None where the weights in training are those that sampled."""
+        return self._of_samples(lambda sample: sample.old_log_probs)
+
+    @property
+    def rollout_log_probs_N(self) -> Tensor | None:
+        """Of the engine that sampled; None where no correction asks for them."""
+        if not self.options.objective.use_tis:
+            return None
+        return _required(self._of_samples(lambda sample: sample.rollout_log_probs), "rollout log-probabilities")
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The responses of the positions, whose parts context-parallel ranks share."""
+        return self.batch.sequences(parallel_state.get_context_parallel_group())
+
+    @property
+    def ref_log_probs_N(self) -> Tensor | None:
+        return self._of_samples(lambda sample: sample.ref_log_probs)
+
+    @property
+    def teacher_log_probs_N(self) -> Tensor | None:
+        if not self.options.opd.use_opd:
+            return None
+        return _required(self._of_teacher(lambda scores: scores.log_probs_T), "teacher scores")
+
+    @property
+    def teacher_valid_N(self) -> Tensor | None:
+        if not self.options.opd.use_opd:
+            return None
+        return self._of_teacher(lambda scores: scores.valid_T)
+
+    @property
+    def opd_baseline_N(self) -> Tensor | None:
+        place = BASELINES[self.options.opd.opd_baseline]
+        return None if place is None or self.exact_moments is None else self.exact_moments[place]
+
+    @property
+    def opd_future_N(self) -> Tensor | None:
+        """What the discount adds of the tokens that follow; None without one."""
+        return self._of_samples(lambda sample: sample.opd_future)
+
+    @property
+    def opd_divergence_N(self) -> Tensor | None:
+        """With a gradient; None where the distillation term is of sampled tokens."""
+        opd = self.options.opd
+        if not opd.use_opd or opd.opd_loss != "distribution":
+            return None
+        head = {
+            "temperature": self._opd_temperature,
+            "vocab_size": self.student.architecture.vocab_size,
+            "group": parallel_state.get_tensor_model_parallel_group(),
+        }
+        term = DistributionTerm(opd, chosen_divergence(opd, self.rollout_id), head)
+        scored_N = self.loss_mask_N if self.teacher_valid_N is None else self.loss_mask_N & self.teacher_valid_N
+        return term(Side(self.rows_Nh, self.student.head_weight()), self._teacher_side(), scored_N)
+
+    def _teacher_side(self) -> Side | Record:
+        if self._step.teacher_rows is not None:
+            return Side(*self._step.teacher_rows.of(self.batch))
+        record = [
+            self._of_teacher(read)
+            for read in (lambda s: s.top_ids_TK, lambda s: s.top_log_probs_TK, lambda s: s.tail_log_mass_T)
+        ]
+        ids_NK, log_probs_NK, tail_N = (_required(part, "teacher distributions") for part in record)
+        # Such a record is at temperature 1; at another one only its own tokens can be compared, rescaled.
+        return Record(ids_NK.long(), log_probs_NK / self._opd_temperature, tail_N)
+
+    @property
+    def _opd_temperature(self) -> float:
+        return self.options.opd.opd_temperature or self.options.rollout.rollout_temperature
+
+    @cached_property
+    def exact_moments(self) -> tuple[Tensor, Tensor] | None:
+        """KL(student || teacher) over the vocabulary and the baseline of least variance, without gradient.
+
+        None where the teacher's hidden rows were not kept.
+        """
+        if self._step.teacher_rows is None:
+            return None
+        teacher_rows_Nh, teacher_weight = self._step.teacher_rows.of(self.batch)
+        return kl_and_baseline(
+            self.rows_Nh.detach(),
+            self.student.head_weight(),
+            teacher_rows_Nh,
+            teacher_weight,
+            temperature=self.options.rollout.rollout_temperature,
+            vocab_size=self.student.architecture.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+
+    def exact_statistics(self) -> Statistics:
+        """``opd/reverse_kl_exact``, the mean over trained tokens, where the teacher's hidden rows were kept."""
+        if self.exact_moments is None:
+            return {}
+        exact_kl_N, mask_N = self.exact_moments[0], self.loss_mask_N
+        return {"opd/reverse_kl_exact": torch.stack([exact_kl_N[mask_N].double().sum(), mask_N.sum().double()])}
+
+    def _of_samples(self, read: Callable[[Sample], np.ndarray | None]) -> Tensor | None:
+        """Join what all samples have, or None if none has it; what only some have is an error."""
+        arrays = [read(sample) for sample in self._step.samples]
+        present = [array for array in arrays if array is not None]
+        if not present:
+            return None
+        if len(present) != len(arrays):
+            raise ValueError("some samples of the rollout lack a field that others have")
+        return self.batch.join(present)
+
+    def _of_teacher(self, read: Callable[[TeacherScores], np.ndarray | None]) -> Tensor | None:
+        return self._of_samples(lambda sample: None if sample.teacher_scores is None else read(sample.teacher_scores))
+
+
+def _required(joined_N: Tensor | None, what: str) -> Tensor:
+    if joined_N is None:
+        raise ValueError(f"the samples have no {what}")
+    return joined_N
+
+
+def _policy_loss(inputs: LossInputs) -> tuple[Tensor, Statistics]:
+    opd = inputs.options.opd
+    coefficient = opd_coefficient(opd, inputs.rollout_id) if opd.use_opd else None
+    return policy_objective(inputs.collect(PolicyInputs), inputs.options.objective, coefficient, opd)
+
+
+def _sft_loss(inputs: LossInputs) -> tuple[Tensor, Statistics]:
+    return sft_objective(inputs.log_probs_N, inputs.loss_weights_N, inputs.loss_mask_N)
+
+
+LOSSES: dict[str, Callable[[LossInputs], tuple[Tensor, Statistics]]] = {
+    "policy_loss": _policy_loss,
+    "sft_loss": _sft_loss,
+}
+"""From ``--loss-type`` to what it makes of the inputs: the loss, a scalar, and its statistics."""
