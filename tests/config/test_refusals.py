@@ -129,6 +129,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--max-tokens-per-gpu 64",
         ("--max-tokens-per-gpu has no effect without --use-dynamic-batch-size",),
     ),
+    "gradients in float32 as they are": (
+        BASE + "--accumulate-allreduce-grads-in-fp32",
+        ("--accumulate-allreduce-grads-in-fp32 has no effect without --bf16",),
+    ),
     "overlapped gather alone": (
         BASE + "--overlap-param-gather",
         ("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",),
