@@ -41,8 +41,10 @@ from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.sample import Sample
+from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
 from opd_megatron.teacher.preflight import PROBE_TEXTS, encode
+from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 
@@ -72,7 +74,7 @@ class Parts:
     generator: RolloutGenerator | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
-    teacher: MegatronTeacher | SGLangTeacher | None
+    teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
 
@@ -87,6 +89,7 @@ def assemble(options: Options) -> Iterator[Parts]:
     prompts = None
     if not replayed:
         records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
+        check_prompt_routes(options, (record.metadata for record in records))
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
             check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
@@ -189,7 +192,7 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
 
 def _teacher(
     options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
-) -> MegatronTeacher | SGLangTeacher | None:
+) -> MegatronTeacher | SGLangTeacher | RoutedTeachers | None:
     opd = options.opd
     if not opd.use_opd:
         return None
@@ -200,16 +203,10 @@ def _teacher(
             temperature=options.rollout.rollout_temperature,
             vocab_size=teacher_architecture(options).vocab_size,
         )
-    return SGLangTeacher(
-        opd.opd_teacher_url[0],
-        vocab_size=student_architecture(options).vocab_size,
-        max_in_flight=opd.opd_teacher_max_in_flight,
-        timeout=opd.opd_teacher_timeout,
-        max_retries=opd.opd_teacher_max_retries,
-    )
+    return connect_teachers(options, student_architecture(options).vocab_size)
 
 
-def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | None) -> bool:
+def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None) -> bool:
     if not isinstance(teacher, MegatronTeacher):
         return False
     possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
@@ -274,17 +271,20 @@ def preflight(parts: Parts, done: int) -> list[str]:
         return parts.trainer.score("student", [sample])[0]
 
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
-    if isinstance(teacher, SGLangTeacher):
-        return notes + preflight_sglang(
-            teacher,
-            parts.tokenizer,
-            rollout_temperature=options.rollout.rollout_temperature,
-            allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
-            longest_sample=_longest_sample(parts),
-            student_folders=folders,
-            known_texts=texts,
-            student_log_probs=student_log_probs if same_temperature else None,
-        )
+    if not isinstance(teacher, MegatronTeacher):
+        for server in servers_of(teacher):
+            notes += preflight_sglang(
+                server,
+                parts.tokenizer,
+                rollout_temperature=options.rollout.rollout_temperature,
+                allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
+                longest_sample=_longest_sample(parts),
+                overlong=options.opd.opd_overlong,
+                student_folders=folders,
+                known_texts=texts,
+                student_log_probs=student_log_probs if same_temperature else None,
+            )
+        return notes
     return notes + preflight_megatron(
         teacher,
         parts.tokenizer,

@@ -67,14 +67,27 @@ class Replicas:
     prove: Proof
     _last_error: HttpError | None = None
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    _repeating: int = 0
     saturated: bool = False
 
-    async def acquire(self, wanted: int, *, whole: bool = False) -> tuple[Replica, int]:
+    async def acquire_again(self, count: int) -> Replica:
+        """Like :meth:`acquire` for a request of ``count`` samples that is repeated; it goes before all that is new."""
+        self._repeating += 1
+        try:
+            return (await self._acquire(count, repeated=True))[0]
+        finally:
+            self._repeating -= 1
+            self._wake()
+
+    async def acquire(self, wanted: int) -> tuple[Replica, int]:
         """Wait for a server with room, and reserve room there for as many of ``wanted`` samples as it may be sent.
 
-        With ``whole`` all of them are reserved. Raises :class:`HttpError` if no server can be reached, and
-        :class:`TeacherFailure` if none serves the teacher's weights.
+        Raises :class:`HttpError` if no server can be reached, and :class:`TeacherFailure` if none serves the teacher's
+        weights.
         """
+        return await self._acquire(wanted, repeated=False)
+
+    async def _acquire(self, wanted: int, *, repeated: bool) -> tuple[Replica, int]:
         while True:
             usable = [replica for replica in self.all if replica.refused is None]
             if not usable:
@@ -84,9 +97,9 @@ class Replicas:
             if len(waiting) == len(usable) and self._is_dead(usable):
                 raise self._gone()
             ready = [replica for replica in usable if now >= replica.out_until and replica.room(wanted)]
-            if ready:
+            if ready and (repeated or not self._repeating):
                 chosen = min(ready, key=lambda replica: replica.in_flight / replica.limit.value)
-                count = wanted if whole else chosen.room(wanted)
+                count = wanted if repeated else chosen.room(wanted)
                 chosen.in_flight += count
                 return chosen, count
             self.saturated = True

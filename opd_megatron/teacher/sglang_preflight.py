@@ -75,13 +75,15 @@ def preflight_sglang(
     rollout_temperature: float = 1.0,
     allow_sampling_mismatch: bool = False,
     longest_sample: int | None = None,
+    overlong: str = "stop",
     student_folders: Sequence[str | Path] = (),
     known_texts: Sequence[str] = (),
     student_log_probs: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[str]:
     """Check a server before the first step; returns warnings and restricts ``teacher`` to what its server takes.
 
-    ``longest_sample`` is the most tokens that prompt and response can have together. ``student_folders`` are the
+    ``longest_sample`` is the most tokens that prompt and response can have together; whether more than the server takes
+    are refused is said by ``overlong`` (``--opd-overlong``). ``student_folders`` are the
     folders the student starts from. ``known_texts`` are texts of the task, prompt and right answer, that a teacher
     should find likely. ``student_log_probs`` maps token ids ``[L]`` to the student's log-probabilities of tokens
     2..L ``[L - 1]`` at temperature 1. Raises :class:`UserError` if the server cannot be reached or does not fit.
@@ -99,7 +101,7 @@ def preflight_sglang(
             f"{error}; start the server (python -m sglang.launch_server --model-path DIR --port PORT) "
             "or correct --opd-teacher-url"
         ) from error
-    _check_length(info, longest_sample, name)
+    too_short = _check_length(info, longest_sample, overlong, name)
     try:
         warnings = _check_tokenizer(teacher, student_tokenizer, name)
         _restrict(teacher, student_tokenizer, info, name)
@@ -108,7 +110,7 @@ def preflight_sglang(
     except TeacherError as error:
         raise UserError(f"{error}; see the server's log") from error
     check_scores(first, second, name)
-    found = [check_same_folder(student_folders, info.model_path, name)]
+    found = [too_short, check_same_folder(student_folders, info.model_path, name)]
     if known_texts:
         found.append(plausible(first, teacher.vocab_size, name))
     if student_log_probs is not None:
@@ -124,12 +126,17 @@ def _score(teacher: SGLangTeacher, tokens: np.ndarray) -> np.ndarray:
     return teacher.score([sample])[0].log_probs_T
 
 
-def _check_length(info: ServerInfo, longest_sample: int | None, name: str) -> None:
-    if info.max_tokens is not None and longest_sample is not None and longest_sample > info.max_tokens:
+def _check_length(info: ServerInfo, longest_sample: int | None, overlong: str, name: str) -> str | None:
+    """A warning where samples can be too long for the server; raises :class:`UserError` if that is to end the run."""
+    if info.max_tokens is None or longest_sample is None or longest_sample <= info.max_tokens:
+        return None
+    fault = f"{name} scores at most {info.max_tokens} tokens, but prompt and response can have {longest_sample}"
+    if overlong == "stop":
         raise UserError(
-            f"{name} scores at most {info.max_tokens} tokens, but prompt and response can have {longest_sample}: "
-            "start it with a larger --context-length, or lower --rollout-max-prompt-len or --rollout-max-response-len"
+            f"{fault}: start it with a larger --context-length, lower --rollout-max-prompt-len or "
+            "--rollout-max-response-len, or choose --opd-overlong mask or drop"
         )
+    return f"{fault}; longer samples: --opd-overlong {overlong}"
 
 
 def _restrict(teacher: SGLangTeacher, student: PreTrainedTokenizerBase, info: ServerInfo, name: str) -> None:

@@ -43,6 +43,7 @@ LEGAL = {
     "hf teacher": "--use-opd --opd-type megatron --opd-teacher-load $teacher_hf --advantage-estimator none",
     "released teacher": "--use-opd --opd-type megatron --opd-teacher-load $release",
     "sglang teacher": "--use-opd --opd-type sglang --opd-teacher-url https://user:pw@host/?key=1 --rollout-top-k -1",
+    "sglang replicas": "--use-opd --opd-type sglang --opd-teacher-url http://h:1 http://h:2 --opd-overlong drop",
     "recorded scores": "--use-opd --opd-type sglang --load-debug-rollout-data $root/rollout_{rollout_id}.jsonl",
     "override": (
         "--use-opd --opd-type sglang --opd-teacher-url http://h:1 --rollout-temperature 0.7 --rollout-top-p 0.9 "

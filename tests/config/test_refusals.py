@@ -127,7 +127,23 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-teacher-url has no effect with --load-debug-rollout-data",),
     ),
     "sglang without url": (BASE + "--use-opd --opd-type sglang", ("--opd-type sglang needs --opd-teacher-url",)),
-    "sglang with two urls": (SGLANG + "--opd-teacher-url http://h:2", ("--opd-teacher-url takes exactly one",)),
+    "url and file of teachers": (
+        SGLANG + "--opd-teachers $root/none.yaml --opd-teacher-api-key-env KEY",
+        (
+            "--opd-teacher-url does not go with --opd-teachers",
+            "--opd-teacher-api-key-env does not go with --opd-teachers",
+            "none.yaml: cannot be read",
+        ),
+    ),
+    "route without teachers": (SGLANG + "--opd-teacher-route-key field", ("--opd-teacher-route-key has no effect",)),
+    "a key in place of its variable": (
+        SGLANG + "--opd-teacher-api-key-env sk-verysecret",
+        ("must be the name of an environment variable", "!verysecret"),
+    ),
+    "megatron with server options": (
+        MEGATRON + "--opd-overlong mask --opd-teachers $root/none.yaml --opd-max-union-ids 3",
+        ("--opd-overlong goes with", "--opd-teachers goes with", "--opd-max-union-ids goes with"),
+    ),
     "sglang with step": (SGLANG + "--opd-teacher-ckpt-step 5", ("--opd-teacher-ckpt-step goes with",)),
     "megatron with url": (MEGATRON + "--opd-teacher-url http://h:2", ("--opd-teacher-url goes with --opd-type sgl",)),
     "megatron with timeout": (MEGATRON + "--opd-teacher-timeout 3", ("--opd-teacher-timeout goes with",)),
