@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import shlex
@@ -39,6 +40,15 @@ END_TIMEOUT = 10.0
 _POLL = 0.25
 
 
+_PR_SET_PDEATHSIG = 1
+_C_LIBRARY = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """In the child: let the kernel kill it when its parent is gone, as those of SGLang do."""
+    _C_LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start_server(
     command: Sequence[str],
     *,
@@ -49,7 +59,9 @@ def start_server(
     """Start ``command``, with ``{port}`` in it replaced by a free port, as the leader of a process group of its own.
 
     Output is added to ``log_path``, and ``environment`` to this process's. It is not waited for. Raises
-    :class:`UserError` if there is no such program. Whoever calls this calls :meth:`LocalServer.end`.
+    :class:`UserError` if there is no such program. Whoever calls this calls :meth:`LocalServer.end`, and lives as long
+    as the server: on Linux it is killed when the thread that started it ends, so that nothing is left of a job that
+    was itself killed.
     """
     port = free_port() if port is None else port
     log_path = Path(log_path)
@@ -63,6 +75,7 @@ def start_server(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
                 env={**os.environ, **(environment or {})},
             )
         except OSError as error:

@@ -243,7 +243,7 @@ def rollout_bytes(options: Options, student: ModelArchitecture) -> int:
     """The local engine: the student's weights, keys and values of the sequences decoded together, their logits."""
     rollout, number = options.rollout, number_bytes(options.optimizer)
     samples = options.objective.loss_type == "policy_loss" and rollout.load_debug_rollout_data is None
-    if not samples and not options.evaluation.eval_prompt_data:
+    if options.engine.rollout_engine != "local" or (not samples and not options.evaluation.eval_prompt_data):
         return 0
     known = options.samples_per_rollout if rollout.rollout_batch_size else rollout.rollout_engine_batch_size
     sequences = min(rollout.rollout_engine_batch_size, known)

@@ -21,6 +21,7 @@ from opd_megatron.config.resolve import (
     teacher_parallel,
     weight_differences,
 )
+from opd_megatron.config.validate_engine import engine_faults
 from opd_megatron.config.validate_moe import (
     SizeName,
     expert_layout_faults,
@@ -43,6 +44,7 @@ def run_faults(options: Options) -> list[str]:
         *objective_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
+        *engine_faults(options),
         *_checkpoint_faults(options),
         *_reward_and_evaluation_faults(options),
         *_logging_faults(options),

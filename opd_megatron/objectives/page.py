@@ -12,12 +12,22 @@ from typing import Any
 
 from opd_megatron.objectives.catalogue import Catalogue
 from opd_megatron.objectives.corrections import CORRECTIONS
+from opd_megatron.objectives.distribution import DIVERGENCES
 from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS
 from opd_megatron.objectives.kl import KL_LOSSES
+from opd_megatron.objectives.opd_losses import OPD_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
 from opd_megatron.objectives.weights import AGGREGATIONS
 
-CATALOGUES: tuple[Catalogue[Any], ...] = (ADVANTAGE_ESTIMATORS, POLICY_LOSSES, CORRECTIONS, AGGREGATIONS, KL_LOSSES)
+CATALOGUES: tuple[Catalogue[Any], ...] = (
+    OPD_LOSSES,
+    DIVERGENCES,
+    ADVANTAGE_ESTIMATORS,
+    POLICY_LOSSES,
+    CORRECTIONS,
+    AGGREGATIONS,
+    KL_LOSSES,
+)
 """Every table of the page, in its order."""
 
 BEGIN = "<!-- objectives: written by python -m opd_megatron.objectives.page -->"
@@ -33,8 +43,9 @@ def _table(catalogue: Catalogue[Any]) -> str:
     lines = [f"### {catalogue.title}", "", "| objective | flag | formula | source | proof |", "|---|---|---|---|---|"]
     for row in catalogue.descriptions:
         flag = f"`{row.flag}`" if row.flag.startswith("--") else row.flag
-        test = row.proof.partition("::")
-        lines.append(f"| {row.name} | {flag} | {row.formula} | {row.source} | `{test[0]}`: `{test[2]}` |")
+        formula = row.formula if "$" in row.formula else f"${row.formula}$"
+        file, _, test = row.proof.partition("::")
+        lines.append(f"| {row.name} | {flag} | {formula} | {row.source} | `{file}`: `{test}` |")
     return "\n".join(lines) + "\n"
 
 

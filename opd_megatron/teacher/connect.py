@@ -41,7 +41,7 @@ def connect_teachers(options: Options, vocab_size: int) -> SGLangTeacher | Route
 def check_prompt_routes(options: Options, metadata: Iterable[Mapping[str, Any]]) -> None:
     """Raise :class:`UserError` if a prompt's ``metadata`` names no teacher of ``--opd-teachers``."""
     opd = options.opd
-    if opd.use_opd and opd.opd_teachers is not None:
+    if opd.opd_teachers is not None:
         names = [entry.name for entry in _entries(opd.opd_teachers)]
         check_routes(metadata, opd.opd_teacher_route_key, names, f"--prompt-data {options.data.prompt_data}")
 

@@ -15,11 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from opd_megatron.config.options.engine import EngineOptions
 from opd_megatron.data.column_arithmetic import build_tokenizer
 from opd_megatron.data.tokenizer import train_bpe_tokenizer
+from opd_megatron.rollout.sglang_launch import server_launches
 from opd_megatron.sample import Sample
 from opd_megatron.servers import LocalServer, local_server
 from opd_megatron.teacher.sglang import SGLangTeacher
+from tests.sglang.speakers import Speaker, sglang_python
 
 REPOSITORY = Path(__file__).parents[2]
 CONTEXT = 256
@@ -130,3 +133,23 @@ def connect() -> Iterator[Callable[..., SGLangTeacher]]:
     yield make
     for teacher in teachers:
         teacher.close()
+
+
+@pytest.fixture(scope="session")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Speaker:
+    """A student, and what stands for its trainer."""
+    return Speaker(tmp_path_factory.mktemp("speaker"))
+
+
+@pytest.fixture(scope="session")
+def spoken(speaker: Speaker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of one server with the speaker's model, without its weights."""
+    logs = tmp_path_factory.mktemp("spoken")
+    options = EngineOptions(sglang_python=sglang_python())
+    (launch,) = server_launches(options, speaker.served, logs, on_cpu=True)
+    server = launch()
+    try:
+        server.wait_until_healthy(600)
+        yield server.url
+    finally:
+        server.end()
