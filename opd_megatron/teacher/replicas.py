@@ -15,6 +15,9 @@ from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 
 logger = logging.getLogger(__name__)
 
+SUSPECTS = 2
+"""As long as no more requests than these have failed in a row, one of them may be what brings the server down."""
+
 
 @dataclass(eq=False)
 class Replica:
@@ -26,12 +29,19 @@ class Replica:
     """Samples that it has been asked for."""
     failures: int = 0
     """Attempts in a row, one after the other, in which it could not be reached."""
+    suspects: set[str] = field(default_factory=set)
+    """What was asked for in those that the server may have seen, and which may be the reason itself."""
     out_since: float = -float("inf")
     out_until: float = -float("inf")
     proven: bool = True
     """Whether it is known to serve the teacher's weights; if not, it is asked before anything else is sent."""
     refused: str | None = None
     """Why it is not asked any more."""
+
+    def is_dead(self, max_retries: int) -> bool:
+        """Whether it has failed too often in a row, and for more than one sample and the batch that it was in."""
+        suspected = bool(self.suspects) and len(self.suspects) <= SUSPECTS
+        return self.failures > max_retries and not suspected
 
     @property
     def largest_batch(self) -> int:
@@ -131,6 +141,7 @@ class Replicas:
             raise
         else:
             replica.failures = 0
+            replica.suspects.clear()
             replica.limit.answered(count, tokens, full=self.saturated)
             self.saturated = False
             return answer
@@ -163,6 +174,10 @@ class Replicas:
 
     def _leave_out(self, replica: Replica, sent_at: float, error: HttpError) -> None:
         self._last_error = error
+        if error.delivered:
+            replica.suspects.add(error.subject)
+        else:
+            replica.suspects.clear()  # nothing listens: no sample is the reason
         if sent_at < replica.out_since:
             return  # under way together with the failure that has been counted
         replica.failures += 1
@@ -181,7 +196,7 @@ class Replicas:
         return HttpError(last.server, last.subject, reason, last.fault, delivered=False)
 
     def _is_dead(self, usable: Sequence[Replica]) -> bool:
-        return all(replica.failures > self.policy.max_retries for replica in usable)
+        return all(replica.is_dead(self.policy.max_retries) for replica in usable)
 
     async def _change(self, seconds: float | None) -> None:
         """Wait until something may have become free, at most ``seconds``."""
