@@ -51,6 +51,31 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "--lr 1e300: is too large for a 32-bit number",
         ),
     ),
+    "server flags that are set": (
+        BASE + "--rollout-engine sglang --sglang-server-args=--port=1",
+        ("--sglang-server-args --port=1: --port is set already: a free one is taken",),
+    ),
+    "server flags that are none": (BASE + "--sglang-server-args=x", ("must begin with a flag",)),
+    "unknown flag of the server": (
+        BASE + "--sglang-mem-fraction-statik 0.5",
+        ("--sglang-mem-fraction-statik: unknown flag (did you mean --sglang-mem-fraction-static?)",),
+    ),
+    "servers without their engine": (
+        BASE + "--rollout-num-engines 2 --sglang-free-memory",
+        ("--rollout-num-engines goes with --rollout-engine sglang only", "--sglang-free-memory goes with"),
+    ),
+    "servers started and given": (
+        BASE + "--rollout-engine sglang --rollout-engine-url http://127.0.0.1:1 --rollout-num-engines 2",
+        ("--rollout-num-engines has no effect on the servers of --rollout-engine-url",),
+    ),
+    "batches of the local engine": (
+        BASE + "--rollout-engine sglang --rollout-engine-batch-size 4",
+        ("--rollout-engine-batch-size is for the local engine",),
+    ),
+    "servers without samples": (
+        BASE + "--rollout-engine sglang --loss-type sft_loss",
+        ("--rollout-engine sglang has nothing to sample with --loss-type sft_loss",),
+    ),
     "top-k of zero": (BASE + "--rollout-top-k 0", ("--rollout-top-k 0: must be -1 (off) or at least 1",)),
     "chat template arguments": (
         BASE + "--apply-chat-template --apply-chat-template-kwargs [1]",
@@ -334,6 +359,27 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-loss-coef 0.1 --kl-loss-type k2",
         ("--kl-loss-coef has no effect", "--kl-loss-type has no effect"),
     ),
+    "corrections that are off": (
+        BASE + "--tis-level sequence --tis-clip 3 --opsm-delta 0.1",
+        ("--tis-level has no effect without --use-tis", "--tis-clip has no", "--opsm-delta has no effect without"),
+    ),
+    "bounds of weights": (BASE + "--use-tis --tis-clip 0.5 --tis-clip-low 0.6", ("--tis-clip-low 0.6 is above",)),
+    "masking on policy": (BASE + "--use-opsm", ("--use-opsm has no effect with one optimizer",)),
+    "two estimators": (
+        BASE + "--advantage-estimator rloo --custom-advantage-path pkg:function",
+        ("--advantage-estimator and --custom-advantage-path both name",),
+    ),
+    "two policy losses": (
+        BASE + "--policy-loss gspo --custom-loss-path pkg:function",
+        ("--policy-loss and --custom-loss-path both name",),
+    ),
+    "dual clip without clip": (BASE + "--policy-loss cispo --eps-clip-c 3", ("--eps-clip-c bounds a clipped",)),
+    "two averages": (
+        BASE + "--calculate-per-token-loss --loss-length-divisor 10",
+        ("--calculate-per-token-loss and --loss-length-divisor",),
+    ),
+    "passes over labels": (BASE + "--loss-type sft_loss --ppo-epochs 2", ("--ppo-epochs has no effect with",)),
+    "gamma of another": (BASE + "--advantage-estimator rloo --gamma 0.9", ("--gamma belongs to",)),
     "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
     "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),
     "learning rates": (
