@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from opd_megatron.objectives.catalogue import Catalogue
-from opd_megatron.objectives.tensors import TokenArray, as_mask
+from opd_megatron.objectives.tensors import TokenArray, joined, owners
 
 
 def token_loss_weights(
@@ -22,16 +23,30 @@ def token_loss_weights(
     gradients are those of sums, and long responses count for all their tokens (Dr. GRPO, arXiv 2503.20783). The weights
     are fixed before the step is split, so a sum over micro-batches and data-parallel ranks is its loss in every layout.
     """
-    masks = [as_mask(mask_T) for mask_T in loss_masks]
-    counts = [int(mask_T.sum()) for mask_T in masks]
-    tokens, sequences = sum(counts), sum(count > 0 for count in counts)
-    weights = []
-    for mask_T, count in zip(masks, counts, strict=True):
-        divisor = tokens if per_token else sequences * count
-        if length_divisor is not None:
-            divisor = len(masks) * length_divisor
-        weights.append(mask_T.float() / max(divisor, 1))
-    return weights
+    lengths = [len(mask_T) for mask_T in loss_masks]
+    mask_N, owner_N = joined(loss_masks).bool(), owners(lengths)
+    counts_B = torch.zeros(len(lengths), dtype=torch.int64).index_add_(0, owner_N, mask_N.long())
+    divisors_B = counts_B.sum().expand_as(counts_B) if per_token else (counts_B > 0).sum() * counts_B
+    if length_divisor is not None:
+        divisors_B = torch.full_like(counts_B, len(lengths) * length_divisor)
+    weights_N = mask_N.float() / divisors_B.clamp(min=1).float()[owner_N]
+    return list(weights_N.split(lengths))
+
+
+def scored_opd_weights(loss_weights: Sequence[Tensor], scored: Sequence[bool]) -> list[Tensor]:
+    """What multiplies the distillation term where the teacher failed for some samples of **one whole optimizer step**.
+
+    One float32 ``[T]`` per sample: ``N / N_scored`` where ``scored``, else 0. ``N`` is the sum of ``loss_weights``
+    (:func:`token_loss_weights`) over all samples of the step and ``N_scored`` that over the scored ones, so that the
+    term's weighted mean keeps its size: it is the mean over the scored samples. Without a scored token all are 0.
+    """
+    total = sum(float(weights_T.double().sum()) for weights_T in loss_weights)
+    kept = sum(float(weights_T.double().sum()) for weights_T, known in zip(loss_weights, scored, strict=True) if known)
+    factor = total / kept if kept > 0 else 0.0
+    return [
+        torch.full_like(weights_T, factor if known else 0.0, dtype=torch.float32)
+        for weights_T, known in zip(loss_weights, scored, strict=True)
+    ]
 
 
 AGGREGATIONS: Catalogue[None] = Catalogue("Averages over tokens", "")

@@ -70,6 +70,11 @@ LEGAL = {
     "rows without labels": "--prompt-data $unlabelled --rm-type zero",
     "sft": "--loss-type sft_loss",
     "evaluation": "--eval-prompt-data dev $prompts --eval-prompt-data test $prompts@[0:2] --eval-interval 1",
+    "sglang engine": (
+        "--rollout-engine sglang --rollout-num-engines 2 --sglang-mem-fraction-static 0.7 --sglang-free-memory "
+        "--sglang-server-args=--enable-deterministic-inference --rollout-weights-dir $root/weights"
+    ),
+    "given engines": "--rollout-engine sglang --rollout-engine-url http://h:1 --rollout-engine-url http://h:2",
     "recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
 
