@@ -32,6 +32,7 @@ from opd_megatron.config.resolve import (
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
+from opd_megatron.flow import RolloutFlow, stages_of
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
@@ -76,6 +77,7 @@ class Parts:
     trainer: TrainerGroup
     engine: RolloutEngine | None
     generator: RolloutGenerator | None
+    flow: RolloutFlow | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
     teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
@@ -118,14 +120,16 @@ def assemble(options: Options) -> Iterator[Parts]:
         if samples_rollouts or sets:
             engine = _engine(options, hf_folder, tokenizer, lambda tokens: _student_log_probs(trainer, tokens, 1.0))
             stack.callback(engine.close)
-        generator = None
-        if samples_rollouts and engine is not None:
-            generator = RolloutGenerator(engine, tokenizer, options)
         trainer = start_trainer_group(_trainer_spec(options, num_rollouts))
         stack.callback(trainer.close)
         teacher = None if replayed else _teacher(options, trainer, tokenizer)
         if teacher is not None:
             stack.callback(teacher.close)
+        generator, flow = None, None
+        if samples_rollouts and engine is not None and prompts is not None:
+            generator = RolloutGenerator(engine, tokenizer, options)
+            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher))
+            stack.callback(flow.close)
         yield Parts(
             options=options,
             hf_folder=hf_folder,
@@ -136,6 +140,7 @@ def assemble(options: Options) -> Iterator[Parts]:
             trainer=trainer,
             engine=engine,
             generator=generator,
+            flow=flow,
             reward=reward,
             evaluation_reward=evaluation_reward,
             teacher=teacher,
@@ -350,7 +355,7 @@ def _length_notes(parts: Parts) -> list[str]:
     options, positions = parts.options, student_architecture(parts.options).max_position_embeddings
     sets = {f"--eval-prompt-data {item.name}": item.records for item in parts.evaluation_sets}
     lengths = dict.fromkeys(sets, options.eval_max_response_len)
-    if parts.prompts is not None and parts.generator is not None:
+    if parts.prompts is not None and parts.flow is not None:
         sets["--prompt-data"] = parts.prompts.records
         lengths["--prompt-data"] = options.rollout.rollout_max_response_len
     notes = []

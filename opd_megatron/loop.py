@@ -1,28 +1,34 @@
-"""The training loop: rollout -> reward -> teacher -> train -> update weights -> evaluate -> save."""
+"""The training loop: rollout, reward and teacher at once -> train -> update weights -> evaluate -> save."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from opd_megatron import steps
 from opd_megatron.assembly import Parts, assemble, preflight
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.dump import dump_yaml
 from opd_megatron.config.errors import refuse
 from opd_megatron.config.options import Options
 from opd_megatron.config.validate_paths import earlier_run_faults
-from opd_megatron.interrupt import Interrupt, unwinding_at_sigterm
+from opd_megatron.flow import FilterError, scores_later
+from opd_megatron.flow.clock import teacher_wait
+from opd_megatron.interrupt import Interrupt, resume_command, unwinding_at_sigterm
 from opd_megatron.observe.log import configure_logging
 from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
 from opd_megatron.observe.progress import Progress
 from opd_megatron.observe.run_folder import RunFolder
+from opd_megatron.reward import RewardError
 from opd_megatron.run_lock import run_lock
 from opd_megatron.sample import Sample
+from opd_megatron.teacher.protocol import TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +36,9 @@ logger = logging.getLogger(__name__)
 def run(options: Options) -> None:
     """Run from the options to the last rollout, or to the end of the step in which a signal arrives.
 
-    Raises ``UserError`` for bad input found while building the parts, ``TeacherError`` or ``RewardError`` where a
-    sample could not be scored, and ``SystemExit`` (128 + signal) after an interrupted run was saved.
+    Raises ``UserError`` for bad input found while building the parts, ``TeacherError``, ``RewardError`` or
+    ``FilterError`` where a rollout could not be made (the state before it is saved), and ``SystemExit`` (128 + signal)
+    after an interrupted run was saved.
     """
     configure_logging()
     started = time.perf_counter()
@@ -78,13 +85,13 @@ def train(
     for step in range(done + 1, parts.num_rollouts + 1):
         rollout_id = step - 1
         found: dict[str, float] = {}
-        with progress.phase("rollout"):
-            samples = steps.make_samples(parts, rollout_id, found)
-        with progress.phase("reward"):
-            steps.reward(parts, samples, found)
-            steps.compare_greedily(parts, samples, rollout_id, found)
-        with progress.phase("teacher"):
-            steps.teach(parts, samples, rollout_id)
+        with saved_before(parts, rollout_id):
+            with progress.phase("rollout"):
+                samples = steps.make_samples(parts, rollout_id, found)
+                steps.compare_greedily(parts, samples, rollout_id, found)
+            if scores_later(parts.teacher):
+                with progress.phase("teacher"):
+                    steps.teach(parts, samples, rollout_id)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
             steps.learn(parts, samples, rollout_id, found)
@@ -99,6 +106,7 @@ def train(
         interrupted = interrupt.signal is not None and not is_last
         reached = steps.goal_reached(parts.options, found)
         found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
+        found |= teacher_wait(found)
         found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
         # The line comes before the checkpoint: a resumed run forgets lines that have no checkpoint, but could not make
         # up for one that is missing.
@@ -111,6 +119,25 @@ def train(
         if interrupted or reached:
             break
     return last
+
+
+@contextmanager
+def saved_before(parts: Parts, rollouts: int) -> Iterator[None]:
+    """Where the next rollout cannot be made or scored, save the state after ``rollouts`` rollouts and say how to go on.
+
+    The prompts go back to where they stood, so that the resumed run makes this rollout anew.
+    """
+    position = parts.prompts.state_dict() if parts.prompts is not None else None
+    try:
+        yield
+    except (FilterError, RewardError, TeacherError):
+        if rollouts > 0:
+            if parts.prompts is not None and position is not None:
+                parts.prompts.load_state_dict(position)
+            if rollouts not in inspect_checkpoint(parts.options.save_folder).steps:
+                save(parts, rollouts)
+            print(f"stopped and saved; resume with: {resume_command(parts.options, sys.argv)}", flush=True)
+        raise
 
 
 def save(parts: Parts, step: int) -> None:

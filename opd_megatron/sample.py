@@ -85,9 +85,12 @@ class Sample:
     ``index`` is unique in a rollout; samples of one prompt share ``group_index``. ``loss_mask`` is 1 on the response
     tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
     ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
-    in the loss; ``opd_future`` is what its discount adds of the tokens that follow. ``greedy_reward`` is that of the
-    greedy response to the prompt, where an estimator compares with it. Every per-token field covers the response only
-    and has ``T`` entries; ``T`` may be 0.
+    in the loss, multiplied by ``opd_weights`` (None: 1); ``opd_future`` is what its discount adds of the tokens that
+    follow. ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
+    ``teacher_failure`` is the kind of failure for which the sample has no teacher scores, while the task still trains
+    on it: its ``teacher_scores`` are valid nowhere. ``weight_version`` is that of the engine's weights that made the
+    response and ``weight_versions`` all of them, in order, where there were several. Every per-token field covers the
+    response only and has ``T`` entries; ``T`` may be 0.
     """
 
     index: int
@@ -103,16 +106,20 @@ class Sample:
     old_log_probs: np.ndarray | None = _per_token(np.float32)
     ref_log_probs: np.ndarray | None = _per_token(np.float32)
     advantages: np.ndarray | None = _per_token(np.float32)
+    opd_weights: np.ndarray | None = _per_token(np.float32)
     opd_future: np.ndarray | None = _per_token(np.float32)
     teacher_scores: TeacherScores | None = None
+    teacher_failure: str | None = None
     reward: float | None = None
     reward_error: str | None = None
     greedy_reward: float | None = None
     status: Status = Status.COMPLETED
     weight_version: str = ""
+    weight_versions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.status = Status(self.status)
+        self.weight_versions = tuple(self.weight_versions)
         self.prompt_tokens = np.asarray(self.prompt_tokens, dtype=np.int64).reshape(-1)
         if self.response_tokens is None:
             self.response_tokens = np.zeros(0, dtype=np.int64)

@@ -19,6 +19,7 @@ from opd_megatron.config.resolve import (
     needs_teacher_hidden,
     student_architecture,
 )
+from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
@@ -48,24 +49,28 @@ def sync_weights(parts: Parts, version: str) -> None:
 
 
 def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> list[Sample]:
-    """Samples of a rollout: recorded, from labels (SFT), or sampled by the student of ``rollout_id`` updates."""
+    """Samples of a rollout: recorded, from labels (SFT), or sampled by the student of ``rollout_id`` updates.
+
+    All but those of SFT have their task rewards, and the scores of a teacher that takes sample by sample.
+    """
     options = parts.options
     recorded = options.rollout.load_debug_rollout_data
     if recorded is not None:
         samples = _recorded_samples(options, Path(recorded.replace("{rollout_id}", str(rollout_id))))
-    else:
+    elif parts.flow is None:
         assert parts.prompts is not None
         assert options.rollout.rollout_batch_size is not None
-        records = parts.prompts.next_batch(options.rollout.rollout_batch_size)
-        if parts.generator is None:
-            samples = sft_samples(records, parts.tokenizer)
-        else:
-            sync_weights(parts, str(rollout_id))
-            samples = parts.generator.generate(records, rollout_id)
-            if parts.engine is not None:
-                metrics |= parts.engine.metrics()
-                parts.engine.rest()
+        samples = sft_samples(parts.prompts.next_batch(options.rollout.rollout_batch_size), parts.tokenizer)
+    else:
+        assert parts.engine is not None
+        sync_weights(parts, str(rollout_id))
+        rollout = parts.flow.make(rollout_id)
+        samples = rollout.samples
+        metrics |= rollout.metrics | parts.engine.metrics()
+        parts.engine.rest()
     metrics |= rollout_metrics(samples)
+    if options.objective.loss_type != "sft_loss":
+        metrics |= _reward_metrics(samples)
     return samples
 
 
@@ -119,21 +124,19 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
     return None
 
 
-def reward(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -> None:
-    """Fill the task rewards; without a reward function they are 0, recorded ones stay."""
-    if parts.options.objective.loss_type == "sft_loss":
-        return
-    if parts.reward is not None and parts.options.rollout.load_debug_rollout_data is None:
-        parts.reward.score(samples)
+def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """``reward/*``; a sample without a reward gets 0."""
     for sample in samples:
         if sample.reward is None:
             sample.reward = 0.0
     rewards = np.array([sample.reward for sample in samples], dtype=np.float64)
-    metrics["reward/mean"] = float(rewards.mean())
-    metrics["reward/std"] = float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
-    metrics["reward/max"] = float(rewards.max())
-    metrics["reward/min"] = float(rewards.min())
-    metrics["reward/error_frac"] = sum(sample.reward_error is not None for sample in samples) / len(samples)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0,
+        "reward/max": float(rewards.max()),
+        "reward/min": float(rewards.min()),
+        "reward/error_frac": sum(sample.reward_error is not None for sample in samples) / len(samples),
+    }
 
 
 def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
@@ -155,9 +158,8 @@ def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, m
 
 
 def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
-    """Attach the teacher's scores. Evaluation never comes here."""
-    if parts.teacher is None:
-        return
+    """Attach the scores of a teacher that takes whole rollouts. Evaluation never comes here."""
+    assert parts.teacher is not None
     if isinstance(parts.teacher, MegatronTeacher):
         opd = parts.options.opd
         measured = opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
@@ -192,6 +194,10 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     options = parts.options
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
+    if options.opd.use_opd:
+        leave_out_failed(options, samples)
+        failed = sum(sample.teacher_failure is not None for sample in samples)
+        metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":

@@ -19,6 +19,9 @@ _SGLANG_ONLY = (
     "opd_teacher_max_retries",
     "opd_overlong",
     "opd_max_union_ids",
+    "opd_on_teacher_failure",
+    "opd_max_failed_frac",
+    "opd_teacher_step_deadline",
 )
 _MEGATRON_ONLY = (
     "opd_teacher_load",
@@ -125,6 +128,8 @@ def _sglang_faults(options: Options) -> list[str]:
             faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
         if "opd_teacher_route_key" in options.given:
             faults.append("--opd-teacher-route-key has no effect without --opd-teachers: leave it out")
+    if opd.opd_on_teacher_failure == "stop" and "opd_max_failed_frac" in options.given:
+        faults.append("--opd-max-failed-frac has no effect with --opd-on-teacher-failure stop: choose mask or drop")
     return faults + _misplaced(options, _MEGATRON_ONLY, "megatron")
 
 

@@ -46,6 +46,7 @@ def run_faults(options: Options) -> list[str]:
         *_data_faults(options),
         *engine_faults(options),
         *_checkpoint_faults(options),
+        *_filter_faults(options),
         *_reward_and_evaluation_faults(options),
         *_logging_faults(options),
     ]
@@ -255,6 +256,23 @@ def _data_faults(options: Options) -> Iterator[str]:
     pattern = rollout.save_debug_rollout_data
     if pattern is not None and ROLLOUT_ID not in pattern and data.num_rollout != 1:
         yield f"--save-debug-rollout-data {pattern} would keep the last rollout only: put {ROLLOUT_ID} into the name"
+
+
+def _filter_faults(options: Options) -> Iterator[str]:
+    rollout = options.rollout
+    flag = "--dynamic-filter-path" if rollout.dynamic_filter_path is not None else "--dynamic-filter"
+    if rollout.dynamic_filter_path is not None and rollout.dynamic_filter != "none":
+        yield "--dynamic-filter and --dynamic-filter-path both name a filter: leave out one of them"
+    elif rollout.dynamic_filter_path is None and rollout.dynamic_filter == "none":
+        if "dynamic_filter_max_refills" in options.given:
+            yield "--dynamic-filter-max-refills has no effect without a filter: name one with --dynamic-filter"
+        return
+    if options.objective.loss_type == "sft_loss" or rollout.load_debug_rollout_data is not None:
+        yield f"{flag} judges samples of the student, which this run does not make: leave it out"
+    if rollout.dynamic_filter == "unequal_rewards" and rollout.n_samples_per_prompt == 1:
+        yield "--dynamic-filter unequal_rewards compares samples of a prompt: raise --n-samples-per-prompt"
+    if rollout.dynamic_filter == "unequal_rewards" and options.reward.rm_type == "zero":
+        yield "--dynamic-filter unequal_rewards would drop everything with --rm-type zero: leave it out"
 
 
 def _checkpoint_faults(options: Options) -> Iterator[str]:

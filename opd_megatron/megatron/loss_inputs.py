@@ -141,6 +141,11 @@ class LossInputs:
         return None if place is None or self.exact_moments is None else self.exact_moments[place]
 
     @property
+    def opd_weights_N(self) -> Tensor | None:
+        """None where the teacher scored every sample of the rollout."""
+        return self._of_samples(lambda sample: sample.opd_weights)
+
+    @property
     def opd_future_N(self) -> Tensor | None:
         """What the discount adds of the tokens that follow; None without one."""
         return self._of_samples(lambda sample: sample.opd_future)

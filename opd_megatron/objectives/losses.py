@@ -13,7 +13,7 @@ is the loss of the step and nothing has to be divided later. Metrics are statist
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class PolicyInputs:
     distillation term. Teacher scores count where ``teacher_valid_N`` (None: everywhere); ``opd_baseline_N`` is
     subtracted from their distance and ``opd_future_N`` added to it (see
     :func:`~opd_megatron.objectives.opd.sampled_term`); ``opd_divergence_N`` carries the gradient of ``--opd-loss
-    distribution``. ``entropy_N`` needs a gradient only where there is an entropy bonus. Raises ``ValueError`` on
-    unequal shapes.
+    distribution``. ``opd_weights_N`` (None: 1) multiply the whole distillation term. ``entropy_N`` needs a gradient
+    only where there is an entropy bonus. Raises ``ValueError`` on unequal shapes.
     """
 
     log_probs_N: Tensor
@@ -52,6 +52,7 @@ class PolicyInputs:
     teacher_log_probs_N: Tensor | None = None
     teacher_valid_N: Tensor | None = None
     opd_baseline_N: Tensor | None = None
+    opd_weights_N: Tensor | None = None
     opd_future_N: Tensor | None = None
     opd_divergence_N: Tensor | None = None
     ref_log_probs_N: Tensor | None = None
@@ -145,7 +146,12 @@ def _distillation(
         future_N=None if inputs.opd_future_N is None else _keep(inputs.opd_future_N, mask_N),
         divergence_N=inputs.opd_divergence_N,
     )
-    return OPD_LOSSES[opd.opd_loss](terms)
+    effect = OPD_LOSSES[opd.opd_loss](terms)
+    if inputs.opd_weights_N is None:
+        return effect
+    parts = (effect.advantage_N, effect.loss_N)
+    advantage_N, loss_N = (None if part_N is None else inputs.opd_weights_N * part_N for part_N in parts)
+    return replace(effect, advantage_N=advantage_N, loss_N=loss_N)
 
 
 def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, dict[str, Tensor]]:

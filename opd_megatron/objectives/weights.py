@@ -33,6 +33,22 @@ def token_loss_weights(
     return list(weights_N.split(lengths))
 
 
+def scored_opd_weights(loss_weights: Sequence[Tensor], scored: Sequence[bool]) -> list[Tensor]:
+    """What multiplies the distillation term where the teacher failed for some samples of **one whole optimizer step**.
+
+    One float32 ``[T]`` per sample: ``N / N_scored`` where ``scored``, else 0. ``N`` is the sum of ``loss_weights``
+    (:func:`token_loss_weights`) over all samples of the step and ``N_scored`` that over the scored ones, so that the
+    term's weighted mean keeps its size: it is the mean over the scored samples. Without a scored token all are 0.
+    """
+    total = sum(float(weights_T.double().sum()) for weights_T in loss_weights)
+    kept = sum(float(weights_T.double().sum()) for weights_T, known in zip(loss_weights, scored, strict=True) if known)
+    factor = total / kept if kept > 0 else 0.0
+    return [
+        torch.full_like(weights_T, factor if known else 0.0, dtype=torch.float32)
+        for weights_T, known in zip(loss_weights, scored, strict=True)
+    ]
+
+
 AGGREGATIONS: Catalogue[None] = Catalogue("Averages over tokens", "")
 AGGREGATIONS.describe(
     "mean over sequences of token means",

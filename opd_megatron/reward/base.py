@@ -20,8 +20,15 @@ class RewardError(RunError):
 class RewardFunction(Protocol):
     """Gives samples their task reward."""
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether all samples of a prompt are to be scored together; else each can be as soon as it is finished."""
+
     def score(self, samples: Sequence[Sample]) -> None:
         """Fill ``reward`` of every sample, and ``reward_error`` of those whose reward could not be computed."""
+
+    async def score_async(self, samples: Sequence[Sample]) -> None:
+        """As :meth:`score`, without blocking the running event loop; several calls may run at the same time."""
 
     def close(self) -> None:
         """End worker processes; safe to repeat."""
@@ -30,7 +37,11 @@ class RewardFunction(Protocol):
 class Rater(Protocol):
     """Computes raw rewards: one outcome per sample, in order, an exception standing for the sample it belongs to."""
 
+    takes_groups: bool
+
     def rate(self, samples: Sequence[Sample]) -> Iterable[float | Exception]: ...
+
+    async def rate_async(self, samples: Sequence[Sample]) -> Iterable[float | Exception]: ...
 
     def close(self) -> None: ...
 
@@ -40,7 +51,9 @@ class Unjudged(Exception):
 
 
 class PerSample:
-    """A rater made of a plain function of one sample."""
+    """A rater made of a plain function of one sample that is quick enough to be called inside an event loop."""
+
+    takes_groups = False
 
     def __init__(self, function: Callable[[Sample], float]) -> None:
         self._function = function
@@ -54,6 +67,9 @@ class PerSample:
             except Exception as error:
                 outcome = error
             yield outcome
+
+    async def rate_async(self, samples: Sequence[Sample]) -> Iterator[float | Exception]:
+        return self.rate(samples)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -75,8 +91,21 @@ class CheckedReward:
         self._on_error = on_error
         self._error_value = error_value
 
+    @property
+    def takes_groups(self) -> bool:
+        return self._rater.takes_groups
+
     def score(self, samples: Sequence[Sample]) -> None:
-        for sample, outcome in zip(samples, self._rater.rate(samples), strict=True):
+        self._apply(samples, self._rater.rate(samples))
+
+    async def score_async(self, samples: Sequence[Sample]) -> None:
+        self._apply(samples, await self._rater.rate_async(samples))
+
+    def close(self) -> None:
+        self._rater.close()
+
+    def _apply(self, samples: Sequence[Sample], outcomes: Iterable[float | Exception]) -> None:
+        for sample, outcome in zip(samples, outcomes, strict=True):
             error = outcome if isinstance(outcome, Exception) else _value_error(outcome)
             sample.reward_error = None if error is None else describe(error)
             if error is None:
@@ -87,9 +116,6 @@ class CheckedReward:
                 raise RewardError(f"the reward of {name_sample(sample)} failed: {sample.reward_error}") from error
             else:
                 sample.reward = self._error_value
-
-    def close(self) -> None:
-        self._rater.close()
 
 
 def require_label(sample: Sample, reward_name: str) -> str:

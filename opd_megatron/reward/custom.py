@@ -7,11 +7,13 @@ import collections.abc
 import inspect
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.reward.base import PerSample, RewardError, name_sample
 from opd_megatron.sample import Sample
+from opd_megatron.threads import CallingThreads, LoopThread
 
 
 def takes_batch(function: Callable[..., Any]) -> bool:
@@ -38,32 +40,52 @@ class CustomRater:
     """A user's function as a rater: plain or ``async``, of one sample or of a batch (see :func:`takes_batch`).
 
     An ``async`` function of one sample runs for all samples concurrently; how many requests it keeps in flight is its
-    own business. One event loop serves all calls, so that a client made in one lives on in the next. A batch function
-    that raises fails every sample of the batch; one that returns another number of rewards than it got samples stops
-    the run under any policy.
+    own business. One event loop serves all calls, so that a client made in one lives on in the next. In a training run
+    a batch is the samples of one prompt, and a plain function is called in a thread, one call at a time. A batch
+    function that raises fails every sample of the batch; one that returns another number of rewards than it got samples
+    stops the run under any policy.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._batch = takes_batch(function)
+        self.takes_groups = takes_batch(function)
         call = getattr(function, "__call__", None)  # noqa: B004 - an object may have an async __call__
         self._concurrent = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        self._runner = asyncio.Runner()
+        self._threads = CallingThreads(1, "reward")
+
+    @cached_property
+    def _loop(self) -> LoopThread:
+        return LoopThread("reward loop")
 
     def rate(self, samples: Sequence[Sample]) -> Iterable[float | Exception]:
         if not samples:
             return []
-        if self._batch:
+        if self.takes_groups:
             return self._rate_batch(samples)
         if self._concurrent:
-            return self._runner.run(_gather(self._function, samples))
+            return self._loop.run(_gather(self._function, samples))
         return PerSample(self._rate_one).rate(samples)
 
+    async def rate_async(self, samples: Sequence[Sample]) -> Iterable[float | Exception]:
+        if not self._concurrent:
+            return cast("list[float | Exception]", await self._threads.call(lambda: list(self.rate(samples))))
+        if not self.takes_groups:
+            return await self._loop.call(_gather(self._function, samples))
+        try:
+            rewards = await self._loop.call(_await(self._function(list(samples))))
+        except UserError:
+            raise
+        except Exception as error:
+            return [error] * len(samples)
+        return _one_each(rewards, samples)
+
     def close(self) -> None:
-        self._runner.close()
+        self._threads.close()
+        if "_loop" in self.__dict__:
+            self._loop.close()
 
     def _rate_one(self, sample: Sample) -> float:
-        return typing.cast(float, self._finish(self._function(sample)))
+        return cast(float, self._finish(self._function(sample)))
 
     def _rate_batch(self, samples: Sequence[Sample]) -> list[float | Exception]:
         try:
@@ -72,19 +94,24 @@ class CustomRater:
             raise
         except Exception as error:
             return [error] * len(samples)
-        try:
-            values = list(rewards)
-        except TypeError:
-            raise RewardError(f"the batch reward function returned {rewards!r}, not one reward per sample") from None
-        if len(values) != len(samples):
-            raise RewardError(
-                f"the batch reward function returned {len(values)} rewards for {len(samples)} samples "
-                f"(the first is {name_sample(samples[0])})"
-            )
-        return values
+        return _one_each(rewards, samples)
 
     def _finish(self, result: Any) -> Any:
-        return self._runner.run(_await(result)) if inspect.isawaitable(result) else result
+        return self._loop.run(_await(result)) if inspect.isawaitable(result) else result
+
+
+def _one_each(rewards: Any, samples: Sequence[Sample]) -> list[float | Exception]:
+    """What a batch function returned, as a list; raises :class:`RewardError` unless it is one reward per sample."""
+    try:
+        values = list(rewards)
+    except TypeError:
+        raise RewardError(f"the batch reward function returned {rewards!r}, not one reward per sample") from None
+    if len(values) != len(samples):
+        raise RewardError(
+            f"the batch reward function returned {len(values)} rewards for {len(samples)} samples "
+            f"(the first is {name_sample(samples[0])})"
+        )
+    return values
 
 
 async def _await(value: Awaitable[Any]) -> Any:
@@ -94,7 +121,7 @@ async def _await(value: Awaitable[Any]) -> Any:
 async def _gather(function: Callable[..., Any], samples: Sequence[Sample]) -> list[float | Exception]:
     async def rate(sample: Sample) -> float | Exception:
         try:
-            return typing.cast(float, await function(sample))
+            return cast(float, await function(sample))
         except UserError:
             raise
         except Exception as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from opd_megatron.reward.base import RewardError, Unjudged, require_label
 from opd_megatron.sample import Sample
+from opd_megatron.threads import CallingThreads
 
 MOST_WORKERS = 4
 
@@ -92,36 +93,41 @@ class _Worker:
 class MathRater:
     """Judges responses by math-verify (``pip install math-verify``) in up to ``workers`` processes.
 
-    The limit in seconds is for one response. Works in any thread. The processes are started when they are first
-    needed, stay for the next call, and end with this process.
+    The limit in seconds is for one response. Works in any thread, and in several at a time. The processes are started
+    when they are first needed, stay for the next call, and end with this process.
     """
+
+    takes_groups = False
 
     def __init__(self, limit: float, workers: int | None = None) -> None:
         count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
         self._workers = [_Worker(limit) for _ in range(count)]
-        self._lock = threading.Lock()
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = CallingThreads(count, "math-verify")
 
     def rate(self, samples: Sequence[Sample]) -> list[float | Exception]:
-        questions = [(require_label(sample, "math"), sample.response) for sample in samples]
-        with self._lock:
-            return self._judge_all(questions)
-
-    def _judge_all(self, questions: list[tuple[str, str]]) -> list[float | Exception]:
-        idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in self._workers:
-            idle.put(worker)
-
-        def judge(question: tuple[str, str]) -> float | Exception:
-            worker = idle.get()
-            try:
-                return worker.judge(*question)
-            finally:
-                idle.put(worker)
-
+        questions = _questions(samples)
         with ThreadPoolExecutor(len(self._workers)) as threads:
-            return list(threads.map(judge, questions))
+            return list(threads.map(self._judge, questions))
+
+    async def rate_async(self, samples: Sequence[Sample]) -> list[float | Exception]:
+        calls = [self._threads.call(self._judge, question) for question in _questions(samples)]
+        return list(await asyncio.gather(*calls))
 
     def close(self) -> None:
-        with self._lock:
-            for worker in self._workers:
-                worker.close()
+        self._threads.close()
+        for worker in self._workers:
+            worker.close()
+
+    def _judge(self, question: tuple[str, str]) -> float | Exception:
+        worker = self._idle.get()
+        try:
+            return worker.judge(*question)
+        finally:
+            self._idle.put(worker)
+
+
+def _questions(samples: Sequence[Sample]) -> list[tuple[str, str]]:
+    return [(require_label(sample, "math"), sample.response) for sample in samples]

@@ -5,7 +5,7 @@ Shape legend: ``B`` sequences of the batch, ``R`` sequences still running, ``T``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,17 +38,17 @@ class Batch:
     seeds: Sequence[tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class BatchResult:
-    """``tokens_BT`` int64 and ``log_probs_BT`` float32, of which the first ``lengths_B`` mean something.
+@dataclass(frozen=True, eq=False)
+class Response:
+    """A finished response of ``T`` tokens: ``row`` is its place in the batch, ``tokens`` int64, ``log_probs`` float32.
 
-    ``ended_B``: an end token or stop string was sampled (else the limit was reached).
+    ``ended``: an end token or stop string was sampled (else the limit was reached).
     """
 
-    tokens_BT: np.ndarray
-    log_probs_BT: np.ndarray
-    lengths_B: np.ndarray
-    ended_B: np.ndarray
+    row: int
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    ended: bool
 
 
 def _prefill(
@@ -85,16 +85,20 @@ class _Running:
         self.limits_R = torch.tensor(limits, device=device)
         self.rows_R = torch.arange(len(limits), device=device)
         self.alive_R = torch.ones(len(limits), dtype=torch.bool, device=device)
-        self.lengths_B = self.limits_R.clone()
-        self.ended_B = torch.zeros_like(self.alive_R)
+        self.left = len(limits)
 
-    def finish(self, ended_R: Tensor, length: int) -> int:
-        """Note who ended with the token that makes responses ``length`` long; returns how many still run."""
-        just_R = ended_R & self.alive_R
-        self.ended_B[self.rows_R] |= just_R
-        self.lengths_B[self.rows_R] = torch.where(just_R, length, self.lengths_B[self.rows_R])
-        self.alive_R &= ~ended_R & (self.limits_R > length)
-        return int(self.alive_R.sum())
+    def finish(self, ended_R: Tensor, length: int) -> Tensor | None:
+        """Note who ended, or reached its limit, with the token that makes responses ``length`` long.
+
+        Returns their places among those that run, or None where there are none. ``left`` counts who goes on.
+        """
+        stay_R = self.alive_R & ~ended_R & (self.limits_R > length)
+        left = int(stay_R.sum())
+        if left == self.left:
+            return None
+        just_U = (self.alive_R & ~stay_R).nonzero().squeeze(1)
+        self.alive_R, self.left = stay_R, left
+        return just_U
 
     def drop_ended(self) -> Tensor:
         """Forget the sequences that have ended; returns the places, among those that ran, of those that stay."""
@@ -104,10 +108,21 @@ class _Running:
         return stay_R
 
 
+def _responses(tokens_TU: Tensor, log_probs_TU: Tensor, rows_U: Tensor, ended_U: Tensor) -> list[Response]:
+    tokens_UT = tokens_TU.t().contiguous().cpu().numpy()
+    log_probs_UT = log_probs_TU.t().contiguous().cpu().numpy()
+    return [
+        Response(*fields) for fields in zip(rows_U.tolist(), tokens_UT, log_probs_UT, ended_U.tolist(), strict=True)
+    ]
+
+
 def decode_batch(
     decoder: Decoder, batch: Batch, end_ids: Sequence[int], stop: StopStrings | None, device: torch.device
-) -> BatchResult:
-    """Sample a response for every prompt of the batch (each of at least one token, as int64 arrays)."""
+) -> Iterator[list[Response]]:
+    """Sample a response for every prompt of the batch (each of at least one token, as int64 arrays).
+
+    Yields the responses that end with it after every token, usually none; who stops reading ends the decoding.
+    """
     total, steps = len(batch.prompts), max(batch.limits)
     streams = UniformStreams(batch.seeds) if batch.sampling.temperature > 0 else None
     end_ids_E = torch.tensor(end_ids, device=device)
@@ -129,17 +144,16 @@ def decode_batch(
         if stop is not None:
             tails_RW = tokens_TB[max(0, step + 1 - stop.window) : step + 1, running.rows_R].t().cpu().numpy()
             ended_R |= torch.from_numpy(stop.completed(tails_RW)).to(device)
-        left = running.finish(ended_R, step + 1)
-        if left == 0:
-            break
-        if left < _DROP_BELOW * len(tokens_R):
+        just_U = running.finish(ended_R, step + 1)
+        if just_U is None:
+            yield []
+        else:
+            rows_U, so_far = running.rows_R[just_U], slice(0, step + 1)
+            yield _responses(tokens_TB[so_far, rows_U], log_probs_TB[so_far, rows_U], rows_U, ended_R[just_U])
+        if running.left == 0:
+            return
+        if running.left < _DROP_BELOW * len(tokens_R):
             stay_R = running.drop_ended()
             cache.take(stay_R)
             tokens_R = tokens_R[stay_R]
         logits_RV = decoder.forward(tokens_R.unsqueeze(1), cache)
-    return BatchResult(
-        tokens_BT=tokens_TB.t().cpu().numpy(),
-        log_probs_BT=log_probs_TB.t().cpu().numpy(),
-        lengths_B=running.lengths_B.cpu().numpy(),
-        ended_B=running.ended_B.cpu().numpy(),
-    )

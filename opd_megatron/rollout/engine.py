@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,7 +57,7 @@ class Generation:
     ``tokens`` include the end token, or everything up to and including the token that completed a stop string.
     ``log_probs`` are those of the tokens at the sampling temperature before top-k and top-p (at temperature 0: at
     temperature 1). ``text`` is the decoded response without special tokens. ``T`` is 0 where ``finish`` says that the
-    prompt is too long. ``weight_version`` is that of the weights that sampled it.
+    prompt is too long. ``weight_version`` is that of the weights that spoke.
     """
 
     tokens: np.ndarray
@@ -74,8 +74,11 @@ class RolloutEngine(Protocol):
         """One generation per request, in the order of the requests."""
         ...
 
-    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
-        """Place in ``requests`` and generation, each as soon as it is complete; closing it aborts what is left."""
+    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Generation], None]:
+        """The same generations as soon as each is finished, with the places of their requests.
+
+        Runs in the running event loop without blocking it. Closing the iterator gives up what is not finished.
+        """
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:

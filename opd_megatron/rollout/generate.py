@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from opd_megatron.config.options import Options
 from opd_megatron.config.user_code import load_function
+from opd_megatron.rollout.custom import CustomGenerate, stream_custom
 from opd_megatron.rollout.engine import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from opd_megatron.rollout.prompt import Prompt, new_sample
 from opd_megatron.sample import Sample, Status
-
-CustomGenerate = Callable[[Sample, RolloutEngine, SamplingParams], "Sample | Awaitable[Sample]"]
-"""What ``--custom-generate-function-path`` names."""
 
 
 def fill_sample(sample: Sample, generation: Generation) -> None:
@@ -28,8 +25,28 @@ def fill_sample(sample: Sample, generation: Generation) -> None:
     sample.loss_mask = np.ones(len(generation.tokens), dtype=np.bool_)
     sample.response = generation.text
     sample.status = generation.finish
-    sample.weight_version = generation.weight_version
+    sample.weight_version = generation.weight_version or sample.weight_version
     sample.validate()
+
+
+def split_by_length(
+    samples: Sequence[Sample], weight_version: str, max_prompt_len: int | None
+) -> tuple[list[Sample], list[Sample]]:
+    """The samples whose prompts may be sent, and those whose prompts are too long: they stay empty and are marked."""
+    fitting, too_long = [], []
+    for sample in samples:
+        sample.weight_version = weight_version
+        if max_prompt_len is not None and len(sample.prompt_tokens) > max_prompt_len:
+            sample.status = Status.PROMPT_TOO_LONG
+            sample.rollout_log_probs = np.zeros(0, dtype=np.float32)
+            too_long.append(sample)
+        else:
+            fitting.append(sample)
+    return fitting, too_long
+
+
+def _requests(samples: Sequence[Sample], sampling: SamplingParams, stream: tuple[int, ...]) -> list[GenerateRequest]:
+    return [GenerateRequest(sample.prompt_tokens, sampling, (*stream, sample.index)) for sample in samples]
 
 
 def generate_samples(
@@ -43,86 +60,10 @@ def generate_samples(
 
     Prompts longer than ``max_prompt_len`` are not sent: their response stays empty with ``PROMPT_TOO_LONG``.
     """
-    fitting = []
-    for sample in samples:
-        sample.weight_version = engine.weight_version
-        if max_prompt_len is not None and len(sample.prompt_tokens) > max_prompt_len:
-            sample.status = Status.PROMPT_TOO_LONG
-            sample.rollout_log_probs = np.zeros(0, dtype=np.float32)
-        else:
-            fitting.append(sample)
-    requests = [GenerateRequest(sample.prompt_tokens, sampling, (*stream, sample.index)) for sample in fitting]
-    for sample, generation in zip(fitting, engine.generate(requests), strict=True):
+    fitting, _ = split_by_length(samples, engine.weight_version, max_prompt_len)
+    generations = engine.generate(_requests(fitting, sampling, stream))
+    for sample, generation in zip(fitting, generations, strict=True):
         fill_sample(sample, generation)
-
-
-class SampleEngine:
-    """The engine as a custom generate function sees it: every call draws from random streams of this sample.
-
-    The stream of a request is (the sample's stream, number of the call, place in the call, the request's own seed),
-    so that each turn of an agent loop is new and a resumed run repeats it. The weights cannot be changed through it.
-    """
-
-    def __init__(self, engine: RolloutEngine, stream: tuple[int, ...]) -> None:
-        self._engine = engine
-        self._stream = stream
-        self._calls = 0
-
-    @property
-    def weight_version(self) -> str:
-        return self._engine.weight_version
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
-        """As :meth:`RolloutEngine.generate`."""
-        return self._engine.generate(self._of_this_sample(requests))
-
-    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
-        """As :meth:`RolloutEngine.stream`."""
-        return self._engine.stream(self._of_this_sample(requests))
-
-    def _of_this_sample(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
-        call, self._calls = self._calls, self._calls + 1
-        return [
-            GenerateRequest(request.prompt_tokens, request.sampling, (*self._stream, call, place, *request.seed))
-            for place, request in enumerate(requests)
-        ]
-
-    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Refused: ``RuntimeError``."""
-        raise RuntimeError("a generate function cannot change the engine's weights")
-
-    def metrics(self) -> dict[str, float]:
-        """None: they belong to the run."""
-        return {}
-
-    def rest(self) -> None:
-        """Refused: ``RuntimeError``."""
-        raise RuntimeError("a generate function cannot put the engine to rest")
-
-    def close(self) -> None:
-        """Refused: ``RuntimeError``."""
-        raise RuntimeError("a generate function cannot close the engine")
-
-
-def _checked(made: Any, index: int, group_index: int, path: str) -> Sample:
-    """What a custom function returned, if it is this sample with a response that can be trained on.
-
-    Raises ``ValueError`` if not.
-    """
-    where = f"{path}, sample {index}"
-    if not isinstance(made, Sample):
-        raise ValueError(f"{where}: returned a {type(made).__name__}, not a Sample")
-    if (made.index, made.group_index) != (index, group_index):
-        raise ValueError(f"{where}: index or group_index was changed")
-    try:
-        made.validate()
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if len(made.tokens) and made.tokens.min() < 0:
-        raise ValueError(f"{where}: negative token ids")
-    if made.rollout_log_probs is not None and not np.isfinite(made.rollout_log_probs[made.loss_mask]).all():
-        raise ValueError(f"{where}: rollout_log_probs are not finite where loss_mask is 1")
-    return made
 
 
 class RolloutGenerator:
@@ -148,19 +89,27 @@ class RolloutGenerator:
             ignore_eos=rollout.rollout_ignore_eos,
         )
 
-    def generate(self, records: Sequence[Prompt], rollout_id: int) -> list[Sample]:
-        """``n_samples_per_prompt`` samples of each prompt, in the order of the prompts.
+    async def stream(
+        self, records: Sequence[Prompt], rollout_id: int, first_group: int = 0
+    ) -> AsyncGenerator[Sample, None]:
+        """``n_samples_per_prompt`` samples of each prompt, each as soon as it is finished.
 
-        ``index`` is a sample's place in the list and ``group_index`` its prompt's. What is sampled is a function of
-        the run's seed, ``rollout_id``, the index and the weights. Errors of a custom generate function propagate; a
-        sample that it leaves inconsistent is a ``ValueError``.
+        ``group_index`` is a prompt's place in the list plus ``first_group``, ``index`` the sample's place if groups are
+        counted from 0. What is sampled is a function of the run's seed, ``rollout_id``, the index and the weights.
+        Errors of a custom generate function propagate; a sample that it leaves inconsistent is a ``ValueError``.
         """
         samples = [
             new_sample(record, group * self._copies + number, group)
-            for group, record in enumerate(records)
+            for group, record in enumerate(records, start=first_group)
             for number in range(self._copies)
         ]
-        return self._answer(samples, (self._seed, rollout_id), self.sampling)
+        async with contextlib.aclosing(self._answer(samples, (self._seed, rollout_id), self.sampling)) as finished:
+            async for sample in finished:
+                yield sample
+
+    def generate(self, records: Sequence[Prompt], rollout_id: int) -> list[Sample]:
+        """All samples of :meth:`stream` in the order of the prompts, for callers without an event loop."""
+        return _collect(self.stream(records, rollout_id))
 
     def greedy(self, samples: Sequence[Sample], rollout_id: int) -> list[Sample]:
         """One greedy response to each prompt of ``samples``, by first occurrence of its ``group_index``."""
@@ -179,44 +128,47 @@ class RolloutGenerator:
             for place, (group, sample) in enumerate(prompts.items())
         ]
         sampling = dataclasses.replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
-        return self._answer(copies, (self._seed, rollout_id, len(samples)), sampling)
+        return _collect(self._answer(copies, (self._seed, rollout_id, len(samples)), sampling))
 
-    def _answer(self, samples: list[Sample], stream: tuple[int, ...], sampling: SamplingParams) -> list[Sample]:
-        if self._custom is None:
-            generate_samples(self._engine, samples, sampling, stream, self._max_prompt_len)
-            return samples
-        return self._generate_custom(self._custom, samples, stream, sampling)
+    async def _answer(
+        self, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
+    ) -> AsyncGenerator[Sample, None]:
+        fitting, too_long = split_by_length(samples, self._engine.weight_version, self._max_prompt_len)
+        for sample in too_long:
+            yield sample
+        if fitting:
+            answer = self._by_engine if self._custom is None else self._by_custom
+            async with contextlib.aclosing(answer(fitting, stream, sampling)) as finished:
+                async for sample in finished:
+                    yield sample
 
-    def _generate_custom(
-        self, function: CustomGenerate, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
-    ) -> list[Sample]:
-        made = list(samples)
-        groups = [sample.group_index for sample in samples]
-        fitting = []
-        for place, sample in enumerate(samples):
-            sample.weight_version = self._engine.weight_version
-            if self._max_prompt_len is not None and len(sample.prompt_tokens) > self._max_prompt_len:
-                sample.status = Status.PROMPT_TOO_LONG
-            else:
-                fitting.append(place)
-        answers: list[Any] = [
-            function(samples[place], SampleEngine(self._engine, (*stream, place)), sampling) for place in fitting
-        ]
-        if any(inspect.isawaitable(answer) for answer in answers):
-            answers = asyncio.run(_gather(answers))
-        for place, answer in zip(fitting, answers, strict=True):
-            sample = _checked(answer, place, groups[place], self._custom_path or "")
-            if not sample.response and sample.response_length:
-                sample.response = self._tokenizer.decode(sample.response_tokens, skip_special_tokens=True)
-            made[place] = sample
-        return made
+    async def _by_engine(
+        self, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
+    ) -> AsyncGenerator[Sample, None]:
+        found = self._engine.stream(_requests(samples, sampling, stream))
+        async with contextlib.aclosing(found) as generations:
+            async for place, generation in generations:
+                fill_sample(samples[place], generation)
+                yield samples[place]
+
+    async def _by_custom(
+        self, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
+    ) -> AsyncGenerator[Sample, None]:
+        assert self._custom is not None
+        assert self._custom_path is not None
+        made = stream_custom(self._custom, self._custom_path, samples, self._engine, sampling, stream)
+        async with contextlib.aclosing(made) as finished:
+            async for sample in finished:
+                if not sample.response and sample.response_length:
+                    sample.response = self._tokenizer.decode(sample.response_tokens, skip_special_tokens=True)
+                yield sample
 
 
-async def _gather(answers: Sequence[Any]) -> list[Any]:
-    async def settle(answer: Any) -> Any:
-        return await answer if inspect.isawaitable(answer) else answer
+def _collect(finished: AsyncGenerator[Sample, None]) -> list[Sample]:
+    async def collect() -> list[Sample]:
+        return [sample async for sample in finished]
 
-    return list(await asyncio.gather(*map(settle, answers)))
+    return sorted(asyncio.run(collect()), key=lambda sample: sample.index)
 
 
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:

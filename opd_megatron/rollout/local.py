@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from opd_megatron.config.architecture import FAMILIES
-from opd_megatron.rollout.decode_loop import Batch, decode_batch
+from opd_megatron.rollout.decode_loop import Batch, Response, decode_batch
 from opd_megatron.rollout.decoder import Decoder
 from opd_megatron.rollout.engine import GenerateRequest, Generation, SamplingParams
 from opd_megatron.rollout.feed_forward import tensors_by_stored_name
 from opd_megatron.rollout.stop import StopStrings, TokenTexts, end_token_ids
 from opd_megatron.sample import Status
+from opd_megatron.threads import Feed, stream_from_thread
 
 
 def _build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -122,32 +123,61 @@ class LocalEngine:
         Responses end early where prompt and response fill the model's positions; a prompt that leaves no room gives
         an empty response with ``PROMPT_TOO_LONG``.
         """
+        with torch.inference_mode():
+            results = dict(self._each(self._decoding(), requests, self._check_prompts(requests), lambda: False))
+        return [results[place] for place in range(len(requests))]
+
+    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Generation], None]:
+        """As :meth:`generate`, by a thread, in order of completion; closing it ends the thread within one token."""
+        decoder, prompts = self._decoding(), self._check_prompts(requests)
+
+        def produce(feed: Feed[tuple[int, Generation]]) -> None:
+            on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+            with on_device, torch.inference_mode():
+                for finished in self._each(decoder, requests, prompts, lambda: feed.closed):
+                    feed.put(finished)
+
+        async with contextlib.aclosing(stream_from_thread(produce, name="local engine")) as found:
+            async for finished in found:
+                yield finished
+
+    def _decoding(self) -> Decoder:
         if self._decoder is None:
             raise RuntimeError("the engine is closed")
         if not self._ready:
             raise RuntimeError("the engine has no weights: update_weights has not succeeded yet")
-        prompts = self._check_prompts(requests)
-        room = [self._max_positions - len(prompt) for prompt in prompts]
-        results: dict[int, Generation] = {
-            place: Generation(*_nothing(), "", Status.PROMPT_TOO_LONG, self._weight_version)
-            for place, left in enumerate(room)
-            if left < 1
-        }
-        with torch.inference_mode():
-            for places in self._plan(requests, [place for place, left in enumerate(room) if left >= 1]):
-                batch = Batch(
-                    prompts=[prompts[place] for place in places],
-                    sampling=requests[places[0]].sampling,
-                    limits=[min(requests[place].sampling.max_new_tokens, room[place]) for place in places],
-                    seeds=[requests[place].seed for place in places],
-                )
-                results.update(zip(places, self._run(self._decoder, batch), strict=True))
-        return [results[place] for place in range(len(requests))]
+        return self._decoder
 
-    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
-        """As :meth:`generate`, decoded in another thread and given out when all are complete."""
-        for place, generation in enumerate(await asyncio.to_thread(self.generate, requests)):
-            yield place, generation
+    def _each(
+        self,
+        decoder: Decoder,
+        requests: Sequence[GenerateRequest],
+        prompts: Sequence[np.ndarray],
+        given_up: Callable[[], bool],
+    ) -> Iterator[tuple[int, Generation]]:
+        """Every generation with the place of its request, in order of completion, until ``given_up`` says so."""
+        version = self._weight_version
+        room = [self._max_positions - len(prompt) for prompt in prompts]
+        for place, left in enumerate(room):
+            if left < 1:
+                yield place, Generation(*_nothing(), "", Status.PROMPT_TOO_LONG, version)
+        for places in self._plan(requests, [place for place, left in enumerate(room) if left >= 1]):
+            batch = Batch(
+                prompts=[prompts[place] for place in places],
+                sampling=requests[places[0]].sampling,
+                limits=[min(requests[place].sampling.max_new_tokens, room[place]) for place in places],
+                seeds=[requests[place].seed for place in places],
+            )
+            for responses in self._decode(decoder, batch):
+                if given_up():
+                    return
+                if not responses:
+                    continue
+                tokens = [response.tokens for response in responses]
+                for response, text in zip(responses, self._texts(tokens), strict=True):
+                    finish = Status.COMPLETED if response.ended else Status.TRUNCATED
+                    found = Generation(response.tokens, response.log_probs, text, finish, version)
+                    yield places[response.row], found
 
     def metrics(self) -> dict[str, float]:
         """Seconds of the updates of the weights since the last call."""
@@ -184,18 +214,14 @@ class LocalEngine:
             batches += [group[start:end] for start, end in itertools.pairwise(bounds)]
         return batches
 
-    def _run(self, decoder: Decoder, batch: Batch) -> list[Generation]:
+    def _texts(self, tokens: Sequence[np.ndarray]) -> list[str]:
+        return list(self._tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _decode(self, decoder: Decoder, batch: Batch) -> Iterator[list[Response]]:
         stop = None
         if batch.sampling.stop:
             if batch.sampling.stop not in self._stops:
                 self._stops[batch.sampling.stop] = StopStrings(self._token_texts, batch.sampling.stop)
             stop = self._stops[batch.sampling.stop]
         end_ids = () if batch.sampling.ignore_eos else self.end_token_ids
-        result = decode_batch(decoder, batch, end_ids, stop, self._device)
-        tokens = [row[:length].copy() for row, length in zip(result.tokens_BT, result.lengths_B, strict=True)]
-        log_probs = [row[:length].copy() for row, length in zip(result.log_probs_BT, result.lengths_B, strict=True)]
-        texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        statuses = [Status.COMPLETED if ended else Status.TRUNCATED for ended in result.ended_B]
-        return [
-            Generation(*fields, self._weight_version) for fields in zip(tokens, log_probs, texts, statuses, strict=True)
-        ]
+        return decode_batch(decoder, batch, end_ids, stop, self._device)

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +18,13 @@ from torch import Tensor
 from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.http_client import HttpError
 from opd_megatron.rollout.engine import GenerateRequest, Generation
-from opd_megatron.rollout.loop_thread import LoopThread
 from opd_megatron.rollout.sglang_answer import UnusableAnswerError, cut_at_stop, generate_body, read_response
 from opd_megatron.rollout.sglang_server import Launch, SGLangServer
 from opd_megatron.rollout.stop import StopStrings, TokenTexts
 from opd_megatron.rollout.weight_check import TOLERANCES, WeightCheck
 from opd_megatron.rollout.weight_folders import WeightFolders
 from opd_megatron.sample import Status
+from opd_megatron.threads import LoopThread
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -148,7 +148,7 @@ class SGLangEngine:
         self._run(self._ask_all(requests, results.__setitem__))
         return [results[place] for place in range(len(requests))]
 
-    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
+    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[tuple[int, Generation], None]:
         """As :meth:`generate`: place and generation, in the order in which they are complete.
 
         Leaving the iterator (closing it, or cancelling the task that reads it) aborts what is left.

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from opd_megatron.config.options import ObjectiveOptions
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR
+from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.opd import clip_distance, reverse_kl_statistics, sampled_term
+from opd_megatron.objectives.weights import scored_opd_weights, token_loss_weights
 
 KEYS = {
     "opd/reverse_kl",
@@ -140,3 +143,50 @@ def test_lengths_are_checked() -> None:
         reverse_kl_statistics([two, two], [two, three], [two, two])
     with pytest.raises(ValueError, match="shorter"):
         reverse_kl_statistics([two, two], [two], [two, two])
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_a_masked_term_is_the_scored_sum_times_n_over_n_scored(per_token: bool, micro_batch: int) -> None:
+    """Gradient of the loss with masked samples, against the sum over scored tokens written down, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, scored = [4, 1, 7, 3, 6], [True, False, True, True, False]
+    masks = [torch.rand(length, generator=generator) < 0.8 for length in lengths]
+    student = [-torch.rand(length, generator=generator).double() for length in lengths]
+    teacher = [-torch.rand(length, generator=generator).double() for length in lengths]
+    weights = token_loss_weights(masks, per_token)
+    opd_weights = scored_opd_weights(weights, scored)
+    nothing = torch.full((), math.nan).double()
+    found = []
+    for first in range(0, 5, micro_batch):
+        here = slice(first, first + micro_batch)
+        log_probs_N = torch.cat(student[here]).requires_grad_()
+        valid = [torch.full((length,), known) for length, known in zip(lengths[here], scored[here], strict=True)]
+        answers = [t if known else nothing.expand_as(t) for t, known in zip(teacher[here], scored[here], strict=True)]
+        inputs = PolicyInputs(
+            log_probs_N=log_probs_N,
+            advantages_N=torch.zeros_like(log_probs_N),
+            loss_weights_N=torch.cat(weights[here]).double(),
+            loss_mask_N=torch.cat(masks[here]),
+            teacher_log_probs_N=torch.cat(answers),
+            teacher_valid_N=torch.cat(valid),
+            opd_weights_N=torch.cat(opd_weights[here]).double(),
+        )
+        policy_objective(inputs, ObjectiveOptions(), 0.7)[0].backward()
+        assert log_probs_N.grad is not None
+        found.append(log_probs_N.grad)
+    tokens = sum(int(mask.sum()) for mask in masks)
+    each = [mask.double() / (tokens if per_token else 5 * mask.sum().clamp(min=1)) for mask in masks]
+    kept = sum(float(w.sum()) for w, known in zip(each, scored, strict=True) if known)
+    # d/d log p of -w * A with A = -coef * (log p_S - log p_T), detached
+    expected = [
+        (w * 0.7 * (s - t) / kept) if known else torch.zeros_like(w)
+        for w, s, t, known in zip(each, student, teacher, scored, strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-6, atol=1e-9)
+
+
+def test_without_a_scored_sample_the_term_is_gone() -> None:
+    weights = token_loss_weights([torch.ones(3), torch.ones(2)], True)
+    assert all(not weights_T.any() for weights_T in scored_opd_weights(weights, [False, False]))
+    assert all((weights_T == 1).all() for weights_T in scored_opd_weights(weights, [True, True]))

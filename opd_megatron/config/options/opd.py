@@ -65,6 +65,28 @@ class ServerTeacherOptions:
 
 
 @dataclass(frozen=True)
+class TeacherFailureOptions:
+    """What a teacher behind a server could not score"""
+
+    opd_on_teacher_failure: str = option(
+        "stop",
+        "when the teacher cannot score a sample: stop, saved; mask, train on its task reward alone; drop, replace its "
+        "prompt's samples by those of the next prompt",
+        choices=("stop", "mask", "drop"),
+    )
+    opd_max_failed_frac: float = option(
+        0.1, "part of a rollout's samples that may be masked or dropped before the run stops", minimum=0.0, maximum=1.0
+    )
+    opd_teacher_step_deadline: float = option(
+        1800.0,
+        "time that a step waits for the teacher alone; what is not answered by then has failed",
+        unit="seconds",
+        above=0.0,
+        maximum=checks.LONGEST_WAIT,
+    )
+
+
+@dataclass(frozen=True)
 class MegatronTeacherOptions:
     """A teacher loaded into Megatron"""
 
@@ -106,7 +128,7 @@ class MegatronTeacherOptions:
 
 
 @dataclass(frozen=True)
-class OpdOptions(ServerTeacherOptions, MegatronTeacherOptions, DistributionOptions):
+class OpdOptions(ServerTeacherOptions, TeacherFailureOptions, MegatronTeacherOptions, DistributionOptions):
     """On-policy distillation"""
 
     use_opd: bool = option(False, "add the per-token distillation term to the advantage")

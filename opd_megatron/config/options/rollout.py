@@ -9,6 +9,8 @@ from opd_megatron.config.declare import option
 
 REWARD_NAMES = ("math", "gsm8k", "exact", "zero", "column_arithmetic")
 """Rewards that options can name."""
+DYNAMIC_FILTERS = ("none", "unequal_rewards")
+"""Filters that options can name."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,20 @@ class RolloutOptions:
     rollout_engine_batch_size: int = option(256, "sequences decoded together by the local engine", minimum=1)
     custom_generate_function_path: str | None = option(
         None, "import path of the function that makes one sample", metavar="MODULE:FUNCTION", check=checks.import_path
+    )
+    dynamic_filter: str = option(
+        "none",
+        "which prompts' samples are trained on; the others are replaced by those of the next prompts",
+        choices=DYNAMIC_FILTERS,
+    )
+    dynamic_filter_path: str | None = option(
+        None,
+        "import path of a filter: from the samples of a prompt, with their rewards, to True (keep) or False",
+        metavar="MODULE:FUNCTION",
+        check=checks.import_path,
+    )
+    dynamic_filter_max_refills: int = option(
+        4, "prompts that a filter may have replaced in one rollout, in multiples of --rollout-batch-size", minimum=1
     )
     save_debug_rollout_data: str | None = option(
         None, "record every rollout in this file; {rollout_id} is replaced", metavar="PATH"

@@ -1,0 +1,51 @@
+"""From options and parts to the stages of a rollout."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from opd_megatron.config.options import Options
+from opd_megatron.flow.failures import FailurePolicy
+from opd_megatron.flow.filters import build_filter
+from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages
+from opd_megatron.reward import RewardFunction
+from opd_megatron.teacher.protocol import StreamingTeacher, Teacher
+
+
+def scores_later(teacher: Teacher | StreamingTeacher | None) -> bool:
+    """Whether the teacher scores whole rollouts, when they are finished, and not sample by sample."""
+    return teacher is not None and not _streams(teacher)
+
+
+def _streams(teacher: Teacher | StreamingTeacher | None) -> TypeGuard[StreamingTeacher]:
+    return hasattr(teacher, "score_one")
+
+
+def stages_of(
+    options: Options,
+    source: SampleSource,
+    prompts: PromptSource,
+    reward: RewardFunction | None,
+    teacher: Teacher | StreamingTeacher | None,
+) -> Stages:
+    """What a rollout of these options goes through."""
+    rollout, opd = options.rollout, options.opd
+    if rollout.rollout_batch_size is None:
+        raise ValueError("rollout_batch_size is not set")
+    return Stages(
+        source=source,
+        prompts=prompts,
+        batch=rollout.rollout_batch_size,
+        copies=rollout.n_samples_per_prompt,
+        reward=reward,
+        keep=build_filter(rollout),
+        max_refills=rollout.dynamic_filter_max_refills * rollout.rollout_batch_size,
+        teacher=teacher if _streams(teacher) else None,
+        policy=FailurePolicy(
+            on_failure=opd.opd_on_teacher_failure,
+            max_failed_frac=opd.opd_max_failed_frac,
+            deadline=opd.opd_teacher_step_deadline,
+        ),
+        # The rounding of the local engine depends on what it decodes together.
+        refill_at_once=options.engine.rollout_engine != "local",
+    )

@@ -1,0 +1,54 @@
+"""Samples that the teacher could not score, and that are trained on all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+
+from opd_megatron.config.options import Options
+from opd_megatron.objectives.weights import scored_opd_weights, token_loss_weights
+from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.teacher.protocol import FailureKind
+
+
+def mask(sample: Sample, kind: FailureKind, teacher: str) -> None:
+    """Leave the sample out of the distillation term: its scores are valid nowhere and no number to mistake for one."""
+    length = sample.response_length
+    sample.teacher_failure = str(kind)
+    sample.teacher_scores = TeacherScores(
+        np.full(length, np.nan, dtype=np.float32), np.zeros(length, dtype=np.bool_), teacher=teacher
+    )
+
+
+def complete_masked(samples: Sequence[Sample]) -> None:
+    """Give masked samples every field that the scores of the others have, such as the most probable tokens: zeros."""
+    known = next((sample.teacher_scores for sample in samples if sample.teacher_failure is None), None)
+    if known is None:
+        return
+    for sample in samples:
+        if sample.teacher_failure is None or sample.teacher_scores is None:
+            continue
+        for item in fields(TeacherScores):
+            like = getattr(known, item.name)
+            if isinstance(like, np.ndarray) and getattr(sample.teacher_scores, item.name) is None:
+                nothing = np.zeros((sample.response_length, *like.shape[1:]), like.dtype)
+                setattr(sample.teacher_scores, item.name, nothing)
+
+
+def leave_out_failed(options: Options, samples: Sequence[Sample]) -> None:
+    """Where the teacher failed for some samples, let the others' distillation term keep its size in each step."""
+    if all(sample.teacher_failure is None for sample in samples):
+        return
+    size = options.global_batch_size
+    for first in range(0, len(samples), size):
+        step = samples[first : first + size]
+        weights = token_loss_weights(
+            [sample.loss_mask for sample in step],
+            options.objective.calculate_per_token_loss,
+            options.objective.loss_length_divisor,
+        )
+        scored = [sample.teacher_failure is None for sample in step]
+        for sample, opd_weights_T in zip(step, scored_opd_weights(weights, scored), strict=True):
+            sample.opd_weights = opd_weights_T.numpy()
