@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
+    has_megatron_teacher,
     needs_reference,
     needs_teacher_hidden,
     reference_folder,
@@ -28,22 +30,25 @@ from opd_megatron.config.resolve import (
     teacher_architecture,
 )
 from opd_megatron.config.validate_opd import idle_opd_options
-from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
+from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
+from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.objectives.advantages import chosen_estimator
 from opd_megatron.objectives.policy_loss import chosen_policy_loss
 from opd_megatron.reward import RewardFunction, build_reward
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
-from opd_megatron.sample import Sample
+from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
-from opd_megatron.teacher.preflight import PROBE_TEXTS, encode
+from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
+from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +72,7 @@ class Parts:
     evaluation_sets: list[EvaluationSet]
     num_rollouts: int
     trainer: TrainerGroup
-    engine: LocalEngine | None
+    engine: RolloutEngine | None
     generator: RolloutGenerator | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
@@ -107,7 +112,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         engine = None
         samples_rollouts = options.objective.loss_type == "policy_loss" and not replayed
         if samples_rollouts or sets:
-            engine = _engine(options, hf_folder, tokenizer)
+            engine = _engine(options, hf_folder, tokenizer, lambda tokens: _student_log_probs(trainer, tokens, 1.0))
             stack.callback(engine.close)
         generator = None
         if samples_rollouts and engine is not None:
@@ -157,7 +162,22 @@ def _num_rollouts(options: Options, prompts: PromptSet | None) -> int:
     return prompts.rollouts_for_epochs(options.data.num_epoch, options.rollout.rollout_batch_size)
 
 
-def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBase) -> LocalEngine:
+def _engine(
+    options: Options,
+    hf_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Callable[[np.ndarray], np.ndarray],
+) -> RolloutEngine:
+    """The engine that was asked for; ``reference`` are the trainer's log-probabilities, by which updates are proved."""
+    if options.engine.rollout_engine == "sglang":
+        return sglang_engine(
+            options,
+            hf_folder,
+            tokenizer,
+            write=partial(write_hf_folder, hf_folder=hf_folder),
+            reference=reference,
+            on_cpu=cpu.device().type == "cpu",
+        )
     return LocalEngine(
         hf_folder,
         tokenizer,
@@ -165,6 +185,11 @@ def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBas
         dtype=torch.bfloat16 if options.optimizer.bf16 else torch.float32,
         max_batch_size=options.rollout.rollout_engine_batch_size,
     )
+
+
+def _student_log_probs(trainer: TrainerGroup, tokens: np.ndarray, temperature: float | None = None) -> np.ndarray:
+    """The trainer's log-probabilities of ``tokens[1:]`` at the rollout temperature, or another one."""
+    return trainer.score("student", text_samples([tokens]), temperature=temperature)[0]
 
 
 def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
@@ -180,9 +205,9 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
         if folder is None:
             raise UserError("a KL to the reference needs weights in --ref-load or --hf-checkpoint")
         frozen["reference"] = FrozenModel(architecture, folder)
-    opd = options.opd
-    if opd.use_opd and opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is None:
-        frozen["teacher"] = teacher_model(options, teacher_architecture(options), Path(str(opd.opd_teacher_load)))
+    if has_megatron_teacher(options):
+        loaded = Path(str(options.opd.opd_teacher_load))
+        frozen["teacher"] = teacher_model(options, teacher_architecture(options), loaded)
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 
@@ -192,7 +217,7 @@ def _teacher(
     opd = options.opd
     if not opd.use_opd:
         return None
-    if opd.opd_type == "megatron":
+    if has_megatron_teacher(options):
         return MegatronTeacher(
             trainer,
             str(opd.opd_teacher_load),
@@ -247,7 +272,7 @@ def preflight(parts: Parts, done: int) -> list[str]:
 
     Returns warnings, raises ``UserError`` or TeacherError.
     """
-    options, teacher = parts.options, parts.teacher
+    options = parts.options
     _first_weights(parts, done)
     notes = []
     objective = options.objective
@@ -260,37 +285,52 @@ def preflight(parts: Parts, done: int) -> list[str]:
     notes += _length_notes(parts)
     idle = idle_opd_options(options)
     if idle:
-        notes.append(f"distillation is off: {', '.join(idle)} of the --config file have no effect without --use-opd")
+        why = "recorded rollouts hold the teacher's scores" if options.opd.use_opd else "distillation is off"
+        notes.append(f"{why}: {', '.join(idle)} of the --config file have no effect")
+    for finding in _check_teacher(parts):
+        if finding.warning:
+            notes.append(finding.text)
+        else:
+            logger.info("teacher, %s: %s", finding.check, finding.text)
+    return notes
+
+
+def _check_teacher(parts: Parts) -> list[Finding]:
+    options, teacher = parts.options, parts.teacher
     if teacher is None:
-        return notes
-    paths = options.checkpoint
-    folders = [folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None]
-    texts = [text for text in PROBE_TEXTS[:1] if parts.tokenizer.decode(encode(parts.tokenizer, text)) == text]
-
-    def student_log_probs(tokens: np.ndarray) -> np.ndarray:
-        sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
-        return parts.trainer.score("student", [sample])[0]
-
+        return []
+    paths, data = options.checkpoint, options.data
+    positions = student_architecture(options).max_position_embeddings
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
-    if isinstance(teacher, SGLangTeacher):
-        return notes + preflight_sglang(
-            teacher,
-            parts.tokenizer,
-            rollout_temperature=options.rollout.rollout_temperature,
-            allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
-            longest_sample=_longest_sample(parts),
-            student_folders=folders,
-            known_texts=texts,
-            student_log_probs=student_log_probs if same_temperature else None,
-        )
-    return notes + preflight_megatron(
-        teacher,
+    records = parts.prompts.records if parts.prompts is not None else []
+
+    def student_log_probs(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return parts.trainer.score("student", text_samples(texts))
+
+    student = Student(
         parts.tokenizer,
-        _teacher_tokenizer(str(options.opd.opd_teacher_load)),
-        vocab_size=teacher_architecture(options).vocab_size,
-        student_folders=folders,
-        known_texts=texts,
-        student_log_probs=student_log_probs,
+        folders=[folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None],
+        log_probs=student_log_probs if same_temperature else None,
+        texts=text_of_records(records, parts.tokenizer, count=JUDGED_TEXTS, longest=min(JUDGED_TOKENS, positions)),
+        chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
+    )
+    if isinstance(teacher, MegatronTeacher):
+        tokenizer = _teacher_tokenizer(str(options.opd.opd_teacher_load))
+        return preflight_megatron(teacher, student, tokenizer, vocab_size=teacher_architecture(options).vocab_size)
+    prompts = [len(record.prompt_tokens) for record in records]
+    return preflight_sglang(
+        teacher,
+        student,
+        rollout_temperature=options.rollout.rollout_temperature,
+        allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
+        longest_sample=_longest_sample(parts),
+        sizes=RunSizes(
+            samples=options.samples_per_rollout,
+            group=options.rollout.n_samples_per_prompt,
+            prompt_tokens=int(np.median(prompts)) if prompts else 1,
+            response_tokens=options.rollout.rollout_max_response_len,
+            steps=parts.num_rollouts,
+        ),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +62,9 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         else:
             sync_weights(parts, str(rollout_id))
             samples = parts.generator.generate(records, rollout_id)
+            if parts.engine is not None:
+                metrics |= parts.engine.metrics()
+                parts.engine.rest()
     metrics |= rollout_metrics(samples)
     return samples
 
@@ -266,13 +268,13 @@ def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dic
 
 def _mismatch(options: Options, samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
     """``rollout/mismatch_*`` of the samples that know how probable the engine found them."""
-    known = [sample.rollout_log_probs is not None for sample in samples]
-    return mismatch_statistics(
-        [sample.rollout_log_probs for sample in samples if sample.rollout_log_probs is not None],
-        list(itertools.compress(student, known)),
-        [sample.loss_mask for sample in itertools.compress(samples, known)],
-        options.objective,
-    )
+    known = [
+        (sample.rollout_log_probs, log_probs, sample.loss_mask)
+        for sample, log_probs in zip(samples, student, strict=True)
+        if sample.rollout_log_probs is not None
+    ]
+    engine, trainer, masks = zip(*known, strict=True) if known else ((), (), ())
+    return mismatch_statistics(engine, trainer, masks, options.objective)
 
 
 def check_engine(options: Options, metrics: dict[str, float]) -> None:
@@ -314,7 +316,7 @@ def evaluate_all(parts: Parts, step: int) -> dict[str, float]:
             max_prompt_len=options.rollout.rollout_max_prompt_len,
         )
         metrics |= found
-    return metrics
+    return metrics | engine.metrics()
 
 
 def goal_reached(options: Options, metrics: dict[str, float]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from urllib.parse import SplitResult, urlsplit
 
 MASK = "***"
@@ -81,3 +82,37 @@ def mask_url(url: str) -> str:
     query = f"?{MASK}" if parts.query else ""
     fragment = f"#{MASK}" if parts.fragment else ""
     return prefix + user + host + path + query + fragment
+
+
+_OWN_SERVER_FLAGS = {
+    "--api-key": "the servers listen on this machine alone",
+    "--base-gpu-id": "use --sglang-base-gpu-id",
+    "--context-length": "it is the model's",
+    "--dtype": "it is the trainer's",
+    "--enable-memory-saver": "use --sglang-free-memory",
+    "--host": "the servers listen on this machine alone",
+    "--load-format": "the weights are the trainer's",
+    "--mem-fraction-static": "use --sglang-mem-fraction-static",
+    "--model": "it is --hf-checkpoint",
+    "--model-path": "it is --hf-checkpoint",
+    "--port": "a free one is taken",
+    "--skip-tokenizer-init": "stop strings need the tokenizer",
+    "--tensor-parallel-size": "use --rollout-num-gpus-per-engine",
+    "--tp": "use --rollout-num-gpus-per-engine",
+    "--tp-size": "use --rollout-num-gpus-per-engine",
+    "--weight-version": "it names the trainer's step",
+}
+"""Flags of SGLang's server that the engine sets, and what a user does instead."""
+
+
+def server_flags(value: str) -> str | None:
+    """Flags of a server as a shell would read them, without those that the engine sets."""
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        return f"cannot be read as flags ({error})"
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag in _OWN_SERVER_FLAGS:
+            return f"{flag} is set already: {_OWN_SERVER_FLAGS[flag]}"
+    return None if not words or words[0].startswith("-") else "must begin with a flag"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.resolve import has_megatron_teacher
 from opd_megatron.config.validate_distribution import distribution_faults
 
 _SGLANG_ONLY = (
@@ -21,6 +22,8 @@ _MEGATRON_ONLY = (
     "opd_teacher_max_tokens_per_gpu",
     "opd_teacher_tensor_model_parallel_size",
     "opd_teacher_pipeline_model_parallel_size",
+    "opd_teacher_expert_model_parallel_size",
+    "opd_teacher_expert_tensor_parallel_size",
     "opd_teacher_hidden_dtype",
     "opd_exact_kl_interval",
     "opd_baseline",
@@ -30,14 +33,17 @@ _MEGATRON_ONLY = (
 def opd_faults(options: Options) -> list[str]:
     """Every fault of the ``--opd-*`` options among themselves and with the sampling options."""
     opd = options.opd
+    # those of a file may stay where the command line switches distillation, or the teacher, off
+    idle = [name for name in idle_opd_options(options) if name in options.typed]
     if not opd.use_opd:
-        # those of a file may stay where the command line switches distillation off
-        names = [name for name in idle_opd_options(options) if name in options.typed]
-        faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in names]
+        faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in idle]
         if options.objective.loss_type == "policy_loss" and options.objective.advantage_estimator == "none":
             faults.append("--advantage-estimator none leaves nothing to learn from: add --use-opd or name an estimator")
         return faults
-    faults = []
+    faults = [
+        f"{_flag(name)} has no effect with --load-debug-rollout-data, which holds the teacher's scores: leave it out"
+        for name in idle
+    ]
     if options.objective.loss_type == "sft_loss":
         faults.append("--use-opd does not go with --loss-type sft_loss, which samples nothing: leave out one of them")
     if opd.opd_type is None:
@@ -53,10 +59,17 @@ def opd_faults(options: Options) -> list[str]:
 
 
 def idle_opd_options(options: Options) -> list[str]:
-    """Names of the ``opd_*`` options that are given and have no effect, because ``use_opd`` is off."""
-    if options.opd.use_opd:
-        return []
-    names = [item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd"]
+    """Names of the ``opd_*`` options that are given and have no effect.
+
+    All of them without ``use_opd``, and those of the teacher with recorded rollouts, which need none.
+    """
+    names: tuple[str, ...] = ()
+    if not options.opd.use_opd:
+        names = tuple(item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd")
+    elif options.rollout.load_debug_rollout_data is not None:
+        # a baseline is part of the objective, which a recording cannot serve: that is refused wherever it stands
+        of_type = {"megatron": _MEGATRON_ONLY, "sglang": _SGLANG_ONLY}.get(options.opd.opd_type or "", ())
+        names = tuple(name for name in of_type if name != "opd_baseline")
     return [name for name in names if name in options.given]
 
 
@@ -70,7 +83,7 @@ def _misplaced(options: Options, names: tuple[str, ...], other: str) -> list[str
 
 def _megatron_faults(options: Options) -> list[str]:
     faults = []
-    if options.opd.opd_teacher_load is None:
+    if has_megatron_teacher(options) and options.opd.opd_teacher_load is None:
         faults.append("--opd-type megatron needs --opd-teacher-load: name the teacher's checkpoint folder")
     baseline = options.opd.opd_baseline
     if baseline != "none" and options.rollout.load_debug_rollout_data is not None:

@@ -154,26 +154,36 @@ class MegatronTrainer:
         rank = parallel_state.get_data_parallel_rank()
         return [step[rank] for step in self._steps(samples)]
 
-    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> dict[int, np.ndarray]:
-        """Log-probabilities ``[T]`` float32 of each response at the rollout temperature, by place in ``samples``.
+    def score(
+        self,
+        name: ModelName,
+        samples: Sequence[Sample],
+        *,
+        keep_hidden: bool = False,
+        temperature: float | None = None,
+    ) -> dict[int, np.ndarray]:
+        """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        With ``keep_hidden`` the teacher's hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the teacher's
+        hidden rows stay on the host for the exact KL of the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
+        temperature = self.temperature if temperature is None else temperature
         if name == "student":
             check_tokens(samples, self.spec.architecture.vocab_size)
             micro_batches = [places for step in self._share(samples) for places in step]
             with self.memory.holding("weights"):
-                return response_log_probs(self.chunks, samples, micro_batches, self.temperature)
+                return response_log_probs(self.chunks, samples, micro_batches, temperature)
         if name == "teacher":
             self._teacher_rows = None
         frozen = self.frozen[name]
         steps = frozen.steps(samples)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
         with self.memory.holding(name):
-            found = frozen.score(samples, steps, self.temperature, rows.keep if rows else None)
+            found = frozen.score(samples, steps, temperature, rows.keep if rows else None)
             if rows:
-                rows.take_weight(frozen.head_weight(), leaves=self.options.offload.offload_teacher)
+                leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
+                rows.take_weight(frozen.head_weight(), leaves=leaves)
         if rows:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
             self._teacher_rows = rows

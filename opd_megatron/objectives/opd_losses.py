@@ -110,21 +110,21 @@ OPD_LOSSES.register(
     "sampled",
     sampled,
     title="OPD, sampled",
-    formula=r"A \leftarrow A - c\,(d_t - b_t + \sum_{u>t} \gamma^{u-t} d_u)",
+    formula=r"$A \leftarrow A - c\,(d_t - b_t + \sum_{u>t} \gamma^{u-t} d_u)$",
     source="arXiv 2306.13649; on-policy distillation, Thinking Machines Lab 2025",
     proof="test_exact_gradients.py::test_opd_gradient_is_that_of_the_per_token_reverse_kl",
 )
 OPD_LOSSES.describe(
     "OPD, discounted",
     "--opd-kl-discount G",
-    formula=r"\gamma = 1:\ \nabla\, \mathrm{KL}(S \Vert T) \text{ of whole responses}",
+    formula=r"$\gamma = 1:\ \nabla\, \mathrm{KL}(S \Vert T) \text{ of whole responses}$",
     source="policy gradient theorem",
     proof="test_exact_gradients.py::test_future_distances_lead_from_the_per_token_kl_to_that_of_whole_responses",
 )
 OPD_LOSSES.describe(
     "OPD, importance-weighted",
     "--opd-importance",
-    formula=r"\frac{S}{S_{\mathrm{old}}}\, \mathrm{sg}(\log S - \log T)",
+    formula=r"$\frac{S}{S_{\mathrm{old}}}\, \mathrm{sg}(\log S - \log T)$",
     source="score-function estimator",
     proof="test_exact_gradients.py::test_the_importance_weighted_term_has_the_gradient_of_the_current_students_kl",
 )
@@ -132,7 +132,7 @@ OPD_LOSSES.register(
     "distribution",
     distribution,
     title="OPD, whole distributions",
-    formula=r"c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))",
+    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_the_distribution_form_has_the_expected_gradient_of_the_sampled_one",
 )
@@ -140,7 +140,7 @@ OPD_LOSSES.register(
     "kl_loss",
     kl_estimator,
     title="OPD, estimator as a loss",
-    formula=r"c\, r\, k_1,\quad c\, \mathrm{sg}(r)\, k_2,\quad c\, r\, k_3",
+    formula=r"$c\, r\, k_1,\quad c\, \mathrm{sg}(r)\, k_2,\quad c\, r\, k_3$",
     source="Schulman, Approximating KL divergence, 2020",
     proof="test_opd_losses.py::test_the_estimators_have_the_gradient_of_the_reverse_kl",
 )

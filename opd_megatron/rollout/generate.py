@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ def fill_sample(sample: Sample, generation: Generation) -> None:
     sample.loss_mask = np.ones(len(generation.tokens), dtype=np.bool_)
     sample.response = generation.text
     sample.status = generation.finish
+    sample.weight_version = generation.weight_version
     sample.validate()
 
 
@@ -73,17 +74,30 @@ class SampleEngine:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As :meth:`RolloutEngine.generate`."""
+        return self._engine.generate(self._of_this_sample(requests))
+
+    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
+        """As :meth:`RolloutEngine.stream`."""
+        return self._engine.stream(self._of_this_sample(requests))
+
+    def _of_this_sample(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         call, self._calls = self._calls, self._calls + 1
-        return self._engine.generate(
-            [
-                GenerateRequest(request.prompt_tokens, request.sampling, (*self._stream, call, place, *request.seed))
-                for place, request in enumerate(requests)
-            ]
-        )
+        return [
+            GenerateRequest(request.prompt_tokens, request.sampling, (*self._stream, call, place, *request.seed))
+            for place, request in enumerate(requests)
+        ]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Refused: ``RuntimeError``."""
         raise RuntimeError("a generate function cannot change the engine's weights")
+
+    def metrics(self) -> dict[str, float]:
+        """None: they belong to the run."""
+        return {}
+
+    def rest(self) -> None:
+        """Refused: ``RuntimeError``."""
+        raise RuntimeError("a generate function cannot put the engine to rest")
 
     def close(self) -> None:
         """Refused: ``RuntimeError``."""

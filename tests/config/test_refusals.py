@@ -113,6 +113,19 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         MEGATRON + "--opd-baseline kl --load-debug-rollout-data $run/{rollout_id}.jsonl",
         ("--opd-baseline kl needs the teacher itself",),
     ),
+    "teacher of a recording": (
+        MEGATRON + "--opd-teacher-tensor-model-parallel-size 2 --opd-exact-kl-interval 5 "
+        "--load-debug-rollout-data $recorded",
+        (
+            "--opd-teacher-load has no effect with --load-debug-rollout-data",
+            "--opd-teacher-tensor-model-parallel-size has no effect with",
+            "--opd-exact-kl-interval has no effect with",
+        ),
+    ),
+    "server of a recording": (
+        SGLANG + "--load-debug-rollout-data $recorded",
+        ("--opd-teacher-url has no effect with --load-debug-rollout-data",),
+    ),
     "sglang without url": (BASE + "--use-opd --opd-type sglang", ("--opd-type sglang needs --opd-teacher-url",)),
     "sglang with two urls": (SGLANG + "--opd-teacher-url http://h:2", ("--opd-teacher-url takes exactly one",)),
     "sglang with step": (SGLANG + "--opd-teacher-ckpt-step 5", ("--opd-teacher-ckpt-step goes with",)),
@@ -137,7 +150,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "teacher layout that does not fit": (
         MEGATRON + "--actor-num-gpus-per-node 2 --opd-teacher-tensor-model-parallel-size 3",
         (
-            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 x",
+            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 (as of",
             "does not divide the 2 ranks",
             "--opd-teacher-tensor-model-parallel-size 3 does not divide the teacher's",
         ),
@@ -266,7 +279,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "teacher layout": (
         MEGATRON + "--pipeline-model-parallel-size 4 --actor-num-gpus-per-node 4",
-        ("the teacher's 6 layers",),
+        ("--opd-teacher-pipeline-model-parallel-size 4 (as of the student) does not divide the teacher's 6 layers",),
     ),
     "sequence parallel": (BASE + "--sequence-parallel", ("--sequence-parallel needs --tensor-model-parallel-size",)),
     "recompute": (

@@ -120,7 +120,7 @@ def test_gspo_is_the_sequence_form_where_the_advantage_is_the_responses(
 
 
 def test_with_a_term_of_each_token_only_the_token_form_of_gspo_gives_each_its_own_credit(student: Policy) -> None:
-    """On policy, where all ratios are 1: the token form is the OPD gradient, the sequence form spreads credit."""
+    """On policy, with ratios of 1: the token form is the OPD gradient, the sequence form spreads credit evenly."""
     teacher = Policy(LANGUAGE, 7)
     zeros_ST = torch.zeros(len(LANGUAGE), LANGUAGE.length, dtype=torch.float64)
     objective = ObjectiveOptions(policy_loss="gspo")

@@ -38,7 +38,7 @@ step "on-policy distillation: the student samples, a SGLang server scores"
 set_distil_command --opd-type sglang --opd-teacher-url '{url}' --opd-teacher-max-in-flight 16
 server="$SGLANG_VENV/bin/python tools/sglang_cpu/launch.py --model-path $RUN_ROOT/teacher_hf --port {port}"
 opd_started=$SECONDS
-"$python" -m opd_megatron.teacher.local_server --log "$RUN_ROOT/server.log" --server "$server" -- "${distil_command[@]}"
+"$python" -m opd_megatron.servers --log "$RUN_ROOT/server.log" --server "$server" -- "${distil_command[@]}"
 opd_seconds=$((SECONDS - opd_started))
 step "what was learned: pass@1 and reverse KL on held-out problems"
 convert "$RUN_ROOT/opd/checkpoints" "$RUN_ROOT/student_after_hf"

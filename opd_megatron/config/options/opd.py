@@ -57,6 +57,12 @@ class MegatronTeacherOptions:
     opd_teacher_pipeline_model_parallel_size: int | None = option(
         None, "pipeline-parallel ranks of the Megatron teacher (default: the student's)", minimum=1
     )
+    opd_teacher_expert_model_parallel_size: int | None = option(
+        None, "ranks over which the Megatron teacher's experts are spread (default: the student's)", minimum=1
+    )
+    opd_teacher_expert_tensor_parallel_size: int | None = option(
+        None, "tensor-parallel ranks of one of the Megatron teacher's experts (default: the student's)", minimum=1
+    )
     opd_teacher_hidden_dtype: str = option(
         "same",
         "precision of the teacher's hidden states on the host, kept for the exact KL (same: that of its weights)",
