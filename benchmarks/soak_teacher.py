@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.teacher_client import make_model, served
 from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.protocol import TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 from tests.sglang import faults
 from tests.sglang.proxy import FaultProxy, at_random
+from tests.sglang.served import make_model, served
 
 POOL = 256
 """Different samples; what is asked for are draws from them."""
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         pool = Pool(model, np.random.default_rng(arguments.seed))
         plan = at_random(FAULTS, arguments.fault_rate, arguments.seed)
-        with served(arguments, folder, Path(name) / "server.log") as url, FaultProxy(url, plan) as proxy:
+        with served(arguments.sglang_python, folder, Path(name) / "server.log") as url, FaultProxy(url, plan) as proxy:
             teacher = SGLangTeacher(
                 [proxy.url], vocab_size=model.config.vocab_size, top_k=TOP_K, timeout=5.0, max_retries=6, backoff=0.1
             )

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import binascii
 import concurrent.futures
-import contextlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,18 +31,17 @@ import numpy as np
 import orjson
 import requests
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import train
-from opd_megatron.data.column_arithmetic import build_tokenizer, sample_problems
+from opd_megatron.data.column_arithmetic import sample_problems
 from opd_megatron.observe.run_folder import read_metrics
 from opd_megatron.sample import Sample, TeacherScores
-from opd_megatron.servers import local_server
 from opd_megatron.teacher.sglang import SGLangTeacher
+from tests.sglang.served import make_model, served
 
 REPOSITORY = Path(__file__).parents[1]
 TIMEOUT = 120.0
-CONTEXT = 512
 FORMS: dict[str, dict[str, bool]] = {
     "nested": {},
     "flat": {"return_flat_raw_top_logprobs": True},
@@ -67,28 +65,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rollouts", type=int, default=6, help="of the training loop (0: leave it out)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     return parser.parse_args(argv)
-
-
-def make_model(folder: Path, *, vocab_size: int, hidden: int, layers: int, seed: int) -> Path:
-    """A random Qwen3 with the tokenizer of the column arithmetic, whose tokens are the first of the vocabulary."""
-    tokenizer = build_tokenizer(folder)
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=max(vocab_size, len(tokenizer)),
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def make_samples(count: int, tokens: int, vocab_size: int, seed: int) -> list[Sample]:
@@ -264,14 +240,6 @@ def waiting_share(url: str, folder: Path, rollouts: int) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def served(arguments: argparse.Namespace, model: Path, log: Path) -> Iterator[str]:
-    launcher = REPOSITORY / "tools" / "sglang_cpu" / "launch.py"
-    command = [arguments.sglang_python, str(launcher), "--model-path", str(model), "--port", "{port}"]
-    with local_server(command, log_path=log) as server:
-        yield server.url
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     with tempfile.TemporaryDirectory() as name:
@@ -284,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{platform.processor() or platform.machine()} cores, load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
-        with served(arguments, teacher, folder / "server.log") as url:
+        with served(arguments.sglang_python, teacher, folder / "server.log") as url:
             rates = [compare(url, model, arguments, top_k) for top_k in arguments.top_k]
             for found in rates:
                 print(

@@ -45,8 +45,10 @@ from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
+from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
 from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
+from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
@@ -78,7 +80,7 @@ class Parts:
     flow: RolloutFlow | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
-    teacher: MegatronTeacher | SGLangTeacher | None
+    teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
 
@@ -93,6 +95,8 @@ def assemble(options: Options) -> Iterator[Parts]:
     prompts = None
     if not replayed:
         records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
+        if options.opd.use_opd:
+            check_prompt_routes(options, (record.metadata for record in records))
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
             check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
@@ -218,7 +222,7 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
 
 def _teacher(
     options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
-) -> MegatronTeacher | SGLangTeacher | None:
+) -> MegatronTeacher | SGLangTeacher | RoutedTeachers | None:
     opd = options.opd
     if not opd.use_opd:
         return None
@@ -229,16 +233,10 @@ def _teacher(
             temperature=options.rollout.rollout_temperature,
             vocab_size=teacher_architecture(options).vocab_size,
         )
-    return SGLangTeacher(
-        opd.opd_teacher_url[0],
-        vocab_size=student_architecture(options).vocab_size,
-        max_in_flight=opd.opd_teacher_max_in_flight,
-        timeout=opd.opd_teacher_timeout,
-        max_retries=opd.opd_teacher_max_retries,
-    )
+    return connect_teachers(options, student_architecture(options).vocab_size)
 
 
-def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | None) -> bool:
+def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None) -> bool:
     if not isinstance(teacher, MegatronTeacher):
         return False
     possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
@@ -323,20 +321,26 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         tokenizer = _teacher_tokenizer(str(options.opd.opd_teacher_load))
         return preflight_megatron(teacher, student, tokenizer, vocab_size=teacher_architecture(options).vocab_size)
     prompts = [len(record.prompt_tokens) for record in records]
-    return preflight_sglang(
-        teacher,
-        student,
-        rollout_temperature=options.rollout.rollout_temperature,
-        allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
-        longest_sample=_longest_sample(parts),
-        sizes=RunSizes(
-            samples=options.samples_per_rollout,
-            group=options.rollout.n_samples_per_prompt,
-            prompt_tokens=int(np.median(prompts)) if prompts else 1,
-            response_tokens=options.rollout.rollout_max_response_len,
-            steps=parts.num_rollouts,
-        ),
+    sizes = RunSizes(
+        samples=options.samples_per_rollout,
+        group=options.rollout.n_samples_per_prompt,
+        prompt_tokens=int(np.median(prompts)) if prompts else 1,
+        response_tokens=options.rollout.rollout_max_response_len,
+        steps=parts.num_rollouts,
     )
+    return [
+        finding
+        for server in servers_of(teacher)
+        for finding in preflight_sglang(
+            server,
+            student,
+            rollout_temperature=options.rollout.rollout_temperature,
+            allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
+            longest_sample=_longest_sample(parts),
+            overlong=options.opd.opd_overlong,
+            sizes=sizes.part(part_of_prompts(options, server.name, [record.metadata for record in records])),
+        )
+    ]
 
 
 def _teacher_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:

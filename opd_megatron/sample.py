@@ -9,6 +9,7 @@ import enum
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,22 @@ def _per_token(dtype: type) -> Any:
     return field(default=None, metadata={"per_token": np.dtype(dtype)})
 
 
+@cache
+def _per_token_fields(kind: type) -> tuple[tuple[str, np.dtype], ...]:
+    """Names and dtypes of the per-token fields that a record declares; records are checked several times a rollout."""
+    return tuple((item.name, item.metadata["per_token"]) for item in fields(kind) if "per_token" in item.metadata)
+
+
 def _coerce_per_token(record: Any, length: int, owner: str) -> None:
     """Turn every declared per-token field into an array of its dtype and check its length."""
-    for item in fields(record):
-        dtype = item.metadata.get("per_token")
-        value = getattr(record, item.name)
-        if dtype is None or value is None:
+    for name, dtype in _per_token_fields(record.__class__):
+        value = getattr(record, name)
+        if value is None:
             continue
         array = np.asarray(value, dtype=dtype)
         if array.ndim == 0 or array.shape[0] != length:
-            raise ValueError(f"{owner}: {item.name} has shape {array.shape}, expected {length} tokens")
-        setattr(record, item.name, array)
+            raise ValueError(f"{owner}: {name} has shape {array.shape}, expected {length} tokens")
+        setattr(record, name, array)
 
 
 @dataclass

@@ -21,8 +21,8 @@ class Saved:
     """What a layer keeps for its backward pass, in rows of one number per token and channel.
 
     ``hidden`` rows of ``h``, ``qk_norm`` rows of the normalised heads ``(a + g) d``, ``qkv`` rows of ``(a + 2g) d``,
-    ``context`` rows of ``a d``, ``feed_forward`` rows of ``f``, all in the model's precision. ``core_attention`` are
-    the rows of ``(a + 2g) d`` that selective recomputation drops.
+    ``context`` rows of ``a d``, ``feed_forward`` rows of ``f`` (``experts`` in a mixture's), all in the model's
+    precision. ``core_attention`` are the rows of ``(a + 2g) d`` that selective recomputation drops.
     """
 
     hidden: float
@@ -31,15 +31,16 @@ class Saved:
     core_attention: float
     context: float
     feed_forward: float
+    experts: float
 
 
 SAVED: dict[DeviceKind, Saved] = {
     # Transformer Engine: each norm's input and output; attention by blocks that keeps queries, keys, values and its
     # output; the gated unit's two inputs and its product.
-    "cuda": Saved(hidden=4, qk_norm=1, qkv=1, core_attention=0, context=1, feed_forward=3),
+    "cuda": Saved(hidden=4, qk_norm=1, qkv=1, core_attention=0, context=1, feed_forward=3, experts=3),
     # Our layer on plain torch, see megatron/layers.py: the sequences of a micro-batch are gathered by length for
-    # attention and put back in order; each step of the gated unit keeps its own.
-    "cpu": Saved(hidden=4, qk_norm=1, qkv=1, core_attention=1, context=2, feed_forward=5),
+    # attention and put back in order; each step of an expert's gated unit keeps its own.
+    "cpu": Saved(hidden=4, qk_norm=1, qkv=1, core_attention=1, context=2, feed_forward=3, experts=5),
 }
 
 
@@ -168,7 +169,7 @@ def _expert_row_bytes(model: ModelArchitecture, parallel: ParallelOptions, numbe
     assert mixture is not None
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     copies = mixture.moe_router_topk * parallel.expert_tensor_size / split
-    width = saved.feed_forward * mixture.moe_ffn_hidden_size / parallel.expert_tensor_size
+    width = saved.experts * mixture.moe_ffn_hidden_size / parallel.expert_tensor_size
     routed = copies * number * (2 * model.hidden_size + width)
-    shared = saved.feed_forward * (mixture.moe_shared_expert_intermediate_size or 0)
+    shared = saved.experts * (mixture.moe_shared_expert_intermediate_size or 0)
     return routed + 4 * 3 * mixture.num_experts / split + number * shared / parallel.tensor_model_parallel_size

@@ -14,12 +14,23 @@ LONGEST_WAIT = 1e7
 """Largest time limit in seconds or minutes: within what sockets, timers and process groups take."""
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SET_NAME = re.compile(r"[\w.+-]+")
 
 
 def import_path(value: str) -> str | None:
     """``package.module:function``."""
     return None if _IMPORT_PATH.fullmatch(value) else "must be written package.module:function"
+
+
+def variable_name(value: str) -> str | None:
+    """Name of an environment variable."""
+    return None if _VARIABLE.fullmatch(value) else "must be the name of an environment variable"
+
+
+def mask_unless_variable(value: str) -> str:
+    """``value`` if it is the name of an environment variable, and not a key given in its place."""
+    return value if _VARIABLE.fullmatch(value) else MASK
 
 
 def json_mapping(value: str) -> str | None:

@@ -213,8 +213,12 @@ _NUMBER = re.compile(r"-(\d|\.\d|inf(inity)?$|nan$)", re.IGNORECASE)
 
 
 def looks_like_flag(token: str) -> bool:
-    """Whether a command line token starts a new flag: a leading minus that is no negative number and no sentence."""
-    return len(token) > 1 and token.startswith("-") and not _NUMBER.match(token) and not re.search(r"\s", token)
+    """Whether a command line token starts a new flag: a leading minus that is no negative number and no sentence.
+
+    What follows an equals sign may be a sentence.
+    """
+    name = token.partition("=")[0]
+    return len(token) > 1 and token.startswith("-") and not _NUMBER.match(token) and not re.search(r"\s", name)
 
 
 def unknown_flag(token: str, flags: Sequence[str]) -> str:

@@ -6,13 +6,19 @@ import dataclasses
 
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import has_megatron_teacher
+from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_distribution import distribution_faults
 
 _SGLANG_ONLY = (
     "opd_teacher_url",
+    "opd_teachers",
+    "opd_teacher_route_key",
+    "opd_teacher_api_key_env",
     "opd_teacher_max_in_flight",
     "opd_teacher_timeout",
     "opd_teacher_max_retries",
+    "opd_overlong",
+    "opd_max_union_ids",
     "opd_on_teacher_failure",
     "opd_max_failed_frac",
     "opd_teacher_step_deadline",
@@ -109,12 +115,20 @@ def _megatron_faults(options: Options) -> list[str]:
 
 def _sglang_faults(options: Options) -> list[str]:
     faults = []
-    count = len(options.opd.opd_teacher_url)
-    if count == 0 and options.rollout.load_debug_rollout_data is None:
-        faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
-    if count > 1:
-        faults.append(f"--opd-teacher-url takes exactly one address, not {count}")
-    if options.opd.opd_on_teacher_failure == "stop" and "opd_max_failed_frac" in options.given:
+    opd = options.opd
+    if opd.opd_teachers is not None:
+        faults += [
+            f"{_flag(name)} does not go with --opd-teachers, whose file says it for each teacher: leave out one of them"
+            for name in ("opd_teacher_url", "opd_teacher_api_key_env")
+            if name in options.given
+        ]
+        faults += read_teachers(opd.opd_teachers)[1]
+    else:
+        if not opd.opd_teacher_url and options.rollout.load_debug_rollout_data is None:
+            faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
+        if "opd_teacher_route_key" in options.given:
+            faults.append("--opd-teacher-route-key has no effect without --opd-teachers: leave it out")
+    if opd.opd_on_teacher_failure == "stop" and opd.opd_overlong == "stop" and "opd_max_failed_frac" in options.given:
         faults.append("--opd-max-failed-frac has no effect with --opd-on-teacher-failure stop: choose mask or drop")
     return faults + _misplaced(options, _MEGATRON_ONLY, "megatron")
 

@@ -37,6 +37,10 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of ``[m, k]`` and ``[k, n]``."""
     if not _fits(a, b):
         return torch.ops.aten.mm.out(a, b, out=a.new_empty((a.shape[0], b.shape[1])))
+    if a.shape[0] > b.shape[1] and a.stride(0) == 1 < a.stride(1):
+        # oneDNN is given a copy of a first factor that is transposed, but not of the second: of a weight's gradient,
+        # whose factors are as long as the batch, the narrower one goes first.
+        return _linear(b.t(), a, None, "none", [], "").t().contiguous()
     return _linear(a, b.t(), None, "none", [], "")
 
 

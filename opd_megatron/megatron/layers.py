@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from opd_megatron.megatron import moe
+from opd_megatron.megatron.gated_unit import GatedMLP
 from opd_megatron.megatron.packing import PackedSequences
 
 
@@ -251,7 +252,7 @@ def _torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             mlp=ModuleSpec(
-                module=MLP,
+                module=GatedMLP,
                 submodules=MLPSubmodules(linear_fc1=NormColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,

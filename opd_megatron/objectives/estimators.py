@@ -183,7 +183,7 @@ def none(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
     return [torch.zeros_like(kl_T) for kl_T in batch.kls]
 
 
-ADVANTAGE_ESTIMATORS: Catalogue[AdvantageEstimator] = Catalogue("Task advantages", "--advantage-estimator")
+ADVANTAGE_ESTIMATORS: Catalogue[AdvantageEstimator] = Catalogue("Advantage estimators", "--advantage-estimator")
 ADVANTAGE_ESTIMATORS.register(
     "grpo",
     AdvantageEstimator(grpo, compares_samples=True),

@@ -23,7 +23,7 @@ from torch import Tensor
 from opd_megatron.objectives.kl import kl_estimate
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR, floor_log_probs, importance_ratio, log_ratio
 from opd_megatron.objectives.returns import discounted_returns
-from opd_megatron.objectives.tensors import TokenArray, as_float64, as_mask
+from opd_megatron.objectives.tensors import TokenArray, as_float64, as_mask, joined, owners
 
 
 def sampled_term(
@@ -140,23 +140,23 @@ def reverse_kl_statistics(
     """
     if teacher_valid is None:
         teacher_valid = loss_masks
-    trained = 0
-    sums = []
-    samples = zip(student_log_probs, teacher_log_probs, loss_masks, teacher_valid, strict=True)
-    for position, (student, teacher, loss_mask, valid) in enumerate(samples):
-        if not len(student) == len(teacher) == len(loss_mask) == len(valid):
+    lengths = [len(student) for student in student_log_probs]
+    samples = zip(lengths, teacher_log_probs, loss_masks, teacher_valid, strict=True)
+    for position, (length, teacher, loss_mask, valid) in enumerate(samples):
+        if not length == len(teacher) == len(loss_mask) == len(valid):
             raise ValueError(
-                f"sample {position}: {len(student)} student and {len(teacher)} teacher log-probabilities, "
+                f"sample {position}: {length} student and {len(teacher)} teacher log-probabilities, "
                 f"{len(loss_mask)} loss mask and {len(valid)} validity entries"
             )
-        trained += int(as_mask(loss_mask).sum())
-        scored_T = as_mask(loss_mask) & as_mask(valid)
-        sums.append(_sums_of_sample(as_float64(student)[scored_T], as_float64(teacher)[scored_T]))
-    return _metrics(torch.stack(sums) if sums else torch.zeros(0, 6, dtype=torch.float64), trained)
+    mask_N = joined(loss_masks).bool()
+    scored_N = mask_N & joined(teacher_valid).bool()
+    columns_U6 = _columns(joined(student_log_probs).double()[scored_N], joined(teacher_log_probs).double()[scored_N])
+    sums_B6 = columns_U6.new_zeros(len(lengths), 6).index_add_(0, owners(lengths)[scored_N], columns_U6)
+    return _metrics(sums_B6, int(mask_N.sum()))
 
 
-def _sums_of_sample(student_U: Tensor, teacher_U: Tensor) -> Tensor:
-    """``[6]``: tokens and the sums of k1, k3, both log-probabilities and floored tokens over one sample."""
+def _columns(student_U: Tensor, teacher_U: Tensor) -> Tensor:
+    """``[U, 6]``: 1, k1, k3, both log-probabilities and whether one is floored, of each scored token."""
     k1_U = log_ratio(student_U, teacher_U)
     floored_U = (student_U < LOG_PROB_FLOOR) | (teacher_U < LOG_PROB_FLOOR)
     columns = (
@@ -167,7 +167,7 @@ def _sums_of_sample(student_U: Tensor, teacher_U: Tensor) -> Tensor:
         floor_log_probs(teacher_U),
         floored_U.double(),
     )
-    return torch.stack(columns).sum(dim=1)
+    return torch.stack(columns, dim=1)
 
 
 def _metrics(sums_B6: Tensor, trained: int) -> dict[str, float]:

@@ -20,9 +20,9 @@ from opd_megatron.objectives.policy_loss import POLICY_LOSSES
 from opd_megatron.objectives.weights import AGGREGATIONS
 
 CATALOGUES: tuple[Catalogue[Any], ...] = (
-    ADVANTAGE_ESTIMATORS,
     OPD_LOSSES,
     DIVERGENCES,
+    ADVANTAGE_ESTIMATORS,
     POLICY_LOSSES,
     CORRECTIONS,
     AGGREGATIONS,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd_megatron.objectives.catalogue import Catalogue
-from opd_megatron.objectives.tensors import TokenArray, as_mask
+from opd_megatron.objectives.tensors import TokenArray, joined, owners
 
 
 def token_loss_weights(
@@ -23,16 +23,14 @@ def token_loss_weights(
     gradients are those of sums, and long responses count for all their tokens (Dr. GRPO, arXiv 2503.20783). The weights
     are fixed before the step is split, so a sum over micro-batches and data-parallel ranks is its loss in every layout.
     """
-    masks = [as_mask(mask_T) for mask_T in loss_masks]
-    counts = [int(mask_T.sum()) for mask_T in masks]
-    tokens, sequences = sum(counts), sum(count > 0 for count in counts)
-    weights = []
-    for mask_T, count in zip(masks, counts, strict=True):
-        divisor = tokens if per_token else sequences * count
-        if length_divisor is not None:
-            divisor = len(masks) * length_divisor
-        weights.append(mask_T.float() / max(divisor, 1))
-    return weights
+    lengths = [len(mask_T) for mask_T in loss_masks]
+    mask_N, owner_N = joined(loss_masks).bool(), owners(lengths)
+    counts_B = torch.zeros(len(lengths), dtype=torch.int64).index_add_(0, owner_N, mask_N.long())
+    divisors_B = counts_B.sum().expand_as(counts_B) if per_token else (counts_B > 0).sum() * counts_B
+    if length_divisor is not None:
+        divisors_B = torch.full_like(counts_B, len(lengths) * length_divisor)
+    weights_N = mask_N.float() / divisors_B.clamp(min=1).float()[owner_N]
+    return list(weights_N.split(lengths))
 
 
 def scored_opd_weights(loss_weights: Sequence[Tensor], scored: Sequence[bool]) -> list[Tensor]:

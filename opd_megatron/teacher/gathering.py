@@ -136,7 +136,7 @@ class Gatherer:
         disbelief: AnswerError | None = None
 
         async def attempt() -> tuple[Replica, Any]:
-            replica = held.pop() if held else (await self.replicas.acquire(len(batch), whole=True))[0]
+            replica = held.pop() if held else await self.replicas.acquire_again(len(batch))
             self._counts["requests"] += 1
             nonlocal disbelief
             disbelief = None

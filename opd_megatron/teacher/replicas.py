@@ -15,6 +15,9 @@ from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 
 logger = logging.getLogger(__name__)
 
+SUSPECTS = 2
+"""As long as no more requests than these have failed in a row, one of them may be what brings the server down."""
+
 
 @dataclass(eq=False)
 class Replica:
@@ -26,12 +29,19 @@ class Replica:
     """Samples that it has been asked for."""
     failures: int = 0
     """Attempts in a row, one after the other, in which it could not be reached."""
+    suspects: set[str] = field(default_factory=set)
+    """What was asked for in those that the server may have seen, and which may be the reason itself."""
     out_since: float = -float("inf")
     out_until: float = -float("inf")
     proven: bool = True
     """Whether it is known to serve the teacher's weights; if not, it is asked before anything else is sent."""
     refused: str | None = None
     """Why it is not asked any more."""
+
+    def is_dead(self, max_retries: int) -> bool:
+        """Whether it has failed too often in a row, and for more than one sample and the batch that it was in."""
+        suspected = bool(self.suspects) and len(self.suspects) <= SUSPECTS
+        return self.failures > max_retries and not suspected
 
     @property
     def largest_batch(self) -> int:
@@ -67,14 +77,27 @@ class Replicas:
     prove: Proof
     _last_error: HttpError | None = None
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    _repeating: int = 0
     saturated: bool = False
 
-    async def acquire(self, wanted: int, *, whole: bool = False) -> tuple[Replica, int]:
+    async def acquire_again(self, count: int) -> Replica:
+        """Like :meth:`acquire` for a request of ``count`` samples that is repeated; it goes before all that is new."""
+        self._repeating += 1
+        try:
+            return (await self._acquire(count, repeated=True))[0]
+        finally:
+            self._repeating -= 1
+            self._wake()
+
+    async def acquire(self, wanted: int) -> tuple[Replica, int]:
         """Wait for a server with room, and reserve room there for as many of ``wanted`` samples as it may be sent.
 
-        With ``whole`` all of them are reserved. Raises :class:`HttpError` if no server can be reached, and
-        :class:`TeacherFailure` if none serves the teacher's weights.
+        Raises :class:`HttpError` if no server can be reached, and :class:`TeacherFailure` if none serves the teacher's
+        weights.
         """
+        return await self._acquire(wanted, repeated=False)
+
+    async def _acquire(self, wanted: int, *, repeated: bool) -> tuple[Replica, int]:
         while True:
             usable = [replica for replica in self.all if replica.refused is None]
             if not usable:
@@ -84,9 +107,9 @@ class Replicas:
             if len(waiting) == len(usable) and self._is_dead(usable):
                 raise self._gone()
             ready = [replica for replica in usable if now >= replica.out_until and replica.room(wanted)]
-            if ready:
+            if ready and (repeated or not self._repeating):
                 chosen = min(ready, key=lambda replica: replica.in_flight / replica.limit.value)
-                count = wanted if whole else chosen.room(wanted)
+                count = wanted if repeated else chosen.room(wanted)
                 chosen.in_flight += count
                 return chosen, count
             self.saturated = True
@@ -118,6 +141,7 @@ class Replicas:
             raise
         else:
             replica.failures = 0
+            replica.suspects.clear()
             replica.limit.answered(count, tokens, full=self.saturated)
             self.saturated = False
             return answer
@@ -150,6 +174,10 @@ class Replicas:
 
     def _leave_out(self, replica: Replica, sent_at: float, error: HttpError) -> None:
         self._last_error = error
+        if error.delivered:
+            replica.suspects.add(error.subject)
+        else:
+            replica.suspects.clear()  # nothing listens: no sample is the reason
         if sent_at < replica.out_since:
             return  # under way together with the failure that has been counted
         replica.failures += 1
@@ -168,7 +196,7 @@ class Replicas:
         return HttpError(last.server, last.subject, reason, last.fault, delivered=False)
 
     def _is_dead(self, usable: Sequence[Replica]) -> bool:
-        return all(replica.failures > self.policy.max_retries for replica in usable)
+        return all(replica.is_dead(self.policy.max_retries) for replica in usable)
 
     async def _change(self, seconds: float | None) -> None:
         """Wait until something may have become free, at most ``seconds``."""

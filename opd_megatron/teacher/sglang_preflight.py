@@ -103,20 +103,22 @@ def preflight_sglang(
     rollout_temperature: float = 1.0,
     allow_sampling_mismatch: bool = False,
     longest_sample: int | None = None,
+    overlong: str = "stop",
     sizes: RunSizes | None = None,
 ) -> list[Finding]:
     """Check a teacher before the first step: each of its servers, that they serve one model, and how it scores.
 
     ``teacher`` is restricted to what its servers take, and held to the weights that they have. ``longest_sample`` is
-    the most tokens that prompt and response can have together. Time is taken where ``sizes`` are given. Raises
-    :class:`UserError` if a server cannot be reached or does not fit.
+    the most tokens that prompt and response can have together; ``overlong`` (``--opd-overlong``) says whether it is
+    refused that a server takes less. Time is taken where ``sizes`` are given. Raises :class:`UserError` if a server
+    cannot be reached or does not fit.
     """
     findings = [_temperature(rollout_temperature, allow_sampling_mismatch)]
     infos = []
     try:
         for replica in range(len(teacher.clients)):
             infos.append(_reach(teacher, replica))
-            findings += _check_server(teacher, replica, infos[-1], student, longest_sample)
+            findings += _check_server(teacher, replica, infos[-1], student, longest_sample, overlong)
         findings += _check_scores(teacher, infos, student)
         if sizes is not None:
             findings.append(Finding("throughput", measure(teacher, sizes, _ordinary_ids(student)).describe()))
@@ -136,12 +138,17 @@ def _reach(teacher: SGLangTeacher, replica: int) -> ServerInfo:
 
 
 def _check_server(
-    teacher: SGLangTeacher, replica: int, info: ServerInfo, student: Student, longest_sample: int | None
+    teacher: SGLangTeacher,
+    replica: int,
+    info: ServerInfo,
+    student: Student,
+    longest_sample: int | None,
+    overlong: str,
 ) -> list[Finding]:
     """What can differ from server to server: who it is, its context, its tokenizer, its vocabulary."""
     client = teacher.clients[replica]
-    _check_length(info, longest_sample, client.server)
     return [
+        *_check_length(info, longest_sample, overlong, client.server),
         Finding("server", f"{client.url} has {info.describe()}"),
         *_check_tokenizer(teacher, replica, student),
         _restrict(teacher, student, info, client.server),
@@ -185,12 +192,17 @@ def _temperature(rollout_temperature: float, allow_sampling_mismatch: bool) -> F
     return Finding("temperature", text, warning=True)
 
 
-def _check_length(info: ServerInfo, longest_sample: int | None, name: str) -> None:
-    if info.max_tokens is not None and longest_sample is not None and longest_sample > info.max_tokens:
+def _check_length(info: ServerInfo, longest_sample: int | None, overlong: str, name: str) -> list[Finding]:
+    """A warning where samples can be too long for the server; raises :class:`UserError` if that is to end the run."""
+    if info.max_tokens is None or longest_sample is None or longest_sample <= info.max_tokens:
+        return []
+    fault = f"{name} scores at most {info.max_tokens} tokens, but prompt and response can have {longest_sample}"
+    if overlong == "stop":
         raise UserError(
-            f"{name} scores at most {info.max_tokens} tokens, but prompt and response can have {longest_sample}: "
-            "start it with a larger --context-length, or lower --rollout-max-prompt-len or --rollout-max-response-len"
+            f"{fault}: start it with a larger --context-length, lower --rollout-max-prompt-len or "
+            "--rollout-max-response-len, or choose --opd-overlong mask or drop"
         )
+    return [Finding("context", f"{fault}; longer samples: --opd-overlong {overlong}", warning=True)]
 
 
 def _restrict(teacher: SGLangTeacher, student: Student, info: ServerInfo, name: str) -> Finding:

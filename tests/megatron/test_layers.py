@@ -1,4 +1,4 @@
-"""Norm and rotation of the torch layer spec against plain float64 formulas, values and gradients."""
+"""Norm, rotation and gated unit of the torch layer spec against plain float64 formulas, values and gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_megatron.megatron.gated_unit import gated_unit
 from opd_megatron.megatron.layers import rms_norm, rotate, rotation
 
 S, B, HEADS, D = 7, 3, 2, 8
@@ -85,3 +86,21 @@ def test_the_rotation_and_its_gradient_turn_complex_numbers(dtype: torch.dtype, 
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=10 * tolerance)
+
+
+def plain_unit(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_the_gated_unit_and_its_gradient_are_those_of_the_formula(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    gate_up = 4 * torch.randn(S, B, 2 * D, generator=generator, dtype=torch.float64)
+    grad = torch.randn(S, B, D, generator=generator, dtype=torch.float64)
+    expected = with_gradients(plain_unit, (gate_up,), grad)
+    found = with_gradients(gated_unit, (gate_up.to(dtype),), grad.to(dtype))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=100 * tolerance)
+    assert torch.autograd.gradcheck(gated_unit, gate_up[:2].clone().requires_grad_())

@@ -180,8 +180,10 @@ class FaultProxy:
     injected: Counter[str] = field(default_factory=Counter)
     """How often each fault was met."""
     open_requests: int = 0
-    most_open_requests: int = 0
+    most_open_samples: int = 0
+    """Samples that the client waited for at a time."""
     _count: int = 0
+    _open_samples: int = 0
     _port: int = 0
     _outages: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -282,7 +284,8 @@ class FaultProxy:
         exchange = Exchange(asked, request, self)
         fault = self.plan(asked)
         self.open_requests += 1
-        self.most_open_requests = max(self.most_open_requests, self.open_requests)
+        self._open_samples += len(asked.elements)
+        self.most_open_samples = max(self.most_open_samples, self._open_samples)
         try:
             if fault is None:
                 return exchange.send(await exchange.answer())
@@ -292,6 +295,7 @@ class FaultProxy:
             return await exchange.reset()
         finally:
             self.open_requests -= 1
+            self._open_samples -= len(asked.elements)
 
     async def _forward(self, method: str, path: str, headers: Any, body: bytes) -> Answer:
         kept = {name: headers[name] for name in ("Content-Type", "Authorization") if name in headers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,10 @@ from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 from tests.sglang import faults
 from tests.sglang.conftest import Served
-from tests.sglang.proxy import Fault, FaultProxy, Recording, always, at_random, in_turn, no_fault, whenever
-from tests.sglang.support import Outcome, assert_same_scores, mixed_samples, score_all
+from tests.sglang.proxy import Fault, FaultProxy, Plan, Recording, always, at_random, in_turn, no_fault, whenever
+from tests.sglang.support import Outcome, assert_same_scores, mixed_samples, score_all, wait_until
 
 pytestmark = pytest.mark.sglang
-Connect = Callable[..., SGLangTeacher]
 
 PASSING = [
     faults.refused(),
@@ -66,31 +66,31 @@ def named(value: object) -> str | None:
 class Scorer:
     """Scores the same samples through a proxy, from recorded answers; ``expected`` are the scores without faults."""
 
-    def __init__(self, served: Served, connect: Connect, **settings: Any) -> None:
-        self._served, self._connect, self._settings = served, connect, settings
+    def __init__(self, served: Served, settings: dict[str, Any]) -> None:
+        self.served, self._settings = served, settings
         self.samples = mixed_samples(served, 24)
         self.recording = Recording()
-        self.expected = self.through(FaultProxy(served.server.url, recording=self.recording))
+        self.expected = self.through(self.proxy(no_fault))
+
+    def connect(self, url: str, **changes: Any) -> SGLangTeacher:
+        settings = {"max_retries": 4, "backoff": 0.05, "timeout": 20.0, **self._settings, **changes}
+        return SGLangTeacher(url, vocab_size=self.served.vocab_size, **settings)
+
+    def proxy(self, plan: Plan) -> FaultProxy:
+        return FaultProxy(self.served.server.url, plan, self.recording)
 
     def through(self, proxy: FaultProxy, known: np.ndarray | None = None, **settings: Any) -> list[Outcome]:
         """Scores of all samples, by a teacher that is held to its word about the tokens ``known``."""
         with proxy:
-            teacher = self._connect(self._served, proxy.url, **self._settings, **settings)
+            teacher = self.connect(proxy.url, **settings)
             if known is not None:
                 teacher.pin(known)
             return score_all(teacher, self.samples)
 
-    def proxy(self, plan: Any) -> FaultProxy:
-        return FaultProxy(self._served.server.url, plan, self.recording)
-
 
 @pytest.fixture(scope="module")
 def make_scorer(qwen: Served) -> Callable[..., Scorer]:
-    def connect(served: Served, url: str, **settings: Any) -> SGLangTeacher:
-        defaults = {"vocab_size": served.vocab_size, "max_retries": 4, "backoff": 0.05, "timeout": 20.0}
-        return SGLangTeacher(url, **{**defaults, **settings})
-
-    return functools.cache(lambda **settings: Scorer(qwen, connect, **settings))
+    return functools.cache(lambda **settings: Scorer(qwen, settings))
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +213,43 @@ def test_another_weight_version_ends_the_trust_in_the_server(scorer: Scorer) -> 
         else:
             assert scorer.samples[index] is not victim(scorer)
             assert_same_scores([outcome], [scorer.expected[index]])
+
+
+def test_the_time_limit_of_a_step_ends_the_waiting(scorer: Scorer) -> None:
+    with scorer.proxy(whenever(is_victim(scorer), faults.SILENT)) as proxy:
+        teacher = scorer.connect(proxy.url, max_in_flight=2)
+        teacher.begin_step(3.0)
+        found = score_all(teacher, scorer.samples)
+        wait_until(lambda: proxy.open_requests == 0)
+    for sample, outcome, expected in zip(scorer.samples, found, scorer.expected, strict=True):
+        if isinstance(outcome, TeacherFailure):
+            assert outcome.kind == FailureKind.DEADLINE
+        else:
+            assert sample is not victim(scorer)
+            assert_same_scores([outcome], [expected])
+
+
+def test_who_gives_up_leaves_no_request_behind(scorer: Scorer) -> None:
+    async def give_up(teacher: SGLangTeacher) -> None:
+        tasks = [asyncio.create_task(teacher.score_one(sample)) for sample in scorer.samples]
+        while not proxy.open_requests:
+            await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        asked = [sample.response_length > 0 for sample in scorer.samples]
+        assert [isinstance(outcome, asyncio.CancelledError) for outcome in outcomes] == asked
+        await asyncio.to_thread(wait_until, lambda: proxy.open_requests == 0)
+        proxy.plan = no_fault
+        assert isinstance(await teacher.score_one(scorer.samples[0]), TeacherScores)
+        await teacher.aclose()
+
+    with scorer.proxy(always(faults.SILENT)) as proxy:
+        asyncio.run(give_up(scorer.connect(proxy.url)))
+
+
+def test_no_more_is_in_flight_than_allowed(scorer: Scorer) -> None:
+    with FaultProxy(scorer.served.server.url) as proxy:
+        found = score_all(scorer.connect(proxy.url, max_in_flight=6), scorer.samples)
+        assert proxy.most_open_samples <= 6
+    assert_same_scores(found, scorer.expected, atol=1e-4)

@@ -19,7 +19,7 @@ from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from tests.e2e.support import make_model, run_training, write_prompts
 from tests.sglang.conftest import Served, make_qwen, server_command
-from tests.sglang.proxy import Asked, Fault, FaultProxy
+from tests.sglang.proxy import Asked, FaultProxy
 from tests.sglang.support import assert_same_scores, mixed_samples, score_all, wait_until
 
 pytestmark = pytest.mark.sglang
@@ -113,19 +113,23 @@ def test_a_run_outlives_a_server_that_is_killed_and_comes_back(second: Second, t
         )  # fmt: skip
         return [line["train/loss"] for line in metrics]
 
-    expected = losses("undisturbed", second.server.url)
     killed = second.server.process.pid
+    seen: set[tuple[int, ...]] = set()
 
-    def kill_in_the_middle(asked: Asked) -> Fault | None:
-        # the preflight's questions come first
-        if len(proxy.asked) == preflight + 2:
-            threading.Thread(target=second.restart).start()
-        return None
+    def note(asked: Asked) -> None:
+        seen.update(tuple(element["input_ids"]) for element in asked.elements)
 
-    with FaultProxy(second.server.url) as proxy:
-        preflight_sglang(SGLangTeacher(proxy.url, vocab_size=second.vocab_size), second.tokenizer)
-        preflight = len(proxy.asked)
-        proxy.asked.clear()
+    with FaultProxy(second.server.url, note) as proxy:
+        expected = losses("undisturbed", proxy.url)
+        half = len(seen) // 2
+        seen.clear()
+
+        def kill_in_the_middle(asked: Asked) -> None:
+            before = len(seen)
+            note(asked)
+            if before < half <= len(seen):
+                threading.Thread(target=second.restart).start()
+
         proxy.plan = kill_in_the_middle
         found = losses("disturbed", proxy.url)
     assert second.server.process.pid != killed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,21 @@ def test_a_bad_sample_fails_alone(qwen: Served, connect: Connect) -> None:
     assert failure.kind == FailureKind.STATUS
     assert "sample 77 (200 prompt + 56 response tokens): HTTP 400" in str(failure)
     assert teacher.statistics()["failed_status"] == 1
+
+
+def test_a_sample_that_breaks_its_connections_fails_alone(qwen: Served, connect: Connect, proxy: Proxy) -> None:
+    samples, through = some_samples(qwen, 30), forward(qwen)
+    poison = samples[11].tokens.tolist()
+
+    def step(handler: Handler) -> None:
+        ids = json.loads(handler.body)["input_ids"]
+        (drop if poison in (ids if isinstance(ids[0], list) else [ids]) else through)(handler)
+
+    found = score_all(connect(qwen, proxy(step).url, max_retries=1), samples)
+    failure = found.pop(11)
+    assert_right(qwen, samples[:11] + samples[12:], found)
+    assert failure.kind == FailureKind.CONNECTION
+    assert "sample 11 " in str(failure)
 
 
 def test_an_abandoned_sample_leaves_its_neighbours_alone(qwen: Served, connect: Connect) -> None:

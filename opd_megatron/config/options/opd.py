@@ -15,17 +15,52 @@ class ServerTeacherOptions:
 
     opd_teacher_url: tuple[str, ...] = option(
         (),
-        "address of the SGLang server for --opd-type sglang, e.g. http://127.0.0.1:30000",
+        "address of the SGLang server for --opd-type sglang, e.g. http://127.0.0.1:30000; several are replicas that "
+        "share the work",
         metavar="URL",
         check=checks.http_url,
         show=checks.mask_url,
     )
-    opd_teacher_max_in_flight: int = option(8, "requests to the teacher server at a time", minimum=1, maximum=65536)
+    opd_teachers: str | None = option(
+        None,
+        "YAML, TOML or JSON file of several teachers in place of --opd-teacher-url: NAME: {urls: [URL, ...], "
+        "api_key_env: VARIABLE}",
+        metavar="FILE",
+    )
+    opd_teacher_route_key: str = option(
+        "teacher", "field of a prompt's metadata that names its teacher of --opd-teachers", metavar="NAME"
+    )
+    opd_teacher_api_key_env: str | None = option(
+        None,
+        "environment variable with the API key of --opd-teacher-url, sent as a bearer token and shown nowhere",
+        metavar="VARIABLE",
+        check=checks.variable_name,
+        show=checks.mask_unless_variable,
+    )
+    opd_teacher_max_in_flight: int | None = option(
+        None,
+        "samples that each teacher server is asked for at a time (default: as many as it answers faster)",
+        unit="samples",
+        minimum=1,
+        maximum=65536,
+    )
     opd_teacher_timeout: float = option(
         120.0, "time limit of one request to the teacher", unit="seconds", above=0.0, maximum=checks.LONGEST_WAIT
     )
     opd_teacher_max_retries: int = option(
         4, "repetitions of a request after a refused connection, time-out, 429 or 5xx", minimum=0
+    )
+    opd_overlong: str = option(
+        "stop",
+        "samples longer than the teacher's context: stop before the first step; mask, train on their task reward "
+        "alone; drop, replace their prompt's samples by those of the next prompt",
+        choices=("stop", "mask", "drop"),
+    )
+    opd_max_union_ids: int = option(
+        1024,
+        "different ids for whose log-probabilities a server is asked at every position of a sample",
+        minimum=1,
+        maximum=65536,
     )
 
 
