@@ -19,9 +19,7 @@ import itertools
 import json
 import os
 import platform
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
