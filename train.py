@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Sequence
 
 from opd_megatron.config.cli import run_cli
@@ -26,4 +29,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_cli(main))
+    code = run_cli(main)
+    if code == 128 + signal.SIGINT:
+        # at once: the interpreter's own way out aborts where a thread of the engine is in the middle of a computation
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)

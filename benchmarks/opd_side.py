@@ -51,7 +51,6 @@ def run_step(parts: Parts, rollout_id: int) -> tuple[int, dict[str, float]]:
     steps.sync_weights(parts, str(rollout_id))
     clock.append(time.perf_counter())
     samples = steps.make_samples(parts, rollout_id, metrics)
-    steps.reward(parts, samples, metrics)
     clock.append(time.perf_counter())
     steps.teach(parts, samples, rollout_id)
     clock.append(time.perf_counter())

@@ -45,7 +45,7 @@ from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
-from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, servers_of
+from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
 from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
 from opd_megatron.teacher.routing import RoutedTeachers
@@ -338,7 +338,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
             allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
             longest_sample=_longest_sample(parts),
             overlong=options.opd.opd_overlong,
-            sizes=sizes,
+            sizes=sizes.part(part_of_prompts(options, server.name, [record.metadata for record in records])),
         )
     ]
 

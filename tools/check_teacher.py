@@ -11,6 +11,7 @@ it found. See docs/teachers.md for what each line means.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -25,9 +26,10 @@ from opd_megatron.config.declare import option
 from opd_megatron.config.errors import UserError, refuse
 from opd_megatron.config.options import Options
 from opd_megatron.config.parse import joined_options, option_groups, parse_groups
+from opd_megatron.config.validate_opd import opd_faults
 from opd_megatron.data.prompts import PromptRecord, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, servers_of
+from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
 from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
@@ -60,7 +62,15 @@ def main(argv: Sequence[str]) -> None:
     prompts = [len(record.prompt_tokens) for record in records] or [TYPICAL_PROMPT]
     opd, rollout = options.opd, options.rollout
     longest = min(max(prompts), rollout.rollout_max_prompt_len or max(prompts)) + rollout.rollout_max_response_len
-    check_prompt_routes(options, (record.metadata for record in records))
+    metadata = [record.metadata for record in records]
+    check_prompt_routes(options, metadata)
+    sizes = RunSizes(
+        samples=(rollout.rollout_batch_size or 32) * rollout.n_samples_per_prompt,
+        group=rollout.n_samples_per_prompt,
+        prompt_tokens=int(np.median(prompts)),
+        response_tokens=rollout.rollout_max_response_len,
+        steps=options.data.num_rollout,
+    )
     findings = [
         finding
         for teacher in servers_of(connect_teachers(options, vocab_size))
@@ -71,13 +81,7 @@ def main(argv: Sequence[str]) -> None:
             allow_sampling_mismatch=opd.opd_allow_sampling_mismatch,
             longest_sample=longest,
             overlong=opd.opd_overlong,
-            sizes=RunSizes(
-                samples=(rollout.rollout_batch_size or 32) * rollout.n_samples_per_prompt,
-                group=rollout.n_samples_per_prompt,
-                prompt_tokens=int(np.median(prompts)),
-                response_tokens=rollout.rollout_max_response_len,
-                steps=options.data.num_rollout,
-            ),
+            sizes=sizes.part(part_of_prompts(options, teacher.name, metadata)),
         )
     ]
     print(report(findings))
@@ -94,13 +98,12 @@ def report(findings: Sequence[Finding]) -> str:
 
 
 def _faults(options: Options) -> list[str]:
-    faults = []
     if options.opd.opd_type == "megatron":
-        faults.append(
-            "--opd-type megatron: a teacher in the trainer is checked by the run itself, this tool asks servers"
-        )
-    elif not options.opd.opd_teacher_url and options.opd.opd_teachers is None:
-        faults.append("--opd-teacher-url is missing: give the address of the teacher's server")
+        faults = ["--opd-type megatron: a teacher in the trainer is checked by the run itself, this tool asks servers"]
+    else:
+        # what a run with these servers would be refused for
+        opd = dataclasses.replace(options.opd, use_opd=True, opd_type="sglang")
+        faults = opd_faults(dataclasses.replace(options, opd=opd))
     if options.checkpoint.hf_checkpoint is None:
         faults.append("--hf-checkpoint is missing: name the folder of the student's config and tokenizer")
     return faults

@@ -31,24 +31,8 @@ from opd_megatron.config.memory_report import (
     layout_sizes,
     memory_table,
 )
-from opd_megatron.config.options import (
-    CheckpointOptions,
-    ClusterOptions,
-    DataOptions,
-    EvaluationOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OffloadOptions,
-    OpdOptions,
-    OptimizerOptions,
-    Options,
-    ParallelOptions,
-    RewardOptions,
-    RolloutOptions,
-    RunOptions,
-    TrainingOptions,
-)
-from opd_megatron.config.parse import joined_options, parse_groups
+from opd_megatron.config.options import Options
+from opd_megatron.config.parse import joined_options, option_groups, parse_groups
 from opd_megatron.config.resolve import student_architecture, teacher_architecture, teacher_folder
 from opd_megatron.config.validate_opd import opd_faults
 from opd_megatron.config.vocab_chunks import DeviceKind
@@ -82,23 +66,7 @@ class EstimateOptions:
 def main(argv: Sequence[str]) -> None:
     parsed = parse_groups(
         argv,
-        {
-            "estimate": EstimateOptions,
-            "opd": OpdOptions,
-            "model": ModelOptions,
-            "parallel": ParallelOptions,
-            "offload": OffloadOptions,
-            "optimizer": OptimizerOptions,
-            "checkpoint": CheckpointOptions,
-            "data": DataOptions,
-            "rollout": RolloutOptions,
-            "reward": RewardOptions,
-            "evaluation": EvaluationOptions,
-            "objective": ObjectiveOptions,
-            "training": TrainingOptions,
-            "cluster": ClusterOptions,
-            "run": RunOptions,
-        },
+        {"estimate": EstimateOptions, **option_groups()},
         prog="estimate_memory.py",
         description="Predict the memory of a run of train.py per rank, and propose a layout that fits.",
     )

@@ -128,7 +128,7 @@ def _sglang_faults(options: Options) -> list[str]:
             faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
         if "opd_teacher_route_key" in options.given:
             faults.append("--opd-teacher-route-key has no effect without --opd-teachers: leave it out")
-    if opd.opd_on_teacher_failure == "stop" and "opd_max_failed_frac" in options.given:
+    if opd.opd_on_teacher_failure == "stop" and opd.opd_overlong == "stop" and "opd_max_failed_frac" in options.given:
         faults.append("--opd-max-failed-frac has no effect with --opd-on-teacher-failure stop: choose mask or drop")
     return faults + _misplaced(options, _MEGATRON_ONLY, "megatron")
 

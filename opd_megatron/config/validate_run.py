@@ -233,6 +233,8 @@ def _schedule_faults(options: Options) -> Iterator[str]:
         yield f"--lr-warmup-init {settings.lr_warmup_init:g} is above --lr {settings.lr:g}"
     if settings.lr_warmup_fraction is not None and settings.lr_warmup_iters:
         yield "--lr-warmup-fraction and --lr-warmup-iters say the same thing: leave out one of them"
+    if settings.accumulate_allreduce_grads_in_fp32 and not settings.bf16:
+        yield "--accumulate-allreduce-grads-in-fp32 has no effect without --bf16, where gradients are in float32 anyway"
     if settings.overlap_param_gather and not (settings.use_distributed_optimizer and settings.overlap_grad_reduce):
         yield "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce: add them"
     if settings.use_distributed_optimizer and settings.optimizer != "adam":

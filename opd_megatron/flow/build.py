@@ -43,6 +43,7 @@ def stages_of(
         teacher=teacher if _streams(teacher) else None,
         policy=FailurePolicy(
             on_failure=opd.opd_on_teacher_failure,
+            on_overlong=opd.opd_overlong,
             max_failed_frac=opd.opd_max_failed_frac,
             deadline=opd.opd_teacher_step_deadline,
         ),

@@ -13,9 +13,9 @@ T = TypeVar("T")
 class Description:
     """A row of the table of objectives.
 
-    ``name`` is the field's name, ``flag`` what the user types, ``formula`` LaTeX in the notation of docs/objective.md,
-    or words with LaTeX between dollars (``|`` ends a cell, so there is none), ``source`` a paper, ``proof`` the test
-    that shows it, as ``file.py::test`` in tests/objectives.
+    ``name`` is the field's name, ``flag`` what the user types, ``formula`` words and LaTeX between dollars in the
+    notation of docs/objective.md (``|`` ends a cell, so there is none), ``source`` a paper, ``proof`` the test that
+    shows it, as ``file.py::test`` in tests/objectives.
     """
 
     name: str

@@ -43,9 +43,8 @@ def _table(catalogue: Catalogue[Any]) -> str:
     lines = [f"### {catalogue.title}", "", "| objective | flag | formula | source | proof |", "|---|---|---|---|---|"]
     for row in catalogue.descriptions:
         flag = f"`{row.flag}`" if row.flag.startswith("--") else row.flag
-        formula = row.formula if "$" in row.formula else f"${row.formula}$"
-        file, _, test = row.proof.partition("::")
-        lines.append(f"| {row.name} | {flag} | {formula} | {row.source} | `{file}`: `{test}` |")
+        test = row.proof.partition("::")
+        lines.append(f"| {row.name} | {flag} | {row.formula} | {row.source} | `{test[0]}`: `{test[2]}` |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opd_megatron.config.errors import refuse
@@ -44,6 +44,13 @@ def check_prompt_routes(options: Options, metadata: Iterable[Mapping[str, Any]])
     if opd.opd_teachers is not None:
         names = [entry.name for entry in _entries(opd.opd_teachers)]
         check_routes(metadata, opd.opd_teacher_route_key, names, f"--prompt-data {options.data.prompt_data}")
+
+
+def part_of_prompts(options: Options, name: str, metadata: Sequence[Mapping[str, Any]]) -> float:
+    """The part of the prompts that go to the teacher ``name``: 1 where there is one teacher, or no prompt is known."""
+    if options.opd.opd_teachers is None or not metadata:
+        return 1.0
+    return sum(entry.get(options.opd.opd_teacher_route_key) == name for entry in metadata) / len(metadata)
 
 
 def servers_of(teacher: SGLangTeacher | RoutedTeachers) -> list[SGLangTeacher]:

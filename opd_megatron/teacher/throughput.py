@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,10 @@ class RunSizes:
     prompt_tokens: int
     response_tokens: int
     steps: int | None = None
+
+    def part(self, fraction: float) -> RunSizes:
+        """The sizes for a teacher that gets ``fraction`` of the samples, at least one."""
+        return replace(self, samples=max(1, round(self.samples * fraction)))
 
     @property
     def measured(self) -> int:

@@ -129,6 +129,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--max-tokens-per-gpu 64",
         ("--max-tokens-per-gpu has no effect without --use-dynamic-batch-size",),
     ),
+    "gradients in float32 as they are": (
+        BASE + "--accumulate-allreduce-grads-in-fp32",
+        ("--accumulate-allreduce-grads-in-fp32 has no effect without --bf16",),
+    ),
     "overlapped gather alone": (
         BASE + "--overlap-param-gather",
         ("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",),
@@ -365,6 +369,61 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "bounds of weights": (BASE + "--use-tis --tis-clip 0.5 --tis-clip-low 0.6", ("--tis-clip-low 0.6 is above",)),
     "masking on policy": (BASE + "--use-opsm", ("--use-opsm has no effect with one optimizer",)),
+    "forms of the term": (
+        MEGATRON + "--opd-loss distribution --opd-kl-discount 0.5 --opd-kl-loss-type k1",
+        ("--opd-kl-discount goes with --opd-loss sampled only", "--opd-kl-loss-type goes with --opd-loss kl_loss only"),
+    ),
+    "a divergence of sampled tokens": (
+        MEGATRON + "--opd-divergence jsd",
+        ("--opd-divergence goes with --opd-loss distribution only",),
+    ),
+    "parameters of another divergence": (
+        MEGATRON + "--opd-loss distribution --opd-jsd-beta 0.3 --opd-skew 0.2",
+        (
+            "--opd-jsd-beta goes with --opd-divergence jsd only",
+            "--opd-skew goes with --opd-divergence skew_kl or skew_reverse_kl only",
+        ),
+    ),
+    "half a mixture": (
+        MEGATRON + "--opd-loss distribution --opd-divergence-mix 0.5",
+        ("--opd-divergence-mix needs --opd-divergence-to",),
+    ),
+    "a second divergence without weight": (
+        MEGATRON + "--opd-loss distribution --opd-divergence-to forward_kl",
+        ("--opd-divergence-to needs --opd-divergence-mix, --opd-divergence-schedule or both",),
+    ),
+    "a schedule that is none": (
+        MEGATRON + "--opd-loss distribution --opd-divergence-to forward_kl --opd-divergence-schedule 9:3",
+        ("--opd-divergence-schedule 9:3: must be written START:END",),
+    ),
+    "a support without a size": (
+        MEGATRON + "--opd-loss distribution --opd-support student_topk",
+        ("--opd-support student_topk needs --opd-top-k",),
+    ),
+    "a tail of the whole vocabulary": (
+        MEGATRON + "--opd-loss distribution --opd-tail renormalized",
+        ("--opd-tail has no effect with --opd-support full",),
+    ),
+    "importance with a discount": (
+        MEGATRON + "--opd-importance --opd-kl-discount 1 --opd-baseline kl",
+        ("--opd-importance does not go with --opd-kl-discount", "--opd-importance does not go with --opd-baseline"),
+    ),
+    "half a line of coefficients": (
+        MEGATRON + "--opd-kl-coef-end 0.1",
+        ("--opd-kl-coef-end and --opd-kl-coef-rollouts go together",),
+    ),
+    "a server's whole distribution": (
+        SGLANG + "--opd-loss distribution",
+        ("--opd-loss distribution over the whole vocabulary needs --opd-type megatron",),
+    ),
+    "a server at the student's tokens": (
+        SGLANG + "--opd-loss distribution --opd-support student_topk --opd-top-k 4",
+        ("--opd-support student_topk needs --opd-type megatron",),
+    ),
+    "a server's tail at another temperature": (
+        SGLANG + "--opd-loss distribution --opd-support teacher_topk --opd-top-k 4 --opd-temperature 2",
+        ("--opd-temperature 2 with --opd-type sglang needs --opd-tail renormalized",),
+    ),
     "two estimators": (
         BASE + "--advantage-estimator rloo --custom-advantage-path pkg:function",
         ("--advantage-estimator and --custom-advantage-path both name",),

@@ -17,12 +17,22 @@ _LEAST_WORDS = 3
 """A text of fewer words only joins others that are messages themselves."""
 
 
-def text_of(node: ast.AST) -> str | None:
-    """The text of a string or an f-string with :data:`VARIES` for its values; None for anything else."""
+Assigned = dict[str, list[ast.expr]]
+"""What a function assigns to each name."""
+
+
+def text_of(node: ast.AST, assigned: Assigned) -> str | None:
+    """The text of a string or an f-string with :data:`VARIES` for its values; None for anything else.
+
+    A value that is a name for a text stands for that text.
+    """
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.sub(r"%(\.\d)?[sdf]", VARIES, node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part) or VARIES for part in node.values)
+        return "".join(text_of(part, assigned) or VARIES for part in node.values)
+    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
+        (source, *others) = assigned.get(node.value.id) or [None]
+        return text_of(source, {}) if isinstance(source, ast.JoinedStr) and not others else None
     return None
 
 
@@ -50,14 +60,15 @@ def messages(path: Path) -> list[str]:
     found = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
-        assigned: dict[str, list[ast.expr]] = {}
+        assigned: Assigned = {}
         for node in ast.walk(function):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 assigned.setdefault(node.targets[0].id, []).append(node.value)
         expressions = [told for node in ast.walk(function) for told in _told(node)] + list(_returned(function))
         for expression in expressions:
             sources = assigned.get(expression.id, []) if isinstance(expression, ast.Name) else [expression]
-            found += [text for text in map(text_of, sources) if text and _words(text) >= _LEAST_WORDS]
+            texts = [text_of(source, assigned) for source in sources]
+            found += [text for text in texts if text and _words(text) >= _LEAST_WORDS]
     return list(dict.fromkeys(found))
 
 

@@ -91,7 +91,6 @@ WITH_EXPERTS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
         | _teacher(2)
         | {"opd_teacher_expert_model_parallel_size": 4, "opd_teacher_expert_tensor_parallel_size": 1},
     ),
-    # the student's sizes, but routers want sequence parallelism where its dense layers do without
     "the student's layout": ("qwen3", "mixture teacher", 2, LAYOUTS["tp2"]),
 }
 

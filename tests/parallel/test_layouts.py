@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,21 @@ def assert_same_metrics(found: list[dict[str, float]], expected: list[dict[str, 
         assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance), f"step {step}"
 
 
+@cache
+@torch.no_grad()
+def _transformers_voice(folder: Path) -> list[tuple[np.ndarray, torch.Tensor]]:
+    """Log-probabilities and logits of each sample; all layouts are compared with the same."""
+    model = load_reference(folder)
+    return [(reference_log_probs(model, sample).numpy(), reference_logits(model, sample)) for sample in make_samples(0)]
+
+
 def check_voices(parts: list[dict[str, Any]], folder: Path) -> None:
     """Logits and log-probabilities are those of transformers, and the export is what was loaded."""
-    samples, model = make_samples(0), load_reference(folder)
     log_probs, logits = (merged([part[name] for part in parts]) for name in ("log_probs", "logits"))
-    for place, sample in enumerate(samples):
-        with torch.no_grad():
-            expected = reference_log_probs(model, sample).numpy()
-            np.testing.assert_allclose(log_probs[place], expected, rtol=0, atol=1e-5)
-            if sample.response_length:
-                assert relative_error(torch.from_numpy(logits[place]), reference_logits(model, sample)) <= 1e-5
+    for place, (expected, expected_logits) in enumerate(_transformers_voice(folder)):
+        np.testing.assert_allclose(log_probs[place], expected, rtol=0, atol=1e-5)
+        if len(expected):
+            assert relative_error(torch.from_numpy(logits[place]), expected_logits) <= 1e-5
     assert_equal_tensors(parts[0]["exported"], load_file(folder / "model.safetensors"))
     assert not any(part["exported"] for part in parts[1:])
 

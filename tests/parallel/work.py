@@ -177,10 +177,10 @@ def refusal(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], source:
 
 
 def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: Path) -> list[str]:
-    """What differs on this rank between four steps straight and two steps, a save, a resume and two steps."""
+    """What differs on this rank between three steps straight and two steps, a save, a resume and the third."""
     settings = TRAINING | flags | {"use_opd": True}
     straight, first = _trainer(rendezvous, folder, settings), _trainer(rendezvous, folder, settings)
-    expected = [straight.train(make_samples(number)).metrics for number in range(4)]
+    expected = [straight.train(make_samples(number)).metrics for number in range(3)]
     for number in range(2):
         first.train(make_samples(number))
     first.save(target, 2, folder, {"rollouts": 2})
@@ -189,7 +189,7 @@ def resume(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], target: 
     state = second.resume()
     assert state is not None
     assert state["rollouts"] == 2
-    found = [second.train(make_samples(number)).metrics for number in range(2, 4)]
+    found = [second.train(make_samples(2)).metrics]
     pairs = {"weights": (exported(second), exported(straight))}
     pairs["optimizer"] = (optimizer_state(second), optimizer_state(straight))
     differing = [] if found == expected[2:] else ["metrics"]

@@ -68,3 +68,21 @@ def test_servers_with_other_weights_are_no_replicas(
         arguments = ["--opd-teacher-url", qwen.server.url, server.url, "--hf-checkpoint", str(qwen.folder)]
         assert run_cli(check_teacher.main, [*arguments, "--rollout-max-response-len", "32"]) == 2
     assert "do not serve the same weights: its log-probabilities of a known text differ by" in capsys.readouterr().err
+
+
+def test_teachers_of_a_file_are_checked_for_themselves_and_get_their_part(
+    qwen: Served, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["metadata"] = {"teacher": "one" if place % 4 else "other"}
+        row["prompt"] = row["prompt"].replace(" ", "")
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "teachers.json"
+    file.write_text(json.dumps({name: {"urls": [qwen.server.url]} for name in ("one", "other")}))
+    arguments = [
+        "--opd-teachers", str(file), "--hf-checkpoint", str(qwen.folder), "--prompt-data", str(prompts),
+        "--rollout-batch-size", "8", "--n-samples-per-prompt", "2", "--rollout-max-response-len", "16",
+    ]  # fmt: skip
+    assert run_cli(check_teacher.main, arguments) == 0
+    assert re.findall(r"a step of (\d+) samples", capsys.readouterr().out) == ["12", "4"]

@@ -88,7 +88,7 @@ def test_whatever_happens_the_limit_stays_within_its_bounds_and_falls_by_half_at
         before, clock.now = limit.value, clock.now + seconds
         if event == "answered":
             limit.answered(count, 10 * count, full=full)
-            assert limit.value >= before // 2
+            assert limit.value >= min(before // 2, before - STEP)
             assert limit.value <= 2 * before + STEP
             assert full or limit.value == before
         else:

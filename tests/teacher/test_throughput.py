@@ -63,6 +63,11 @@ def test_a_measurement_is_bounded(sizes: RunSizes, measured: int) -> None:
     assert sizes.measured == measured
 
 
+def test_a_teacher_of_some_of_the_prompts_gets_their_part_of_the_samples() -> None:
+    sizes = RunSizes(samples=64, group=4, prompt_tokens=10, response_tokens=10)
+    assert [sizes.part(fraction).samples for fraction in (1.0, 0.25, 0.0)] == [64, 16, 1]
+
+
 def test_units_are_consistent_and_readable() -> None:
     sizes = RunSizes(samples=128, group=1, prompt_tokens=10, response_tokens=40)
     found = Throughput(sizes, 64, 4.0)

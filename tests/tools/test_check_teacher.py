@@ -18,10 +18,18 @@ from tools import check_teacher
 def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(check_teacher.main, []) == 2
     error = capsys.readouterr().err
-    assert "--opd-teacher-url is missing" in error
+    assert "needs --opd-teacher-url" in error
     assert "--hf-checkpoint is missing" in error
     assert run_cli(check_teacher.main, ["--opd-type", "megatron", "--hf-checkpoint", "x"]) == 2
     assert "a teacher in the trainer is checked by the run itself" in capsys.readouterr().err
+
+
+def test_what_a_run_would_be_refused_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--opd-teacher-url", "http://h:1", "--hf-checkpoint", "x", "--rollout-temperature", "0.7"]
+    assert run_cli(check_teacher.main, arguments) == 2
+    assert "--rollout-temperature 0.7 does not go with --opd-type sglang" in capsys.readouterr().err
+    assert run_cli(check_teacher.main, [*arguments[:4], "--opd-teachers", "teachers.yaml"]) == 2
+    assert "--opd-teachers" in capsys.readouterr().err
 
 
 def test_a_server_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,63 @@
+"""Three steps of every form of the distillation term through the real loop, each with what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_megatron.objectives.distribution import DIVERGENCES
+from tests.e2e.support import run_training
+
+MOVING = {"global_batch_size": 4, "lr": 3e-3}
+"""Two optimizer steps per rollout, the second off policy."""
+WHOLE: dict[str, Any] = {"opd_loss": "distribution"}
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "clipped": ({"opd_log_ratio_clip": 0.1}, "train/opd_clipfrac"),
+    "discounted": ({"opd_kl_discount": 0.9, "opd_baseline": "kl"}, "train/opd_advantage_abs_mean"),
+    "importance": ({"opd_importance": True, **MOVING}, "train/opd_loss"),
+    "k1 loss": ({"opd_loss": "kl_loss", "opd_kl_loss_type": "k1"}, "train/opd_loss"),
+    "k2 loss": ({"opd_loss": "kl_loss"}, "train/opd_loss"),
+    "teacher's top": ({**WHOLE, "opd_support": "teacher_topk", "opd_top_k": 4}, "train/opd_divergence"),
+    "student's top, rescaled": (
+        {**WHOLE, "opd_support": "student_topk", "opd_top_k": 4, "opd_tail": "renormalized"},
+        "train/opd_divergence",
+    ),
+    "schedule": (
+        {
+            **WHOLE,
+            "opd_divergence": "forward_kl",
+            "opd_divergence_to": "reverse_kl",
+            "opd_divergence_schedule": "0:2",
+        },
+        "train/opd_divergence",
+    ),
+    "entropy-aware": ({**WHOLE, "opd_entropy_aware": 0.5}, "train/opd_divergence"),
+    "nucleus sampling": ({**WHOLE, "rollout_top_p": 0.9}, "train/opd_divergence"),
+    **{name: ({**WHOLE, "opd_divergence": name}, "train/opd_divergence") for name in DIVERGENCES},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps(student: Path, teacher: Path, prompts: Path, tmp_path: Path, case: str) -> None:
+    changes, metric = CASES[case]
+    opd = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": teacher, "advantage_estimator": "none"}
+    metrics = run_training(
+        student, prompts, tmp_path / "run", rollout_batch_size=4, save_interval=100, **{**opd, **changes}
+    )
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert all(line["train/grad_norm"] > 0 for line in metrics)
+    assert metrics[-1][metric] != 0
+
+
+def test_the_coefficient_follows_its_schedule_through_the_loop(
+    student: Path, teacher: Path, prompts: Path, tmp_path: Path
+) -> None:
+    opd = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": teacher, "advantage_estimator": "none"}
+    metrics = run_training(
+        student, prompts, tmp_path / "run", **opd, **WHOLE, opd_kl_coef=1.0, opd_kl_coef_end=0.0, opd_kl_coef_rollouts=2
+    )
+    for line, coefficient in zip(metrics, (1.0, 0.5, 0.0), strict=True):
+        assert line["train/loss"] == pytest.approx(coefficient * line["train/opd_loss"], abs=1e-7)
