@@ -30,8 +30,8 @@ quickstart: setup ## teach a small student on this machine and draw its learning
 	@echo "==> quickstart"
 	@$(IN_VENV) $(EXAMPLES)/quickstart/run.sh
 
-quickstart-sglang: setup $(VENV_SGLANG) ## the quickstart with a real SGLang server as the teacher (SEED=n)
-	@echo "==> quickstart with an SGLang teacher"
+quickstart-sglang: setup $(VENV_SGLANG) ## the quickstart with real SGLang servers as teacher and rollout engine (SEED=n)
+	@echo "==> quickstart with an SGLang teacher and SGLang rollouts"
 	@$(IN_VENV) $(EXAMPLES)/quickstart-sglang/run.sh
 
 test: setup ## lint, types, import rules and all tests that need no SGLang

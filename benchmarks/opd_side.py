@@ -55,7 +55,7 @@ def run_step(parts: Parts, rollout_id: int) -> tuple[int, dict[str, float]]:
     clock.append(time.perf_counter())
     steps.teach(parts, samples, rollout_id)
     clock.append(time.perf_counter())
-    steps.learn(parts, samples, metrics)
+    steps.learn(parts, samples, rollout_id, metrics)
     clock.append(time.perf_counter())
     names = ("weight sync", "rollout", "teacher", "train")
     seconds = {name: end - start for name, start, end in zip(names, clock, clock[1:], strict=False)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +21,36 @@ from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
+    has_megatron_teacher,
     needs_reference,
+    needs_teacher_hidden,
     reference_folder,
     starting_point,
     student_architecture,
     teacher_architecture,
 )
 from opd_megatron.config.validate_opd import idle_opd_options
-from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
+from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.megatron import cpu
+from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
 from opd_megatron.megatron.trainer import TrainerSpec
+from opd_megatron.objectives.advantages import chosen_estimator
+from opd_megatron.objectives.policy_loss import chosen_policy_loss
 from opd_megatron.reward import RewardFunction, build_reward
+from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
-from opd_megatron.sample import Sample
+from opd_megatron.rollout.sglang_build import sglang_engine
+from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
-from opd_megatron.teacher.preflight import PROBE_TEXTS, encode
+from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
+from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
+from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +74,11 @@ class Parts:
     evaluation_sets: list[EvaluationSet]
     num_rollouts: int
     trainer: TrainerGroup
-    engine: LocalEngine | None
+    engine: RolloutEngine | None
     generator: RolloutGenerator | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
-    teacher: MegatronTeacher | SGLangTeacher | None
+    teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
 
@@ -83,6 +93,8 @@ def assemble(options: Options) -> Iterator[Parts]:
     prompts = None
     if not replayed:
         records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
+        if options.opd.use_opd:
+            check_prompt_routes(options, (record.metadata for record in records))
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
             check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
@@ -91,6 +103,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         for name, path in options.evaluation.eval_prompt_data
     ]
     num_rollouts = _num_rollouts(options, prompts)
+    chosen_estimator(options.objective), chosen_policy_loss(options.objective)  # before the models are built
     with ExitStack() as stack:
         reward = build_reward(options.reward) if options.has_training_reward else None
         if reward is not None:
@@ -103,7 +116,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         engine = None
         samples_rollouts = options.objective.loss_type == "policy_loss" and not replayed
         if samples_rollouts or sets:
-            engine = _engine(options, hf_folder, tokenizer)
+            engine = _engine(options, hf_folder, tokenizer, lambda tokens: _student_log_probs(trainer, tokens, 1.0))
             stack.callback(engine.close)
         generator = None
         if samples_rollouts and engine is not None:
@@ -153,7 +166,22 @@ def _num_rollouts(options: Options, prompts: PromptSet | None) -> int:
     return prompts.rollouts_for_epochs(options.data.num_epoch, options.rollout.rollout_batch_size)
 
 
-def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBase) -> LocalEngine:
+def _engine(
+    options: Options,
+    hf_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    reference: Callable[[np.ndarray], np.ndarray],
+) -> RolloutEngine:
+    """The engine that was asked for; ``reference`` are the trainer's log-probabilities, by which updates are proved."""
+    if options.engine.rollout_engine == "sglang":
+        return sglang_engine(
+            options,
+            hf_folder,
+            tokenizer,
+            write=partial(write_hf_folder, hf_folder=hf_folder),
+            reference=reference,
+            on_cpu=cpu.device().type == "cpu",
+        )
     return LocalEngine(
         hf_folder,
         tokenizer,
@@ -161,6 +189,11 @@ def _engine(options: Options, hf_folder: Path, tokenizer: PreTrainedTokenizerBas
         dtype=torch.bfloat16 if options.optimizer.bf16 else torch.float32,
         max_batch_size=options.rollout.rollout_engine_batch_size,
     )
+
+
+def _student_log_probs(trainer: TrainerGroup, tokens: np.ndarray, temperature: float | None = None) -> np.ndarray:
+    """The trainer's log-probabilities of ``tokens[1:]`` at the rollout temperature, or another one."""
+    return trainer.score("student", text_samples([tokens]), temperature=temperature)[0]
 
 
 def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
@@ -176,40 +209,37 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
         if folder is None:
             raise UserError("a KL to the reference needs weights in --ref-load or --hf-checkpoint")
         frozen["reference"] = FrozenModel(architecture, folder)
-    opd = options.opd
-    if opd.use_opd and opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is None:
-        frozen["teacher"] = teacher_model(options, teacher_architecture(options), Path(str(opd.opd_teacher_load)))
+    if has_megatron_teacher(options):
+        loaded = Path(str(options.opd.opd_teacher_load))
+        frozen["teacher"] = teacher_model(options, teacher_architecture(options), loaded)
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 
 def _teacher(
     options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
-) -> MegatronTeacher | SGLangTeacher | None:
+) -> MegatronTeacher | SGLangTeacher | RoutedTeachers | None:
     opd = options.opd
     if not opd.use_opd:
         return None
-    if opd.opd_type == "megatron":
+    if has_megatron_teacher(options):
         return MegatronTeacher(
             trainer,
             str(opd.opd_teacher_load),
             temperature=options.rollout.rollout_temperature,
             vocab_size=teacher_architecture(options).vocab_size,
         )
-    return SGLangTeacher(
-        opd.opd_teacher_url[0],
-        vocab_size=student_architecture(options).vocab_size,
-        max_in_flight=opd.opd_teacher_max_in_flight,
-        timeout=opd.opd_teacher_timeout,
-        max_retries=opd.opd_teacher_max_retries,
-    )
+    return connect_teachers(options, student_architecture(options).vocab_size)
 
 
-def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | None) -> bool:
+def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None) -> bool:
     if not isinstance(teacher, MegatronTeacher):
         return False
     possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
-    if not possible and options.opd.opd_baseline != "none":
-        raise UserError(f"--opd-baseline {options.opd.opd_baseline} needs a teacher with the student's vocabulary size")
+    if not possible and needs_teacher_hidden(options):
+        flag = f"--opd-baseline {options.opd.opd_baseline}"
+        if options.opd.opd_loss == "distribution":
+            flag = "--opd-loss distribution"
+        raise UserError(f"{flag} needs a teacher with the student's vocabulary size")
     if not possible and options.opd.opd_exact_kl_interval:
         logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
     return possible
@@ -240,48 +270,72 @@ def preflight(parts: Parts, done: int) -> list[str]:
 
     Returns warnings, raises ``UserError`` or TeacherError.
     """
-    options, teacher = parts.options, parts.teacher
+    options = parts.options
     _first_weights(parts, done)
     notes = []
     objective = options.objective
     rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"
-    if rewarded and objective.advantage_estimator == "grpo" and options.rollout.n_samples_per_prompt == 1:
-        notes.append("grpo with one sample per prompt: every group's advantage is 0, the task reward teaches nothing")
+    if rewarded and chosen_estimator(objective).compares_samples and options.rollout.n_samples_per_prompt == 1:
+        notes.append(
+            f"{objective.advantage_estimator} with one sample per prompt: every group's advantage is 0, the task "
+            "reward teaches nothing"
+        )
     notes += _length_notes(parts)
     idle = idle_opd_options(options)
     if idle:
-        notes.append(f"distillation is off: {', '.join(idle)} of the --config file have no effect without --use-opd")
+        why = "recorded rollouts hold the teacher's scores" if options.opd.use_opd else "distillation is off"
+        notes.append(f"{why}: {', '.join(idle)} of the --config file have no effect")
+    for finding in _check_teacher(parts):
+        if finding.warning:
+            notes.append(finding.text)
+        else:
+            logger.info("teacher, %s: %s", finding.check, finding.text)
+    return notes
+
+
+def _check_teacher(parts: Parts) -> list[Finding]:
+    options, teacher = parts.options, parts.teacher
     if teacher is None:
-        return notes
-    paths = options.checkpoint
-    folders = [folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None]
-    texts = [text for text in PROBE_TEXTS[:1] if parts.tokenizer.decode(encode(parts.tokenizer, text)) == text]
-
-    def student_log_probs(tokens: np.ndarray) -> np.ndarray:
-        sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
-        return parts.trainer.score("student", [sample])[0]
-
+        return []
+    paths, data = options.checkpoint, options.data
+    positions = student_architecture(options).max_position_embeddings
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
-    if isinstance(teacher, SGLangTeacher):
-        return notes + preflight_sglang(
-            teacher,
-            parts.tokenizer,
+    records = parts.prompts.records if parts.prompts is not None else []
+
+    def student_log_probs(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return parts.trainer.score("student", text_samples(texts))
+
+    student = Student(
+        parts.tokenizer,
+        folders=[folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None],
+        log_probs=student_log_probs if same_temperature else None,
+        texts=text_of_records(records, parts.tokenizer, count=JUDGED_TEXTS, longest=min(JUDGED_TOKENS, positions)),
+        chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
+    )
+    if isinstance(teacher, MegatronTeacher):
+        tokenizer = _teacher_tokenizer(str(options.opd.opd_teacher_load))
+        return preflight_megatron(teacher, student, tokenizer, vocab_size=teacher_architecture(options).vocab_size)
+    prompts = [len(record.prompt_tokens) for record in records]
+    sizes = RunSizes(
+        samples=options.samples_per_rollout,
+        group=options.rollout.n_samples_per_prompt,
+        prompt_tokens=int(np.median(prompts)) if prompts else 1,
+        response_tokens=options.rollout.rollout_max_response_len,
+        steps=parts.num_rollouts,
+    )
+    return [
+        finding
+        for server in servers_of(teacher)
+        for finding in preflight_sglang(
+            server,
+            student,
             rollout_temperature=options.rollout.rollout_temperature,
             allow_sampling_mismatch=options.opd.opd_allow_sampling_mismatch,
             longest_sample=_longest_sample(parts),
-            student_folders=folders,
-            known_texts=texts,
-            student_log_probs=student_log_probs if same_temperature else None,
+            overlong=options.opd.opd_overlong,
+            sizes=sizes,
         )
-    return notes + preflight_megatron(
-        teacher,
-        parts.tokenizer,
-        _teacher_tokenizer(str(options.opd.opd_teacher_load)),
-        vocab_size=teacher_architecture(options).vocab_size,
-        student_folders=folders,
-        known_texts=texts,
-        student_log_probs=student_log_probs,
-    )
+    ]
 
 
 def _teacher_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:

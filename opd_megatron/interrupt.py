@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +15,27 @@ from opd_megatron.config.checks import mask_url
 from opd_megatron.config.options import Options
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def unwinding_at_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise ``SystemExit`` (128 + 15), so that a run that has only begun ends the servers it has started.
+
+    Outside the main thread signals cannot be handled and nothing is installed.
+    """
+    try:
+        before = signal.signal(signal.SIGTERM, _unwind)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 class Interrupt:

@@ -15,7 +15,7 @@ from opd_megatron.config.dump import dump_yaml
 from opd_megatron.config.errors import refuse
 from opd_megatron.config.options import Options
 from opd_megatron.config.validate_paths import earlier_run_faults
-from opd_megatron.interrupt import Interrupt
+from opd_megatron.interrupt import Interrupt, unwinding_at_sigterm
 from opd_megatron.observe.log import configure_logging
 from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
@@ -36,6 +36,7 @@ def run(options: Options) -> None:
     configure_logging()
     started = time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(unwinding_at_sigterm())
         stack.enter_context(run_lock(options.run_folder))
         refuse(list(earlier_run_faults(options)))  # another run may have come and gone since the options were judged
         parts = stack.enter_context(assemble(options))
@@ -81,11 +82,12 @@ def train(
             samples = steps.make_samples(parts, rollout_id, found)
         with progress.phase("reward"):
             steps.reward(parts, samples, found)
+            steps.compare_greedily(parts, samples, rollout_id, found)
         with progress.phase("teacher"):
             steps.teach(parts, samples, rollout_id)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
-            steps.learn(parts, samples, found)
+            steps.learn(parts, samples, rollout_id, found)
         if not trained_tokens(samples):
             logger.warning("rollout %d has no token to train on: are the prompts too long?", rollout_id)
         if step == done + 1:

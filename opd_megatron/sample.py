@@ -85,7 +85,9 @@ class Sample:
     ``index`` is unique in a rollout; samples of one prompt share ``group_index``. ``loss_mask`` is 1 on the response
     tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
     ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
-    in the loss. Every per-token field covers the response only and has ``T`` entries; ``T`` may be 0.
+    in the loss; ``opd_future`` is what its discount adds of the tokens that follow. ``greedy_reward`` is that of the
+    greedy response to the prompt, where an estimator compares with it. Every per-token field covers the response only
+    and has ``T`` entries; ``T`` may be 0.
     """
 
     index: int
@@ -101,9 +103,11 @@ class Sample:
     old_log_probs: np.ndarray | None = _per_token(np.float32)
     ref_log_probs: np.ndarray | None = _per_token(np.float32)
     advantages: np.ndarray | None = _per_token(np.float32)
+    opd_future: np.ndarray | None = _per_token(np.float32)
     teacher_scores: TeacherScores | None = None
     reward: float | None = None
     reward_error: str | None = None
+    greedy_reward: float | None = None
     status: Status = Status.COMPLETED
     weight_version: str = ""
 

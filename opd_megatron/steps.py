@@ -12,13 +12,19 @@ import torch
 
 from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
-from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import needs_reference, student_architecture
+from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.resolve import (
+    needs_old_log_probs,
+    needs_reference,
+    needs_teacher_hidden,
+    student_architecture,
+)
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
-from opd_megatron.objectives.advantages import task_advantages
+from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
 from opd_megatron.objectives.log_probs import log_ratio
-from opd_megatron.objectives.opd import reverse_kl_statistics
+from opd_megatron.objectives.mismatch import mismatch_statistics
+from opd_megatron.objectives.opd import future_distances, reverse_kl_statistics
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
@@ -56,6 +62,9 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         else:
             sync_weights(parts, str(rollout_id))
             samples = parts.generator.generate(records, rollout_id)
+            if parts.engine is not None:
+                metrics |= parts.engine.metrics()
+                parts.engine.rest()
     metrics |= rollout_metrics(samples)
     return samples
 
@@ -92,6 +101,12 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
         return "a token is not in the student's vocabulary"
     if len(sample.tokens) > student.max_position_embeddings:
         return f"it has {len(sample.tokens)} tokens, the student {student.max_position_embeddings} positions"
+    objective = options.objective
+    if objective.loss_type == "policy_loss":
+        if objective.use_tis and sample.rollout_log_probs is None:
+            return "it has no log-probabilities of the rollout engine, which --use-tis needs"
+        if chosen_estimator(objective).needs_greedy and sample.greedy_reward is None:
+            return f"it has no greedy_reward, which --advantage-estimator {objective.advantage_estimator} needs"
     scores = sample.teacher_scores
     if scores is None or not options.opd.use_opd:
         return None
@@ -121,6 +136,24 @@ def reward(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -
     metrics["reward/error_frac"] = sum(sample.reward_error is not None for sample in samples) / len(samples)
 
 
+def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
+    """Give each sample the reward of the greedy response to its prompt, where the estimator compares with it.
+
+    The greedy responses are seen by nobody else; recorded samples keep what was recorded.
+    """
+    objective = parts.options.objective
+    if objective.loss_type == "sft_loss" or not chosen_estimator(objective).needs_greedy:
+        return
+    if parts.generator is not None:
+        greedy = parts.generator.greedy(samples, rollout_id)
+        if parts.reward is not None:
+            parts.reward.score(greedy)
+        rewards = {sample.group_index: sample.reward or 0.0 for sample in greedy}
+        for sample in samples:
+            sample.greedy_reward = rewards[sample.group_index]
+    metrics["reward/greedy_mean"] = float(np.mean([sample.greedy_reward for sample in samples]))
+
+
 def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
     """Attach the teacher's scores. Evaluation never comes here."""
     if parts.teacher is None:
@@ -128,7 +161,7 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
     if isinstance(parts.teacher, MegatronTeacher):
         opd = parts.options.opd
         measured = opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
-        parts.teacher.keep_hidden = (measured or opd.opd_baseline != "none") and parts.exact_kl_possible
+        parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
     for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
         sample.teacher_scores = scores
         sample.validate()
@@ -154,12 +187,12 @@ def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: Run
         write_samples(options.rollout.save_debug_rollout_data.replace("{rollout_id}", str(rollout_id)), samples)
 
 
-def learn(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) -> None:
+def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Compute advantages over the whole rollout, take its optimizer steps and report them."""
     options = parts.options
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
-    trained, log_probs = parts.trainer.train(samples)
+    trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":
         return
@@ -168,7 +201,7 @@ def learn(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) ->
         current if sample.old_log_probs is None else sample.old_log_probs
         for sample, current in zip(samples, log_probs, strict=True)
     ]
-    metrics |= _engine_gap(samples, student)
+    metrics |= _engine_gap(samples, student) | _mismatch(parts.options, samples, student)
     if options.opd.use_opd:
         scores = [sample.teacher_scores for sample in samples]
         assert all(score is not None for score in scores)
@@ -182,7 +215,7 @@ def learn(parts: Parts, samples: Sequence[Sample], metrics: dict[str, float]) ->
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     objective = parts.options.objective
-    if parts.options.steps_per_rollout > 1 or objective.kl_coef > 0:
+    if needs_old_log_probs(parts.options):
         for sample, log_probs in zip(samples, parts.trainer.score("student", samples), strict=True):
             sample.old_log_probs = log_probs
     if needs_reference(parts.options):
@@ -197,10 +230,27 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
         [sample.group_index for sample in samples],
         [sample.loss_mask for sample in samples],
         kls,
+        [float(sample.greedy_reward) for sample in samples if sample.greedy_reward is not None] or None,
     )
+    if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
+        _add_futures(parts.options.opd, samples)
     for sample, values in zip(samples, advantages, strict=True):
         sample.advantages = values.numpy()
         sample.validate()
+
+
+def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
+    scores = [sample.teacher_scores for sample in samples]
+    futures = future_distances(
+        [sample.old_log_probs for sample in samples if sample.old_log_probs is not None],
+        [score.log_probs_T for score in scores if score is not None],
+        [sample.loss_mask for sample in samples],
+        [score.valid_T for score in scores if score is not None],
+        discount=opd.opd_kl_discount,
+        limit=opd.opd_log_ratio_clip,
+    )
+    for sample, future in zip(samples, futures, strict=True):
+        sample.opd_future = future.numpy()
 
 
 def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
@@ -214,6 +264,17 @@ def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dic
     if not len(gap):
         return {}
     return {"rollout/train_logprob_gap": float(gap.mean()), "rollout/train_logprob_gap_max": float(gap.max())}
+
+
+def _mismatch(options: Options, samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
+    """``rollout/mismatch_*`` of the samples that know how probable the engine found them."""
+    known = [
+        (sample.rollout_log_probs, log_probs, sample.loss_mask)
+        for sample, log_probs in zip(samples, student, strict=True)
+        if sample.rollout_log_probs is not None
+    ]
+    engine, trainer, masks = zip(*known, strict=True) if known else ((), (), ())
+    return mismatch_statistics(engine, trainer, masks, options.objective)
 
 
 def check_engine(options: Options, metrics: dict[str, float]) -> None:
@@ -255,7 +316,7 @@ def evaluate_all(parts: Parts, step: int) -> dict[str, float]:
             max_prompt_len=options.rollout.rollout_max_prompt_len,
         )
         metrics |= found
-    return metrics
+    return metrics | engine.metrics()
 
 
 def goal_reached(options: Options, metrics: dict[str, float]) -> bool:

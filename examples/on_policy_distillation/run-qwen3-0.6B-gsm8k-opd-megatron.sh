@@ -12,4 +12,4 @@ common_arguments qwen3-0.6B-gsm8k-opd-megatron
 if [[ $DRY_RUN != 1 ]]; then
     prepare_data
 fi
-train "${ARGUMENTS[@]}" --opd-type megatron --opd-teacher-load "$TEACHER" "$@"
+train "${ARGUMENTS[@]}" --rollout-engine-batch-size 128 --opd-type megatron --opd-teacher-load "$TEACHER" "$@"

@@ -22,11 +22,18 @@ class TrainerGroup(Protocol):
     def resume(self) -> dict[str, Any] | None:
         """Restore a trainer's state if the run starts from one; its run state, or None."""
 
-    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
-        """Log-probabilities ``[T]`` float32 of each response under a model."""
+    def score(
+        self,
+        name: ModelName,
+        samples: Sequence[Sample],
+        *,
+        keep_hidden: bool = False,
+        temperature: float | None = None,
+    ) -> list[np.ndarray]:
+        """Log-probabilities ``[T]`` float32 of each response under a model, at the rollout temperature or another."""
 
-    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
-        """Take the rollout's optimizer steps; metrics, and the student's log-probabilities before them."""
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The student as Hugging Face tensors."""
@@ -66,11 +73,19 @@ class LocalTrainerGroup:
     def resume(self) -> dict[str, Any] | None:
         return self._trainer.resume()
 
-    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
-        return merge_arrays([self._trainer.score(name, samples, keep_hidden=keep_hidden)], len(samples))
+    def score(
+        self,
+        name: ModelName,
+        samples: Sequence[Sample],
+        *,
+        keep_hidden: bool = False,
+        temperature: float | None = None,
+    ) -> list[np.ndarray]:
+        scored = self._trainer.score(name, samples, keep_hidden=keep_hidden, temperature=temperature)
+        return merge_arrays([scored], len(samples))
 
-    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
-        return merge_results([self._trainer.train(samples)], len(samples))
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
+        return merge_results([self._trainer.train(samples, rollout_id)], len(samples))
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         return self._trainer.export_weights()

@@ -178,12 +178,20 @@ class RayTrainerGroup:
     def resume(self) -> dict[str, Any] | None:
         return self._all("resume")[0]
 
-    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
+    def score(
+        self,
+        name: ModelName,
+        samples: Sequence[Sample],
+        *,
+        keep_hidden: bool = False,
+        temperature: float | None = None,
+    ) -> list[np.ndarray]:
         shared = ray.put(list(samples))
-        return merge_arrays(self._all("score", name, shared, keep_hidden=keep_hidden), len(samples))
+        scored = self._all("score", name, shared, keep_hidden=keep_hidden, temperature=temperature)
+        return merge_arrays(scored, len(samples))
 
-    def train(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[np.ndarray]]:
-        return merge_results(self._all("train", ray.put(list(samples))), len(samples))
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
+        return merge_results(self._all("train", ray.put(list(samples)), rollout_id), len(samples))
 
     def export_weights(self) -> Iterable[tuple[str, Tensor]]:
         exported: list[tuple[str, Tensor]] = self._wait([actor.export_weights.remote() for actor in self._actors])[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from urllib.parse import SplitResult, urlsplit
 
 MASK = "***"
@@ -13,12 +14,23 @@ LONGEST_WAIT = 1e7
 """Largest time limit in seconds or minutes: within what sockets, timers and process groups take."""
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SET_NAME = re.compile(r"[\w.+-]+")
 
 
 def import_path(value: str) -> str | None:
     """``package.module:function``."""
     return None if _IMPORT_PATH.fullmatch(value) else "must be written package.module:function"
+
+
+def variable_name(value: str) -> str | None:
+    """Name of an environment variable."""
+    return None if _VARIABLE.fullmatch(value) else "must be the name of an environment variable"
+
+
+def mask_unless_variable(value: str) -> str:
+    """``value`` if it is the name of an environment variable, and not a key given in its place."""
+    return value if _VARIABLE.fullmatch(value) else MASK
 
 
 def json_mapping(value: str) -> str | None:
@@ -33,6 +45,14 @@ def json_mapping(value: str) -> str | None:
 def off_or_positive(value: int) -> str | None:
     """-1 switches off; else a count of at least 1."""
     return "must be -1 (off) or at least 1" if value == 0 else None
+
+
+def rollout_range(value: str) -> str | None:
+    """``START:END``, counted from 0."""
+    parts = value.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts) or int(parts[0]) >= int(parts[1]):
+        return "must be written START:END with START below END, e.g. 0:200"
+    return None
 
 
 def named_path(value: tuple[str, str]) -> str | None:
@@ -73,3 +93,37 @@ def mask_url(url: str) -> str:
     query = f"?{MASK}" if parts.query else ""
     fragment = f"#{MASK}" if parts.fragment else ""
     return prefix + user + host + path + query + fragment
+
+
+_OWN_SERVER_FLAGS = {
+    "--api-key": "the servers listen on this machine alone",
+    "--base-gpu-id": "use --sglang-base-gpu-id",
+    "--context-length": "it is the model's",
+    "--dtype": "it is the trainer's",
+    "--enable-memory-saver": "use --sglang-free-memory",
+    "--host": "the servers listen on this machine alone",
+    "--load-format": "the weights are the trainer's",
+    "--mem-fraction-static": "use --sglang-mem-fraction-static",
+    "--model": "it is --hf-checkpoint",
+    "--model-path": "it is --hf-checkpoint",
+    "--port": "a free one is taken",
+    "--skip-tokenizer-init": "stop strings need the tokenizer",
+    "--tensor-parallel-size": "use --rollout-num-gpus-per-engine",
+    "--tp": "use --rollout-num-gpus-per-engine",
+    "--tp-size": "use --rollout-num-gpus-per-engine",
+    "--weight-version": "it names the trainer's step",
+}
+"""Flags of SGLang's server that the engine sets, and what a user does instead."""
+
+
+def server_flags(value: str) -> str | None:
+    """Flags of a server as a shell would read them, without those that the engine sets."""
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        return f"cannot be read as flags ({error})"
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag in _OWN_SERVER_FLAGS:
+            return f"{flag} is set already: {_OWN_SERVER_FLAGS[flag]}"
+    return None if not words or words[0].startswith("-") else "must begin with a flag"

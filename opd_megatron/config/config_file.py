@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd_megatron.config.flags import BadValueError, Flag, suggestion
+from opd_megatron.config.flags import BadValueError, Flag, spoken, suggestion
 
 DERIVED = "derived"
 """Section of a dump that says what follows from the options; it is not read back."""
@@ -19,7 +19,7 @@ def read_config_file(path: str, flags: Mapping[str, Flag]) -> tuple[dict[str, An
     Dashes and underscores are the same in a name. ``null`` leaves an option at its default, and so does a value equal
     to the default: it does not count as given, so that a dump of all options can be read back.
     """
-    content, fault = _load(Path(path))
+    content, fault = load_mapping(Path(path))
     if fault:
         return {}, [f"--config {path}: {fault}"]
     values: dict[str, Any] = {}
@@ -43,10 +43,10 @@ def read_config_file(path: str, flags: Mapping[str, Flag]) -> tuple[dict[str, An
     return given, [f"--config {path}: {fault}" for fault in faults]
 
 
-def _load(path: Path) -> tuple[Mapping[str, Any], str]:
-    """The file's mapping and an empty text, or an empty mapping and the fault."""
-    if path.suffix not in (".yaml", ".yml", ".toml"):
-        return {}, "the name must end in .yaml, .yml or .toml"
+def load_mapping(path: Path, endings: Sequence[str] = (".yaml", ".yml", ".toml")) -> tuple[Mapping[str, Any], str]:
+    """The file's mapping and an empty text, or an empty mapping and the fault. JSON is read as the YAML it is."""
+    if path.suffix not in endings:
+        return {}, f"the name must end in {spoken(endings)}"
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -82,7 +82,7 @@ def _load_yaml(text: str) -> tuple[Mapping[str, Any], str]:
     if content is None:
         return {}, ""
     if not isinstance(content, dict):
-        return {}, "must be a mapping of option names to values"
+        return {}, "must be a mapping of names to values"
     return content, ""
 
 

@@ -127,9 +127,8 @@ def spoken(words: Iterable[Any]) -> str:
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     """`` (did you mean ...?)`` with the nearest of ``known``, or nothing where none is near."""
     names = [str(word) for word in known]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not near and len(name) >= 4:
-        near = [word for word in names if word.startswith(name)][:1]
+    begun = [word for word in names if word.startswith(name)] if len(name) >= 4 else []
+    near = begun[:1] or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
 
@@ -214,8 +213,12 @@ _NUMBER = re.compile(r"-(\d|\.\d|inf(inity)?$|nan$)", re.IGNORECASE)
 
 
 def looks_like_flag(token: str) -> bool:
-    """Whether a command line token starts a new flag: a leading minus that is no negative number and no sentence."""
-    return len(token) > 1 and token.startswith("-") and not _NUMBER.match(token) and not re.search(r"\s", token)
+    """Whether a command line token starts a new flag: a leading minus that is no negative number and no sentence.
+
+    What follows an equals sign may be a sentence.
+    """
+    name = token.partition("=")[0]
+    return len(token) > 1 and token.startswith("-") and not _NUMBER.match(token) and not re.search(r"\s", name)
 
 
 def unknown_flag(token: str, flags: Sequence[str]) -> str:

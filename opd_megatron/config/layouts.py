@@ -49,7 +49,7 @@ def tried_layouts(options: Options, models: Models, *, device: DeviceKind, usabl
 
 def layout_and_run_faults(options: Options, models: Models) -> list[str]:
     """What ``train.py`` would refuse of the run as a whole, with a student that need not be in a folder."""
-    return run_faults(options) + layout_faults_of_model(options, models.student, "model")
+    return run_faults(options) + layout_faults_of_model(options, models.student)
 
 
 def _layouts(options: Options, models: Models) -> Iterator[Options]:

@@ -14,7 +14,13 @@ from opd_megatron.config.activations import Work, activation_bytes, number_bytes
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
-from opd_megatron.config.resolve import needs_reference, teacher_folder, teacher_parallel
+from opd_megatron.config.resolve import (
+    has_megatron_teacher,
+    has_own_layout,
+    needs_reference,
+    teacher_folder,
+    teacher_parallel,
+)
 from opd_megatron.config.vocab_chunks import (
     BLOCK_ELEMENTS,
     CHUNK_ELEMENTS,
@@ -47,9 +53,10 @@ class RankMemory:
 
     ``activations`` are kept between forward and backward, ``recomputed`` those of the layers that are made again at a
     time. ``head`` are the chunked vocabulary head's buffers and gradients, ``rollout`` the local engine with its cache
-    of keys and values, which only the controller's device has. ``host`` is what the rank keeps in the
-    host's memory: the teacher's hidden rows, and what is offloaded. ``total`` is the most that the device has at once;
-    the engine counts always, since the controller's process keeps the memory that it has freed.
+    of keys and values, which only the controller's device has. ``host`` is what the rank keeps in the host's memory:
+    the teacher's hidden rows, its output weight where that comes from another layout, and what is offloaded. ``total``
+    is the most that the device has at once; the engine counts always, since the controller's process keeps the memory
+    that it has freed.
     """
 
     stage: int
@@ -102,6 +109,7 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
     if models.teacher is not None and keeps_hidden_rows(options) and is_last:
         rows = Work.of(options, student).rollout_rows
         host += rows * models.teacher.hidden_size * teacher_number_bytes(options, hidden=True)
+        host += teacher_head_bytes(options, models.teacher) if has_own_layout(options) else 0
     return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts), **parts)
 
 
@@ -138,12 +146,6 @@ def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
     return teacher_number_bytes(options) * max(
         _parameters(options, models.teacher, parallel, one).total for one in stages
     )
-
-
-def has_own_layout(options: Options) -> bool:
-    """Whether the teacher is split over the ranks in another way than the student."""
-    own = options.opd
-    return bool(own.opd_teacher_tensor_model_parallel_size or own.opd_teacher_pipeline_model_parallel_size)
 
 
 def teacher_number_bytes(options: Options, hidden: bool = False) -> int:
@@ -220,21 +222,28 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
         exact = 8 * logits + max(8 * block, teacher_short * logits)
         exact += teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
         if options.offload.offload_teacher or has_own_layout(options):
-            exact += teacher_number_bytes(options) * padded * models.teacher.hidden_size
+            exact += teacher_head_bytes(options, models.teacher)
     return max(forward, backward, exact) + STATISTICS_BYTES * rows
+
+
+def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
+    """The teacher's output weight for the columns that the student has on a rank."""
+    tensor = options.parallel.tensor_model_parallel_size
+    columns = teacher.padded_vocab_size(options.model.make_vocab_size_divisible_by, tensor) // tensor
+    return teacher_number_bytes(options) * columns * teacher.hidden_size
 
 
 def keeps_hidden_rows(options: Options) -> bool:
     """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the baseline."""
     opd = options.opd
-    return opd.use_opd and (opd.opd_exact_kl_interval > 0 or opd.opd_baseline != "none")
+    return has_megatron_teacher(options) and (opd.opd_exact_kl_interval > 0 or opd.opd_baseline != "none")
 
 
 def rollout_bytes(options: Options, student: ModelArchitecture) -> int:
     """The local engine: the student's weights, keys and values of the sequences decoded together, their logits."""
     rollout, number = options.rollout, number_bytes(options.optimizer)
     samples = options.objective.loss_type == "policy_loss" and rollout.load_debug_rollout_data is None
-    if not samples and not options.evaluation.eval_prompt_data:
+    if options.engine.rollout_engine != "local" or (not samples and not options.evaluation.eval_prompt_data):
         return 0
     known = options.samples_per_rollout if rollout.rollout_batch_size else rollout.rollout_engine_batch_size
     sequences = min(rollout.rollout_engine_batch_size, known)

@@ -55,6 +55,23 @@ def holds_checkpoint(folder: str | Path) -> bool:
     return info.kind in ("hf", "torch_dist") or info.problem is not None
 
 
+def needs_old_log_probs(options: Options) -> bool:
+    """Whether the student's log-probabilities are computed before the first optimizer step of a rollout.
+
+    With one step they are those of the step's own forward pass, unless something is made of them before it.
+    """
+    discounted = options.opd.use_opd and options.opd.opd_kl_discount > 0
+    return options.steps_per_rollout > 1 or options.objective.kl_coef > 0 or discounted
+
+
+def needs_teacher_hidden(options: Options) -> bool:
+    """Whether every rollout is trained with the hidden states of a Megatron teacher."""
+    opd = options.opd
+    if not opd.use_opd or opd.opd_type != "megatron":
+        return False
+    return opd.opd_baseline != "none" or opd.opd_loss == "distribution"
+
+
 def reference_folder(options: Options) -> Path | None:
     """Weights of the reference model for ``--kl-coef`` and ``--use-kl-loss``; None if there are none.
 
@@ -83,9 +100,15 @@ def student_architecture(options: Options) -> ModelArchitecture:
     return architecture
 
 
+def has_megatron_teacher(options: Options) -> bool:
+    """Whether the trainer loads a teacher: recorded rollouts come with its scores."""
+    recorded = options.rollout.load_debug_rollout_data is not None
+    return options.opd.use_opd and options.opd.opd_type == "megatron" and not recorded
+
+
 def teacher_folder(options: Options) -> str | None:
     """``--opd-teacher-load`` where it has an effect."""
-    return options.opd.opd_teacher_load if options.opd.use_opd else None
+    return options.opd.opd_teacher_load if has_megatron_teacher(options) else None
 
 
 def teacher_architecture(options: Options) -> ModelArchitecture:
@@ -95,23 +118,49 @@ def teacher_architecture(options: Options) -> ModelArchitecture:
     return checkpoint_architecture(options.opd.opd_teacher_load, "--opd-teacher-load")
 
 
+def has_own_layout(options: Options) -> bool:
+    """Whether the teacher is spread over the ranks otherwise than the student: the sizes decide, named or not."""
+    return _sizes(_teacher_sizes(options)) != _sizes(options.parallel)
+
+
 def teacher_parallel(options: Options, teacher: ModelArchitecture) -> ParallelOptions:
     """The layout of a Megatron teacher on the ranks of the run; it is never recomputed."""
-    own, student = options.opd, options.parallel
-    tensor = own.opd_teacher_tensor_model_parallel_size or student.tensor_model_parallel_size
+    parallel, is_mixture = _teacher_sizes(options), teacher.mixture is not None
     return dataclasses.replace(
-        student,
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=(
-            own.opd_teacher_pipeline_model_parallel_size or student.pipeline_model_parallel_size
-        ),
-        sequence_parallel=tensor > 1 and (student.sequence_parallel or teacher.mixture is not None),
-        expert_model_parallel_size=student.expert_model_parallel_size if teacher.mixture is not None else 1,
-        expert_tensor_parallel_size=student.expert_tensor_parallel_size if teacher.mixture is not None else None,
+        parallel,
+        sequence_parallel=parallel.tensor_model_parallel_size > 1 and (parallel.sequence_parallel or is_mixture),
+        expert_model_parallel_size=parallel.expert_model_parallel_size if is_mixture else 1,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size if is_mixture else None,
         num_layers_per_virtual_pipeline_stage=None,
         recompute_granularity=None,
         recompute_method=None,
         recompute_num_layers=None,
+    )
+
+
+def _teacher_sizes(options: Options) -> ParallelOptions:
+    """The student's layout with the sizes that ``--opd-teacher-*`` name; the experts' are for a mixture alone."""
+    own, student = options.opd, options.parallel
+    experts = own.opd_teacher_expert_model_parallel_size or student.expert_model_parallel_size
+    # Experts that are not spread are split as the rest of the model is.
+    inherited = student.expert_tensor_parallel_size if experts > 1 else None
+    return dataclasses.replace(
+        student,
+        tensor_model_parallel_size=own.opd_teacher_tensor_model_parallel_size or student.tensor_model_parallel_size,
+        pipeline_model_parallel_size=(
+            own.opd_teacher_pipeline_model_parallel_size or student.pipeline_model_parallel_size
+        ),
+        expert_model_parallel_size=experts,
+        expert_tensor_parallel_size=own.opd_teacher_expert_tensor_parallel_size or inherited,
+    )
+
+
+def _sizes(parallel: ParallelOptions) -> tuple[int, ...]:
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_size,
     )
 
 

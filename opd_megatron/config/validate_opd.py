@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.resolve import has_megatron_teacher
+from opd_megatron.config.teachers_file import read_teachers
+from opd_megatron.config.validate_distribution import distribution_faults
 
 _SGLANG_ONLY = (
     "opd_teacher_url",
+    "opd_teachers",
+    "opd_teacher_route_key",
+    "opd_teacher_api_key_env",
     "opd_teacher_max_in_flight",
     "opd_teacher_timeout",
     "opd_teacher_max_retries",
+    "opd_overlong",
+    "opd_max_union_ids",
 )
 _MEGATRON_ONLY = (
     "opd_teacher_load",
@@ -20,6 +28,8 @@ _MEGATRON_ONLY = (
     "opd_teacher_max_tokens_per_gpu",
     "opd_teacher_tensor_model_parallel_size",
     "opd_teacher_pipeline_model_parallel_size",
+    "opd_teacher_expert_model_parallel_size",
+    "opd_teacher_expert_tensor_parallel_size",
     "opd_teacher_hidden_dtype",
     "opd_exact_kl_interval",
     "opd_baseline",
@@ -29,14 +39,17 @@ _MEGATRON_ONLY = (
 def opd_faults(options: Options) -> list[str]:
     """Every fault of the ``--opd-*`` options among themselves and with the sampling options."""
     opd = options.opd
+    # those of a file may stay where the command line switches distillation, or the teacher, off
+    idle = [name for name in idle_opd_options(options) if name in options.typed]
     if not opd.use_opd:
-        # those of a file may stay where the command line switches distillation off
-        names = [name for name in idle_opd_options(options) if name in options.typed]
-        faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in names]
+        faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in idle]
         if options.objective.loss_type == "policy_loss" and options.objective.advantage_estimator == "none":
             faults.append("--advantage-estimator none leaves nothing to learn from: add --use-opd or name an estimator")
         return faults
-    faults = []
+    faults = [
+        f"{_flag(name)} has no effect with --load-debug-rollout-data, which holds the teacher's scores: leave it out"
+        for name in idle
+    ]
     if options.objective.loss_type == "sft_loss":
         faults.append("--use-opd does not go with --loss-type sft_loss, which samples nothing: leave out one of them")
     if opd.opd_type is None:
@@ -45,16 +58,24 @@ def opd_faults(options: Options) -> list[str]:
         faults += _megatron_faults(options)
     else:
         faults += _sglang_faults(options)
+    faults += distribution_faults(options)
     if not opd.opd_allow_sampling_mismatch:
         faults += _sampling_faults(options)
     return faults
 
 
 def idle_opd_options(options: Options) -> list[str]:
-    """Names of the ``opd_*`` options that are given and have no effect, because ``use_opd`` is off."""
-    if options.opd.use_opd:
-        return []
-    names = [item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd"]
+    """Names of the ``opd_*`` options that are given and have no effect.
+
+    All of them without ``use_opd``, and those of the teacher with recorded rollouts, which need none.
+    """
+    names: tuple[str, ...] = ()
+    if not options.opd.use_opd:
+        names = tuple(item.name for item in dataclasses.fields(OpdOptions) if item.name != "use_opd")
+    elif options.rollout.load_debug_rollout_data is not None:
+        # a baseline is part of the objective, which a recording cannot serve: that is refused wherever it stands
+        of_type = {"megatron": _MEGATRON_ONLY, "sglang": _SGLANG_ONLY}.get(options.opd.opd_type or "", ())
+        names = tuple(name for name in of_type if name != "opd_baseline")
     return [name for name in names if name in options.given]
 
 
@@ -68,7 +89,7 @@ def _misplaced(options: Options, names: tuple[str, ...], other: str) -> list[str
 
 def _megatron_faults(options: Options) -> list[str]:
     faults = []
-    if options.opd.opd_teacher_load is None:
+    if has_megatron_teacher(options) and options.opd.opd_teacher_load is None:
         faults.append("--opd-type megatron needs --opd-teacher-load: name the teacher's checkpoint folder")
     baseline = options.opd.opd_baseline
     if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
@@ -91,11 +112,19 @@ def _megatron_faults(options: Options) -> list[str]:
 
 def _sglang_faults(options: Options) -> list[str]:
     faults = []
-    count = len(options.opd.opd_teacher_url)
-    if count == 0 and options.rollout.load_debug_rollout_data is None:
-        faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
-    if count > 1:
-        faults.append(f"--opd-teacher-url takes exactly one address, not {count}")
+    opd = options.opd
+    if opd.opd_teachers is not None:
+        faults += [
+            f"{_flag(name)} does not go with --opd-teachers, whose file says it for each teacher: leave out one of them"
+            for name in ("opd_teacher_url", "opd_teacher_api_key_env")
+            if name in options.given
+        ]
+        faults += read_teachers(opd.opd_teachers)[1]
+    else:
+        if not opd.opd_teacher_url and options.rollout.load_debug_rollout_data is None:
+            faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
+        if "opd_teacher_route_key" in options.given:
+            faults.append("--opd-teacher-route-key has no effect without --opd-teachers: leave it out")
     return faults + _misplaced(options, _MEGATRON_ONLY, "megatron")
 
 
@@ -109,6 +138,8 @@ def _sampling_faults(options: Options) -> list[str]:
             f"--rollout-temperature {rollout.rollout_temperature:g} does not go with --opd-type sglang, whose scores "
             f"are at temperature 1: set it to 1, use --opd-type megatron, {override}"
         )
+    if options.opd.opd_loss == "distribution":
+        return faults  # which has no expectation over sampled tokens
     if rollout.rollout_top_p < 1.0:
         faults.append(
             f"--rollout-top-p {rollout.rollout_top_p:g} samples from another distribution than the one that --use-opd "

@@ -11,8 +11,9 @@ from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
+    has_megatron_teacher,
+    has_own_layout,
     needs_reference,
-    reference_folder,
     schedule_steps,
     student_architecture,
     teacher_architecture,
@@ -20,7 +21,15 @@ from opd_megatron.config.resolve import (
     teacher_parallel,
     weight_differences,
 )
-from opd_megatron.config.validate_moe import expert_layout_faults, expert_model_faults, expert_option_faults
+from opd_megatron.config.validate_engine import engine_faults
+from opd_megatron.config.validate_moe import (
+    SizeName,
+    expert_layout_faults,
+    expert_model_faults,
+    expert_option_faults,
+    plain_size,
+)
+from opd_megatron.config.validate_objective import objective_faults
 from opd_megatron.config.validate_paths import ROLLOUT_ID
 
 
@@ -32,9 +41,10 @@ def run_faults(options: Options) -> list[str]:
         *_model_faults(options),
         *_recompute_faults(options),
         *_offload_faults(options),
-        *_objective_faults(options),
+        *objective_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
+        *engine_faults(options),
         *_checkpoint_faults(options),
         *_reward_and_evaluation_faults(options),
         *_logging_faults(options),
@@ -100,13 +110,23 @@ def layout_faults(options: Options) -> Iterator[str]:
     yield from expert_layout_faults(options.parallel, options.world_size)
 
 
+def _teacher_size(options: Options) -> SizeName:
+    """The teacher's flag, with the remark that its value is inherited where it is."""
+
+    def named(name: str, value: int) -> str:
+        is_own = getattr(options.opd, f"opd_teacher_{name.replace('-', '_')}") is not None
+        return f"--opd-teacher-{name} {value}" + ("" if is_own else " (as of the student)")
+
+    return named
+
+
 def _model_faults(options: Options) -> Iterator[str]:
     models: list[ModelArchitecture] = []
     if options.checkpoint.hf_checkpoint is not None:
         try:
             student = student_architecture(options)
             models.append(student)
-            yield from layout_faults_of_model(options, student, "model")
+            yield from layout_faults_of_model(options, student)
             yield from expert_option_faults(options, student)
             yield from _virtual_stage_faults(options, student)
             yield from weight_differences(options, student)
@@ -125,20 +145,24 @@ def _model_faults(options: Options) -> Iterator[str]:
 
 
 def _teacher_layout_faults(options: Options, teacher: ModelArchitecture) -> Iterator[str]:
-    own, parallel = options.opd, teacher_parallel(options, teacher)
+    parallel, named = teacher_parallel(options, teacher), _teacher_size(options)
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    prefix = "--"
-    if own.opd_teacher_tensor_model_parallel_size or own.opd_teacher_pipeline_model_parallel_size:
-        prefix = "--opd-teacher-"
+    if has_own_layout(options):
         if options.world_size % (tensor * pipeline * parallel.context_parallel_size):
             yield (
-                f"--opd-teacher-tensor-model-parallel-size {tensor} x --opd-teacher-pipeline-model-parallel-size "
-                f"{pipeline} x --context-parallel-size {parallel.context_parallel_size} does not divide the "
-                f"{options.world_size} ranks of the trainer, which the teacher shares"
+                f"{named('tensor-model-parallel-size', tensor)} x {named('pipeline-model-parallel-size', pipeline)} x "
+                f"--context-parallel-size {parallel.context_parallel_size} does not divide the {options.world_size} "
+                "ranks of the trainer, which the teacher shares"
             )
         if teacher.mixture is not None:
-            yield from expert_layout_faults(parallel, options.world_size)
-    yield from layout_faults_of_model(dataclasses.replace(options, parallel=parallel), teacher, "teacher", prefix)
+            yield from expert_layout_faults(parallel, options.world_size, named)
+    if teacher.mixture is None:
+        for name in ("opd_teacher_expert_model_parallel_size", "opd_teacher_expert_tensor_parallel_size"):
+            if getattr(options.opd, name) is not None:
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} is for a mixture of experts, which the teacher is not: leave it out"
+    own = dataclasses.replace(options, parallel=parallel)
+    yield from layout_faults_of_model(own, teacher, "teacher", named)
 
 
 def _virtual_stage_faults(options: Options, student: ModelArchitecture) -> Iterator[str]:
@@ -151,8 +175,10 @@ def _virtual_stage_faults(options: Options, student: ModelArchitecture) -> Itera
         )
 
 
-def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: str, prefix: str = "--") -> list[str]:
-    """What of ``model`` cannot be split by the tensor and pipeline sizes; ``owner`` and ``prefix`` are for messages."""
+def layout_faults_of_model(
+    options: Options, model: ModelArchitecture, owner: str = "model", named: SizeName = plain_size
+) -> list[str]:
+    """What of ``model`` cannot be split by the sizes of the layout; ``owner`` and ``named`` are for messages."""
     tensor, pipeline = (
         options.parallel.tensor_model_parallel_size,
         options.parallel.pipeline_model_parallel_size,
@@ -163,15 +189,14 @@ def layout_faults_of_model(options: Options, model: ModelArchitecture, owner: st
         *([("feed-forward channels", model.ffn_hidden_size)] if model.dense_layers else []),
     )
     faults = [
-        f"{prefix}tensor-model-parallel-size {tensor} does not divide the {owner}'s {count} {what}"
+        f"{named('tensor-model-parallel-size', tensor)} does not divide the {owner}'s {count} {what}"
         for what, count in parts
         if count % tensor
     ]
     if model.num_layers % pipeline:
-        faults.append(
-            f"{prefix}pipeline-model-parallel-size {pipeline} does not divide the {owner}'s {model.num_layers} layers"
-        )
-    return [*faults, *expert_model_faults(options.parallel, model, owner)]
+        size = named("pipeline-model-parallel-size", pipeline)
+        faults.append(f"{size} does not divide the {owner}'s {model.num_layers} layers")
+    return [*faults, *expert_model_faults(options.parallel, model, owner, named)]
 
 
 def _recompute_faults(options: Options) -> Iterator[str]:
@@ -191,45 +216,12 @@ def _recompute_faults(options: Options) -> Iterator[str]:
 
 def _offload_faults(options: Options) -> Iterator[str]:
     offload = options.offload
-    recorded = options.rollout.load_debug_rollout_data is not None
-    taught = options.opd.use_opd and options.opd.opd_type == "megatron" and not recorded
-    if offload.offload_teacher and not taught and not needs_reference(options):
+    if offload.offload_teacher and not has_megatron_teacher(options) and not needs_reference(options):
         yield "--offload-teacher has no effect: there is neither a Megatron teacher nor a reference: leave it out"
     if offload.offload_dir is not None and not (
         offload.offload_teacher or offload.offload_optimizer or offload.offload_train
     ):
         yield "--offload-dir has nothing to hold: add --offload-teacher, --offload-optimizer or --offload-train"
-
-
-def _objective_faults(options: Options) -> Iterator[str]:
-    objective, given = options.objective, options.given
-    if not objective.use_kl_loss:
-        for name, flag in (("kl_loss_coef", "--kl-loss-coef"), ("kl_loss_type", "--kl-loss-type")):
-            if name in given:
-                yield f"{flag} has no effect without --use-kl-loss: add it"
-    if objective.loss_type == "sft_loss":
-        unused = {
-            "--use-kl-loss": objective.use_kl_loss,
-            "--kl-coef": objective.kl_coef > 0,
-            "--entropy-coef": objective.entropy_coef > 0,
-            "--n-samples-per-prompt": options.rollout.n_samples_per_prompt > 1,
-            "--advantage-estimator": "advantage_estimator" in given,
-            "--normalize-advantages": objective.normalize_advantages,
-        }
-        for flag in (flag for flag, used in unused.items() if used):
-            yield f"{flag} has no effect with --loss-type sft_loss: leave it out"
-        return
-    if objective.use_kl_loss and objective.kl_loss_coef == 0:
-        yield "--use-kl-loss has no effect with --kl-loss-coef 0, its default: give a coefficient"
-    if "gamma" in given and objective.advantage_estimator != "reinforce_plus_plus":
-        yield "--gamma belongs to --advantage-estimator reinforce_plus_plus: leave it out"
-    if objective.disable_grpo_std_normalization and objective.advantage_estimator != "grpo":
-        yield "--disable-grpo-std-normalization belongs to --advantage-estimator grpo: leave it out"
-    if objective.advantage_estimator == "none" and objective.kl_coef > 0:
-        yield "--kl-coef is part of the task reward, which --advantage-estimator none ignores: use --use-kl-loss"
-    if needs_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
-        flag = "--use-kl-loss" if objective.use_kl_loss else "--kl-coef"
-        yield f"{flag} needs a reference: give --ref-load, or weights in --hf-checkpoint"
 
 
 def _schedule_faults(options: Options) -> Iterator[str]:

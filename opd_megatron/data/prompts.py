@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_LABEL_KEY = "label"
+LABEL_WORDS = 4
+"""A label of more words than these is a text; one of fewer is an answer, which a response leads up to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +130,23 @@ def load_prompt_records(
         metadata = dict(row.fields.get(metadata_key) or {})
         records.append(PromptRecord(index, prompts[index], text, tokens, label, metadata))
     return records
+
+
+def text_of_records(
+    records: Sequence[PromptRecord], tokenizer: PreTrainedTokenizerBase, *, count: int, longest: int
+) -> list[np.ndarray]:
+    """Texts that a model of this task knows: ids ``[L]`` of ``count`` prompts, evenly spread, each with its label.
+
+    A label that is no text, or a word or two that would not follow the prompt at once, is left out. Texts are cut at
+    ``longest`` tokens; those of fewer than 4 are passed over.
+    """
+    texts = []
+    for record in records[:: max(1, len(records) // count)][:count]:
+        label = record.label if isinstance(record.label, str) and len(record.label.split()) > LABEL_WORDS else ""
+        ids = [*record.prompt_tokens.tolist(), *tokenizer.encode(label, add_special_tokens=False)]
+        if len(ids) >= 4:
+            texts.append(np.array(ids[:longest], dtype=np.int64))
+    return texts
 
 
 def _render(row: Row, prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> str:

@@ -30,20 +30,19 @@ def exchange(held: Mapping[Key, Tensor], wanted: Sequence[Key]) -> dict[Key, Ten
         for key in keys:
             first_holder.setdefault(key, holder)
 
-    def source(key: Key, wanting: int) -> int:
-        if key in listing[wanting][0]:
-            return wanting
-        if key not in first_holder:
-            raise ValueError(f"no rank holds {key!r}")
-        return first_holder[key]
-
+    missing = [key for _, keys, _ in listing for key in keys if key not in first_holder]
+    if missing:
+        raise ValueError(f"no rank holds {missing[0]!r}")
     kinds = {kind for _, _, kind in listing if kind is not None}
-    if len(kinds) != 1:
-        if kinds or any(keys for _, keys, _ in listing):
-            raise ValueError(f"the ranks hold tensors of {len(kinds)} kinds")
+    if len(kinds) > 1:
+        raise ValueError(f"the ranks hold tensors of {len(kinds)} kinds")
+    if not kinds:
         return {}
     ((shape, dtype),) = kinds
-    plans = [{key: source(key, other) for key in keys} for other, (_, keys, _) in enumerate(listing)]
+    plans = [
+        {key: other if key in own else first_holder[key] for key in keys}
+        for other, (own, keys, _) in enumerate(listing)
+    ]
     sent = [
         [held[key] for key, giver in plan.items() if giver == rank and other != rank]
         for other, plan in enumerate(plans)

@@ -66,13 +66,12 @@ def run_micro_batches(
     ``modules`` are what is called, one for each virtual stage (data-parallel wrappers, or the bare chunks); ``model``
     is the last chunk itself. With gradients ``last_stage`` returns ``(loss, result)``, where the losses of all
     micro-batches and ranks add up to the step's loss; without, only the result. Micro-batches may be empty; all
-    data-parallel ranks bring the same number. Raises ``ValueError`` if a token is not in the model's vocabulary.
+    data-parallel ranks bring the same number. The tokens must be in the model's vocabulary (:func:`check_tokens`).
     """
     if not micro_batches:
         return []
     layout = model.sequence_layout
     device = cpu.device()
-    _check_tokens(samples, micro_batches, model.architecture.vocab_size)
     stages = len(modules)
     # Virtual stages exchange tensors of one size; other pipelines tell one another the sizes of what they send.
     row_length = _longest_row(samples, micro_batches, layout) if stages > 1 else None
@@ -112,12 +111,16 @@ def run_micro_batches(
     return results
 
 
-def _check_tokens(samples: Sequence[Sample], micro_batches: Sequence[tuple[int, ...]], vocab_size: int) -> None:
-    for sample in (samples[place] for places in micro_batches for place in places):
-        tokens = sample.tokens
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            wrong = tokens.max() if tokens.max() >= vocab_size else tokens.min()
-            raise ValueError(f"token {wrong} is not in the vocabulary of {vocab_size} tokens")
+def check_tokens(samples: Sequence[Sample], vocab_size: int) -> None:
+    """Raise ``ValueError`` if a token of any sample, be it another rank's, is not in the vocabulary: all ranks do.
+
+    An embedding split over tensor-parallel ranks would take it for another rank's, and sum up nothing.
+    """
+    parts = [part for sample in samples for part in (sample.prompt_tokens, sample.response_tokens)]
+    tokens = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        wrong = tokens.max() if tokens.max() >= vocab_size else tokens.min()
+        raise ValueError(f"token {wrong} is not in the vocabulary of {vocab_size} tokens")
 
 
 def _longest_row(samples: Sequence[Sample], micro_batches: Sequence[tuple[int, ...]], layout: SequenceLayout) -> int:

@@ -20,10 +20,11 @@ from torch import Tensor
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step
 from opd_megatron.config.options import Options, ParallelOptions
-from opd_megatron.config.resolve import teacher_parallel
+from opd_megatron.config.resolve import has_own_layout, teacher_parallel
 from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
+from opd_megatron.megatron.forward import check_tokens
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, build_chunks
 from opd_megatron.megatron.scoring import response_log_probs
@@ -38,7 +39,7 @@ class FrozenModel:
     """A model that only scores: its architecture and the folder its weights come from.
 
     ``dtype``, ``micro_batch_size`` (samples), ``max_tokens`` (of one rank) and ``parallel``, the layout, are the
-    student's where they are None.
+    student's where they are None. ``has_own_layout`` says that the layout's sizes are not the student's.
     """
 
     architecture: ModelArchitecture
@@ -48,12 +49,12 @@ class FrozenModel:
     micro_batch_size: int | None = None
     max_tokens: int | None = None
     parallel: ParallelOptions | None = None
+    has_own_layout: bool = False
 
 
 def teacher_model(options: Options, architecture: ModelArchitecture, folder: Path) -> FrozenModel:
     """The teacher in ``folder`` as the ``--opd-teacher-*`` options want it."""
     opd = options.opd
-    own_layout = opd.opd_teacher_tensor_model_parallel_size or opd.opd_teacher_pipeline_model_parallel_size
     return FrozenModel(
         architecture,
         folder,
@@ -61,7 +62,8 @@ def teacher_model(options: Options, architecture: ModelArchitecture, folder: Pat
         dtype=None if opd.opd_teacher_dtype == "same" else opd.opd_teacher_dtype,
         micro_batch_size=opd.opd_teacher_micro_batch_size,
         max_tokens=opd.opd_teacher_max_tokens_per_gpu,
-        parallel=teacher_parallel(options, architecture) if own_layout else None,
+        parallel=teacher_parallel(options, architecture),
+        has_own_layout=has_own_layout(options),
     )
 
 
@@ -104,10 +106,10 @@ class FrozenScorer:
         self.spec = spec
         self._options = options
         self._cost = sequence_cost(planned_for)
-        self._groups = None if spec.parallel is None else distributed.other_groups(spec.parallel)
-        self._head_for_student: Tensor | None = None
+        undivided = replace(spec.parallel or options.parallel, num_layers_per_virtual_pipeline_stage=None)
+        self._groups = distributed.other_groups(undivided) if spec.has_own_layout else None
+        self._brought_head: list[Tensor | None] = []
         with distributed.using(self._groups):
-            undivided = replace(spec.parallel or options.parallel, num_layers_per_virtual_pipeline_stage=None)
             (self.model,) = build_from_options(options, spec.architecture, spec.dtype, undivided)
             checkpoint.load_weights(self.model, spec.folder, spec.step)
         self.model.requires_grad_(False).eval()
@@ -129,11 +131,15 @@ class FrozenScorer:
     def score(
         self,
         samples: Sequence[Sample],
+        steps: Sequence[Sequence[MicroBatches]],
         temperature: float,
         keep: Callable[[MicroBatch, Tensor], None] | None = None,
     ) -> dict[int, np.ndarray]:
-        """See :func:`~opd_megatron.megatron.scoring.response_log_probs`."""
-        steps = self.steps(samples)
+        """See :func:`~opd_megatron.megatron.scoring.response_log_probs`; ``steps`` are those of :meth:`steps`.
+
+        Raises ``ValueError`` for a token outside this model's vocabulary.
+        """
+        check_tokens(samples, self.spec.architecture.vocab_size)
         with distributed.using(self._groups):
             rank = parallel_state.get_data_parallel_rank()
             micro_batches = [places for step in steps for places in step[rank]]
@@ -141,7 +147,7 @@ class FrozenScorer:
 
     @property
     def has_own_layout(self) -> bool:
-        return self._groups is not None
+        return self.spec.has_own_layout
 
     def head_weight(self) -> Tensor | None:
         """Rows of the output weight for the student's columns on this rank; None where the student has no head.
@@ -151,12 +157,12 @@ class FrozenScorer:
         is_last = parallel_state.is_pipeline_last_stage()
         if self._groups is None:
             return self.model.head_weight() if is_last else None
-        if self._head_for_student is None:
-            self._head_for_student = self._bring_head(is_last)
-        return self._head_for_student if is_last else None
+        if not self._brought_head:
+            self._brought_head.append(self._bring_head(is_last))
+        return self._brought_head[0]
 
-    def _bring_head(self, is_last: bool) -> Tensor:
-        """See :meth:`head_weight`; without rows where nothing is wanted."""
+    def _bring_head(self, is_last: bool) -> Tensor | None:
+        """See :meth:`head_weight`."""
         vocab_size, multiple = self.spec.architecture.vocab_size, self._options.model.make_vocab_size_divisible_by
         own = self._columns(multiple, vocab_size)
         with distributed.using(self._groups):
@@ -171,6 +177,8 @@ class FrozenScorer:
             held = {(a, b): weight_Vh[a - first : b - first] for a, b in blocks if first <= a < theirs.stop}
         wanted = [(a, b) for a, b in blocks if own.start <= a < own.stop] if is_last else []
         found = exchange(held, wanted)
+        if not is_last:
+            return None
         rows = torch.zeros((own.step, self.spec.architecture.hidden_size), dtype=self.model.config.params_dtype)
         for a, b in wanted:
             rows[a - own.start : b - own.start] = found[a, b]

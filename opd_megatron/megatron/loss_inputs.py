@@ -20,12 +20,15 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.config.options import Options
+from opd_megatron.megatron.distribution import DistributionTerm, Record, Side
 from opd_megatron.megatron.forward import head_log_probs
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.teacher_rows import TeacherRows
 from opd_megatron.megatron.vocab_head import kl_and_baseline
+from opd_megatron.objectives.distribution import chosen_divergence, opd_coefficient
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.sample import Sample, TeacherScores
 
 Statistics = dict[str, Tensor]
@@ -42,7 +45,8 @@ class StepLoss:
     """The loss of any micro-batch of one optimizer step, called on the last pipeline stage.
 
     ``loss_weights`` hold one ``[T]`` array for each of ``samples`` that the step trains on. ``teacher_rows`` are there
-    where the exact KL is measured. The call returns the loss, and with it the statistics and this rank's
+    where the exact KL is measured or whole distributions are compared. ``rollout_id`` says where the schedules of the
+    distillation term are. The call returns the loss, and with it the statistics and this rank's
     log-probabilities by place in ``samples``.
     """
 
@@ -51,6 +55,7 @@ class StepLoss:
     samples: Sequence[Sample]
     loss_weights: Sequence[np.ndarray]
     teacher_rows: TeacherRows | None = None
+    rollout_id: int = 0
 
     def __call__(self, batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, tuple[Statistics, dict[int, np.ndarray]]]:
         inputs = LossInputs(self, batch, rows_Nh)
@@ -64,6 +69,7 @@ class LossInputs:
     def __init__(self, step: StepLoss, batch: MicroBatch, rows_Nh: Tensor) -> None:
         self.options, self.student, self.batch, self.rows_Nh = step.options, step.student, batch, rows_Nh
         self._step = step
+        self.rollout_id = step.rollout_id
 
     def collect(self, kind: type[Inputs]) -> Inputs:
         """The dataclass ``kind`` with each of its fields taken from the property of that name."""
@@ -102,6 +108,18 @@ class LossInputs:
         return self._of_samples(lambda sample: sample.old_log_probs)
 
     @property
+    def rollout_log_probs_N(self) -> Tensor | None:
+        """Of the engine that sampled; None where no correction asks for them."""
+        if not self.options.objective.use_tis:
+            return None
+        return _required(self._of_samples(lambda sample: sample.rollout_log_probs), "rollout log-probabilities")
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The responses of the positions, whose parts context-parallel ranks share."""
+        return self.batch.sequences(parallel_state.get_context_parallel_group())
+
+    @property
     def ref_log_probs_N(self) -> Tensor | None:
         return self._of_samples(lambda sample: sample.ref_log_probs)
 
@@ -121,6 +139,41 @@ class LossInputs:
     def opd_baseline_N(self) -> Tensor | None:
         place = BASELINES[self.options.opd.opd_baseline]
         return None if place is None or self.exact_moments is None else self.exact_moments[place]
+
+    @property
+    def opd_future_N(self) -> Tensor | None:
+        """What the discount adds of the tokens that follow; None without one."""
+        return self._of_samples(lambda sample: sample.opd_future)
+
+    @property
+    def opd_divergence_N(self) -> Tensor | None:
+        """With a gradient; None where the distillation term is of sampled tokens."""
+        opd = self.options.opd
+        if not opd.use_opd or opd.opd_loss != "distribution":
+            return None
+        head = {
+            "temperature": self._opd_temperature,
+            "vocab_size": self.student.architecture.vocab_size,
+            "group": parallel_state.get_tensor_model_parallel_group(),
+        }
+        term = DistributionTerm(opd, chosen_divergence(opd, self.rollout_id), head)
+        scored_N = self.loss_mask_N if self.teacher_valid_N is None else self.loss_mask_N & self.teacher_valid_N
+        return term(Side(self.rows_Nh, self.student.head_weight()), self._teacher_side(), scored_N)
+
+    def _teacher_side(self) -> Side | Record:
+        if self._step.teacher_rows is not None:
+            return Side(*self._step.teacher_rows.of(self.batch))
+        record = [
+            self._of_teacher(read)
+            for read in (lambda s: s.top_ids_TK, lambda s: s.top_log_probs_TK, lambda s: s.tail_log_mass_T)
+        ]
+        ids_NK, log_probs_NK, tail_N = (_required(part, "teacher distributions") for part in record)
+        # Such a record is at temperature 1; at another one only its own tokens can be compared, rescaled.
+        return Record(ids_NK.long(), log_probs_NK / self._opd_temperature, tail_N)
+
+    @property
+    def _opd_temperature(self) -> float:
+        return self.options.opd.opd_temperature or self.options.rollout.rollout_temperature
 
     @cached_property
     def exact_moments(self) -> tuple[Tensor, Tensor] | None:
@@ -170,8 +223,8 @@ def _required(joined_N: Tensor | None, what: str) -> Tensor:
 
 def _policy_loss(inputs: LossInputs) -> tuple[Tensor, Statistics]:
     opd = inputs.options.opd
-    coefficient = opd.opd_kl_coef if opd.use_opd else None
-    return policy_objective(inputs.collect(PolicyInputs), inputs.options.objective, coefficient)
+    coefficient = opd_coefficient(opd, inputs.rollout_id) if opd.use_opd else None
+    return policy_objective(inputs.collect(PolicyInputs), inputs.options.objective, coefficient, opd)
 
 
 def _sft_loss(inputs: LossInputs) -> tuple[Tensor, Statistics]:

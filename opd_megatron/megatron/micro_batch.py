@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opd_megatron.megatron.packing import ContextSplit, PackedSequences, describe
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.sample import Sample
 
 
@@ -25,13 +27,15 @@ class SequenceLayout:
     """How the sequences of a micro-batch lie on the device.
 
     ``length_multiple`` is what the length of a row must divide by (sequence parallelism), ``split`` the share of this
-    context-parallel rank, ``for_torch`` whether attention runs on plain torch.
+    context-parallel rank, ``for_torch`` whether attention runs on plain torch. ``for_experts`` says that the model has
+    routers, which must know what belongs to which sequence.
     """
 
     packed: bool = False
     length_multiple: int = 1
     split: ContextSplit = field(default_factory=ContextSplit)
     for_torch: bool = True
+    for_experts: bool = False
 
     def tokens_on_rank(self, length: int) -> int:
         """Tokens of this rank that a packed sample of ``length`` tokens, its last included, takes."""
@@ -61,9 +65,9 @@ class MicroBatch:
     position_ids_bs: Tensor
     rows_N: Tensor
     targets_N: Tensor
-    sequences_bsn: Tensor
-    """Which of the ``n`` sequences each position is of; padding is of none. The routers of experts balance by it."""
     packed: PackedSequences | None = None
+    sequences_bsn: Tensor | None = None
+    """Which of the ``n`` sequences each position is of; padding is of none. For routers alone, which balance by it."""
 
     def split(self, values_N: Tensor) -> dict[int, np.ndarray]:
         """One array of the response's length per sample, by its place; 0 where another rank predicts the token."""
@@ -84,15 +88,27 @@ class MicroBatch:
         parts = values_Nh.split([len(offsets) for offsets in self.offsets])
         return dict(zip(self.indices, parts, strict=True))
 
+    def sequences(self, context_group: dist.ProcessGroup) -> Sequences:
+        """Which of the samples each of the ``N`` positions is of; sums over a sample are completed in the group."""
+        held = torch.tensor([len(offsets) for offsets in self.offsets], dtype=torch.int64)
+        of_N = torch.arange(len(self.indices)).repeat_interleave(held).to(self.tokens_bs.device)
+
+        def add_up(sums_n: Tensor) -> Tensor:
+            if context_group.size() > 1 and len(sums_n):
+                dist.all_reduce(sums_n, group=context_group)
+            return sums_n
+
+        return Sequences(of_N, len(self.indices), add_up)
+
     def join(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N]`` on its device."""
+        """Per-sample arrays, given for the whole split list, at this rank's positions: ``[N, ...]`` on its device."""
         chosen = [np.asarray(arrays[index]) for index in self.indices]
         for array, length in zip(chosen, self.lengths, strict=True):
             if len(array) != length:
                 raise ValueError(f"{len(array)} values for a response of {length} tokens")
         parts = [array[offsets] for array, offsets in zip(chosen, self.offsets, strict=True)]
-        dtype = np.asarray(arrays[0]).dtype if len(arrays) else np.dtype(np.float32)
-        return torch.from_numpy(_concatenate(parts, dtype)).to(self.tokens_bs.device)
+        empty = np.asarray(arrays[0])[:0] if len(arrays) else np.zeros(0, dtype=np.float32)
+        return torch.from_numpy(np.concatenate([empty, *parts])).to(self.tokens_bs.device)
 
 
 def build(
@@ -112,9 +128,9 @@ def build(
         if len(sample.prompt_tokens) == 0:
             raise ValueError(f"sample {sample.index} has an empty prompt")
     if layout.packed:
-        tokens_bs, position_ids_bs, member_bsn, rows, offsets, packed = _end_to_end(chosen, layout, row_length)
+        tokens_bs, position_ids_bs, sequence_bs, rows, offsets, packed = _end_to_end(chosen, layout, row_length)
     else:
-        tokens_bs, position_ids_bs, member_bsn, rows, offsets = _padded(chosen, layout)
+        tokens_bs, position_ids_bs, sequence_bs, rows, offsets = _padded(chosen, layout)
         packed = None
     targets = [sample.response_tokens[held] for sample, held in zip(chosen, offsets, strict=True)]
     return MicroBatch(
@@ -125,30 +141,30 @@ def build(
         position_ids_bs=torch.from_numpy(position_ids_bs).to(device),
         rows_N=torch.from_numpy(_concatenate(rows, np.dtype(np.int64))).to(device),
         targets_N=torch.from_numpy(_concatenate(targets, np.dtype(np.int64))).to(device),
-        sequences_bsn=torch.from_numpy(member_bsn).to(device),
         packed=None if packed is None else packed.to(device),
+        sequences_bsn=_membership(sequence_bs, len(chosen), device) if layout.for_experts else None,
     )
 
 
 def _padded(
     chosen: Sequence[Sample], layout: SequenceLayout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray], list[np.ndarray]]:
-    """Tokens, positions, membership, rows of the response tokens and their places in the responses."""
+    """Tokens, positions, numbers of their sequences (-1: padding), rows of response tokens, places in the responses."""
     count = max(1, len(chosen))
     longest = max([1, *(len(sample.tokens) - 1 for sample in chosen)])
     length = -(-longest // layout.length_multiple) * layout.length_multiple
     tokens_bs = np.zeros((count, length), dtype=np.int64)
-    member_bsn = np.zeros((count, length, count), dtype=np.bool_)
+    sequence_bs = np.full((count, length), -1)
     rows: list[np.ndarray] = []
     for row, sample in enumerate(chosen):
         inputs = sample.tokens[:-1]
         tokens_bs[row, : len(inputs)] = inputs
-        member_bsn[row, : len(inputs), row] = True
+        sequence_bs[row, : len(inputs)] = row
         first = len(sample.prompt_tokens) - 1
         # Megatron's hidden states are [s, b, h], so position p of sample `row` is flat row p * b + row.
         rows.append((first + np.arange(sample.response_length)) * count + row)
     offsets = [np.arange(sample.response_length) for sample in chosen]
-    return tokens_bs, np.tile(np.arange(length), (count, 1)), member_bsn, rows, offsets
+    return tokens_bs, np.tile(np.arange(length), (count, 1)), sequence_bs, rows, offsets
 
 
 def _end_to_end(
@@ -164,7 +180,7 @@ def _end_to_end(
         padded_lengths.append(filling * split.size)
     total = sum(padded_lengths) // split.size
     tokens_1s, position_ids_1s = np.zeros((2, 1, total), dtype=np.int64)
-    member_1sn = np.zeros((1, total, max(1, len(chosen))), dtype=np.bool_)
+    sequence_1s = np.full((1, total), -1)
     rows: list[np.ndarray] = []
     offsets: list[np.ndarray] = []
     start = 0
@@ -177,14 +193,19 @@ def _end_to_end(
             inputs = sample.tokens[:-1]
             real = held < len(inputs)
             tokens_1s[0, here][real] = inputs[held[real]]
-            member_1sn[0, here, number] = real
+            sequence_1s[0, here][real] = number
             in_response = held - (len(sample.prompt_tokens) - 1)
             predicts = (in_response >= 0) & (in_response < sample.response_length)
             rows.append(start + np.flatnonzero(predicts))
             offsets.append(in_response[predicts])
         start += len(held)
     packed = describe(padded_lengths, split, for_torch=layout.for_torch)
-    return tokens_1s, position_ids_1s, member_1sn, rows, offsets, packed
+    return tokens_1s, position_ids_1s, sequence_1s, rows, offsets, packed
+
+
+def _membership(sequence_bs: np.ndarray, count: int, device: torch.device) -> Tensor:
+    """``[b, s, n]`` bool; a micro-batch without samples counts as one sequence of padding."""
+    return torch.from_numpy(sequence_bs[..., None] == np.arange(max(1, count))).to(device)
 
 
 def _concatenate(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:

@@ -202,7 +202,7 @@ def _build_chunk(
         vp_stage=virtual_stage,
     )
     model.architecture = architecture
-    model.sequence_layout = sequence_layout(parallel)
+    model.sequence_layout = sequence_layout(parallel, architecture)
     # The micro-batch builder knows the split over context-parallel ranks; Megatron would split the frequencies again.
     model.rotary_pos_emb.cp_group = None
     _mark_sharded_weights(model)
@@ -213,13 +213,14 @@ def _build_chunk(
     return model if torch.get_default_device().type == "meta" else model.to(cpu.device())
 
 
-def sequence_layout(parallel: ParallelOptions) -> SequenceLayout:
-    """How this rank lays sequences out; process groups must be initialised."""
+def sequence_layout(parallel: ParallelOptions, architecture: ModelArchitecture) -> SequenceLayout:
+    """How this rank lays sequences out for a model; process groups must be initialised."""
     return SequenceLayout(
         packed=parallel.qkv_format == "thd",
         length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
         split=ContextSplit(parallel.context_parallel_size, parallel_state.get_context_parallel_rank()),
         for_torch=not use_transformer_engine(),
+        for_experts=architecture.mixture is not None,
     )
 
 

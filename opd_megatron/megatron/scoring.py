@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
-from opd_megatron.megatron.forward import add_over_context, head_log_probs, run_micro_batches
+from opd_megatron.megatron.forward import add_over_context, check_tokens, head_log_probs, run_micro_batches
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, Models, chunks_of
 from opd_megatron.observe.progress import track
@@ -68,8 +68,9 @@ def score_samples(
 ) -> list[np.ndarray]:
     """Log-probabilities ``[T]`` float32 of each response on the first rank, [] on the others; all ranks call it.
 
-    The first rank shows the progress.
+    The first rank shows the progress. Raises ``ValueError`` for a token outside the model's vocabulary.
     """
+    check_tokens(samples, model.architecture.vocab_size)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     is_first = dist.get_rank() == 0
     # Longest first: what needs the most memory fails at once, and sequences of one micro-batch are of one length.

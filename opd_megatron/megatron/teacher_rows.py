@@ -35,7 +35,7 @@ class TeacherRows:
         self._rows.update(batch.rows_by_place(rows_Nh.to("cpu", self._dtype)))
 
     def take_weight(self, weight_Vh: Tensor | None, *, leaves: bool) -> None:
-        """Remember this rank's rows of the output weight, as a copy if the model itself ``leaves`` the device."""
+        """Remember this rank's rows of the output weight, as a copy if the tensor itself ``leaves`` the device."""
         if weight_Vh is None:
             return
         self._weight_Vh = weight_Vh.detach().to("cpu", copy=True) if leaves else weight_Vh.detach()
@@ -51,8 +51,9 @@ class TeacherRows:
         brought: dict[int, Tensor] = {}
         for before, after in zip(given, wanted, strict=True):
             held = {(place, self._part): self._rows.pop(place) for place in _all_places(before) if place in self._rows}
-            found = exchange(held, [(place, part) for place in _all_places([after[rank]])] if _trains() else [])
-            brought |= {place: found[place, part] for place in _all_places([after[rank]]) if (place, part) in found}
+            places = _all_places([after[rank]]) if _trains() else []
+            found = exchange(held, [(place, part) for place in places])
+            brought |= {place: found[place, part] for place in places}
         self._rows = brought
 
     def of(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:

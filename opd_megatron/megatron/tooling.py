@@ -117,7 +117,7 @@ def join(parallel: ParallelOptions, architecture: ModelArchitecture) -> bool:
     if parallel.sequence_parallel and tensor == 1:
         faults.append("--sequence-parallel needs --tensor-model-parallel-size above 1: leave it out")
     faults += expert_layout_faults(parallel, rendezvous.world_size)
-    refuse([*faults, *layout_faults_of_model(Options(parallel=parallel), architecture, "model")])
+    refuse([*faults, *layout_faults_of_model(Options(parallel=parallel), architecture)])
     distributed.initialize(rendezvous, parallel, seed=0)
     return rendezvous.rank == 0
 

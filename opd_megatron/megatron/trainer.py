@@ -26,7 +26,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
-from opd_megatron.megatron.forward import run_micro_batches
+from opd_megatron.megatron.forward import check_tokens, run_micro_batches
 from opd_megatron.megatron.frozen import (
     DTYPES,
     FrozenModel,
@@ -154,54 +154,73 @@ class MegatronTrainer:
         rank = parallel_state.get_data_parallel_rank()
         return [step[rank] for step in self._steps(samples)]
 
-    def score(self, name: ModelName, samples: Sequence[Sample], *, keep_hidden: bool = False) -> dict[int, np.ndarray]:
-        """Log-probabilities ``[T]`` float32 of each response at the rollout temperature, by place in ``samples``.
+    def score(
+        self,
+        name: ModelName,
+        samples: Sequence[Sample],
+        *,
+        keep_hidden: bool = False,
+        temperature: float | None = None,
+    ) -> dict[int, np.ndarray]:
+        """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        With ``keep_hidden`` the teacher's hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the teacher's
+        hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        Raises ``ValueError`` for a token outside the model's vocabulary.
         """
+        temperature = self.temperature if temperature is None else temperature
         if name == "student":
+            check_tokens(samples, self.spec.architecture.vocab_size)
             micro_batches = [places for step in self._share(samples) for places in step]
             with self.memory.holding("weights"):
-                return response_log_probs(self.chunks, samples, micro_batches, self.temperature)
+                return response_log_probs(self.chunks, samples, micro_batches, temperature)
         if name == "teacher":
             self._teacher_rows = None
         frozen = self.frozen[name]
+        steps = frozen.steps(samples)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
         with self.memory.holding(name):
-            found = frozen.score(samples, self.temperature, rows.keep if rows else None)
+            found = frozen.score(samples, steps, temperature, rows.keep if rows else None)
             if rows:
-                rows.take_weight(frozen.head_weight(), leaves=self.options.offload.offload_teacher)
+                leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
+                rows.take_weight(frozen.head_weight(), leaves=leaves)
         if rows:
-            rows.bring(frozen.steps(samples), self._steps(samples), other_ranks=frozen.has_own_layout)
+            rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
             self._teacher_rows = rows
         return found
 
-    def train(self, samples: Sequence[Sample]) -> TrainResult:
-        """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite."""
+    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
+        """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
+
+        ``rollout_id`` (from 0) says where the schedules of the objective are.
+        """
+        check_tokens(samples, self.spec.architecture.vocab_size)
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
-            result = self._train(samples)
+            result = self._train(samples, rollout_id)
             if self.options.offload.offload_train:
                 gather_weights(self.wrapped)
             return result
 
-    def _train(self, samples: Sequence[Sample]) -> TrainResult:
+    def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
         per_step: list[dict[str, float]] = []
         with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
-        size = self.options.global_batch_size
-        for number, micro_batches in enumerate(self._share(samples)):
+        size, objective = self.options.global_batch_size, self.options.objective
+        for number, micro_batches in [*enumerate(self._share(samples))] * objective.ppo_epochs:
             first = number * size
             weights = token_loss_weights(
                 [sample.loss_mask for sample in samples[first : first + size]],
-                self.options.objective.calculate_per_token_loss,
+                objective.calculate_per_token_loss,
+                objective.loss_length_divisor,
             )
             by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
-            metrics, found = self._optimizer_step(samples, micro_batches, by_place)
+            loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
+            metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
             if any(weight.any() for weight in weights):
                 with_tokens.append(metrics)
-            log_probs.update(found)
+            log_probs = found | log_probs  # those before the first step that saw the sample
         self._teacher_rows = None
         return TrainResult(_mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
@@ -210,12 +229,11 @@ class MegatronTrainer:
         return reports() and parallel_state.get_data_parallel_rank() == 0
 
     def _optimizer_step(
-        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], weights: list[np.ndarray]
+        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], loss: StepLoss
     ) -> tuple[dict[str, float], dict[int, np.ndarray]]:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = StepLoss(self.options, self.student, samples, weights, self._teacher_rows)
         results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, loss, with_gradients=True)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         with self.memory.holding("optimizer"):

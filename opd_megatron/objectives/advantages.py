@@ -11,41 +11,48 @@ Shape legend: ``B`` samples of the rollout, ``T`` response tokens of one sample 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ObjectiveOptions
+from opd_megatron.config.user_code import load_function
+from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS, AdvantageEstimator, RewardBatch
 from opd_megatron.objectives.tensors import TokenArray, as_float64, as_mask
-
-STD_EPSILON = 1e-6
-"""Added to the standard deviation of a group's rewards."""
 
 WHITENING_EPSILON = 1e-8
 """Added to the variance of whitened advantages, inside the root."""
 
 
-@dataclass(frozen=True)
-class RewardBatch:
-    """What an estimator sees of one rollout; ``kls`` hold 0 at masked tokens, and everywhere without a KL."""
+def chosen_estimator(options: ObjectiveOptions) -> AdvantageEstimator:
+    """That of ``--advantage-estimator``, or the user's own.
 
-    rewards_B: Tensor
-    group_indices: Sequence[int]
-    loss_masks: Sequence[Tensor]
-    kls: Sequence[Tensor]
+    ``--custom-advantage-path`` names a function ``(RewardBatch, ObjectiveOptions) -> advantages``, one float ``[T]``
+    tensor or array per sample; its results are normalised and masked like all others. Raises ``UserError`` if it cannot
+    be imported.
+    """
+    path = options.custom_advantage_path
+    if path is None:
+        return ADVANTAGE_ESTIMATORS[options.advantage_estimator]
+    function = load_function(path, "--custom-advantage-path")
 
+    def estimate(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
+        advantages = [as_float64(advantage_T) for advantage_T in function(batch, options)]
+        if len(advantages) != len(batch.loss_masks):
+            raise UserError(f"{path}: {len(advantages)} advantages for {len(batch.loss_masks)} samples")
+        for place, (advantage_T, mask_T) in enumerate(zip(advantages, batch.loss_masks, strict=True)):
+            if advantage_T.shape != mask_T.shape:
+                raise UserError(
+                    f"{path}: advantages of shape {tuple(advantage_T.shape)} for the {len(mask_T)} tokens "
+                    f"of sample {place}"
+                )
+            if not advantage_T[mask_T].isfinite().all():
+                raise UserError(f"{path}: the advantages of sample {place} are not finite")
+        return advantages
 
-@dataclass(frozen=True)
-class AdvantageEstimator:
-    """``estimate`` gives one ``[T]`` float64 advantage per sample; its values at masked tokens are ignored."""
-
-    estimate: Callable[[RewardBatch, ObjectiveOptions], list[Tensor]]
-    always_whitened: bool = False
-    """Whitening belongs to the method, whatever ``--normalize-advantages`` says."""
-    takes_kl: bool = True
-    """The method has a reward that ``--kl-coef`` can shape."""
+    return AdvantageEstimator(estimate)
 
 
 def task_advantages(
@@ -54,6 +61,7 @@ def task_advantages(
     group_indices: Sequence[int],
     loss_masks: Sequence[TokenArray],
     kls: Sequence[TokenArray] | None = None,
+    greedy_rewards: Sequence[float] | None = None,
 ) -> list[Tensor]:
     """Advantages of all samples of a rollout: one float32 ``[T]`` per sample, 0 where its loss mask is 0.
 
@@ -63,15 +71,16 @@ def task_advantages(
     spends it token by token. That is the reward whose policy gradient maximises
     ``E[r] - kl_coef * KL(policy||reference)`` of whole responses (at gamma 1). Adding ``-kl_coef * kl_t`` to a
     group-normalised advantage instead would divide only one of the two terms by the group's standard deviation and
-    leave out the effect of a token on the KL of those that follow it.
+    leave out the effect of a token on the KL of those that follow it. ``greedy_rewards`` are those of the greedy
+    response to each sample's prompt, for estimators that need them.
 
     Raises ``ValueError`` when lengths disagree, a reward or an unmasked KL is not finite, or ``kl_coef`` has nothing
-    to act on.
+    to act on, and ``UserError`` where a function of the user's own returns what is no advantage.
     """
-    estimator = ADVANTAGE_ESTIMATORS[options.advantage_estimator]
+    estimator = chosen_estimator(options)
     if options.kl_coef > 0 and not estimator.takes_kl:
         raise ValueError(f"kl_coef needs a reward; advantage_estimator {options.advantage_estimator} has none")
-    batch = _reward_batch(options, rewards, group_indices, loss_masks, kls)
+    batch = _reward_batch(options, rewards, group_indices, loss_masks, kls, greedy_rewards)
     advantages = estimator.estimate(batch, options)
     if options.normalize_advantages or estimator.always_whitened:
         advantages = whiten(advantages, batch.loss_masks)
@@ -87,12 +96,15 @@ def _reward_batch(
     group_indices: Sequence[int],
     loss_masks: Sequence[TokenArray],
     kls: Sequence[TokenArray] | None,
+    greedy_rewards: Sequence[float] | None,
 ) -> RewardBatch:
     if not len(rewards) == len(group_indices) == len(loss_masks):
         raise ValueError(
             f"{len(rewards)} rewards, {len(group_indices)} group indices and {len(loss_masks)} loss masks "
             "do not describe the same samples"
         )
+    if greedy_rewards is not None and len(greedy_rewards) != len(rewards):
+        raise ValueError(f"{len(greedy_rewards)} greedy rewards for {len(rewards)} samples")
     for position, reward in enumerate(rewards):
         if not math.isfinite(reward):
             raise ValueError(f"the reward of sample {position} is {reward}")
@@ -103,7 +115,8 @@ def _reward_batch(
         raise ValueError(f"kl_coef is {options.kl_coef} but no KL to the reference was given")
     else:
         kept_kls = [_unmasked_kl(i, kl, mask_T) for i, (kl, mask_T) in enumerate(zip(kls, masks, strict=True))]
-    return RewardBatch(torch.tensor(rewards, dtype=torch.float64), group_indices, masks, kept_kls)
+    greedy_B = None if greedy_rewards is None else torch.tensor(greedy_rewards, dtype=torch.float64)
+    return RewardBatch(torch.tensor(rewards, dtype=torch.float64), group_indices, masks, kept_kls, greedy_B)
 
 
 def _unmasked_kl(position: int, kl: TokenArray, mask_T: Tensor) -> Tensor:
@@ -114,37 +127,6 @@ def _unmasked_kl(position: int, kl: TokenArray, mask_T: Tensor) -> Tensor:
     if not kl_T.isfinite().all():
         raise ValueError(f"the KL to the reference of sample {position} is not finite at an unmasked token")
     return kl_T
-
-
-def group_advantages(rewards_B: Tensor, group_indices: Sequence[int], divide_by_std: bool) -> Tensor:
-    """Group-relative advantages of whole responses, ``[B]`` float64.
-
-    ``(r - mean) / (std + 1e-6)`` over the samples that share a group index, with the unbiased standard deviation
-    (GRPO, arXiv 2402.03300); without the division Dr. GRPO (arXiv 2503.20783). Groups may differ in size and lie in any
-    order. A group of one has advantage 0. Responses without trained tokens count: their reward is part of the group.
-    """
-    rewards_B = rewards_B.double()
-    _, group_B = torch.unique(torch.tensor(group_indices, dtype=torch.int64), return_inverse=True)
-    size_G = torch.bincount(group_B).double()
-    mean_G = torch.zeros_like(size_G).index_add_(0, group_B, rewards_B) / size_G
-    centred_B = rewards_B - mean_G[group_B]
-    if not divide_by_std:
-        return centred_B
-    squares_G = torch.zeros_like(size_G).index_add_(0, group_B, centred_B.square())
-    std_G = (squares_G / (size_G - 1).clamp(min=1)).sqrt()
-    return centred_B / (std_G[group_B] + STD_EPSILON)
-
-
-def discounted_returns(rewards_U: Tensor, gamma: float) -> Tensor:
-    """``G_u = r_u + gamma * G_{u+1}``, ``[U]``; only unmasked tokens are passed, so only they are steps of time."""
-    returns_U = rewards_U.clone()
-    step = 1
-    # After each pass an entry sums twice as many rewards: log2(U) vector operations in place of U scalar ones.
-    while step < len(returns_U):
-        reach = gamma**step * returns_U[step:]
-        returns_U[:-step] += reach
-        step *= 2
-    return returns_U
 
 
 def whiten(advantages: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> list[Tensor]:
@@ -162,57 +144,3 @@ def whiten(advantages: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> list[T
         torch.where(mask_T, (advantage_T - mean) * scale, 0.0)
         for advantage_T, mask_T in zip(advantages, loss_masks, strict=True)
     ]
-
-
-def _shaped_rewards(batch: RewardBatch, options: ObjectiveOptions) -> Tensor:
-    """``r - kl_coef * sum_t kl_t``, ``[B]``."""
-    if not batch.kls:
-        return batch.rewards_B
-    return batch.rewards_B - options.kl_coef * torch.stack([kl_T.sum() for kl_T in batch.kls])
-
-
-def _spread(values_B: Tensor, loss_masks: Sequence[Tensor]) -> list[Tensor]:
-    """Give every token of a response the value of the response."""
-    return [value.expand(len(mask_T)) for value, mask_T in zip(values_B, loss_masks, strict=True)]
-
-
-def _grpo(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
-    divide_by_std = not options.disable_grpo_std_normalization
-    values_B = group_advantages(_shaped_rewards(batch, options), batch.group_indices, divide_by_std)
-    return _spread(values_B, batch.loss_masks)
-
-
-def _reinforce_plus_plus(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
-    """REINFORCE++ (arXiv 2501.03262): returns of token rewards, whitened over the batch.
-
-    Token t earns ``-kl_coef * kl_t``, the last unmasked one also the reward of the response; the advantage is the
-    return (the paper's discount is 1).
-    """
-    advantages = []
-    for reward, mask_T, kl_T in zip(batch.rewards_B, batch.loss_masks, batch.kls, strict=True):
-        rewards_U = -options.kl_coef * kl_T[mask_T]
-        rewards_U[-1:] += reward
-        advantage_T = torch.zeros_like(kl_T)
-        advantage_T[mask_T] = discounted_returns(rewards_U, options.gamma)
-        advantages.append(advantage_T)
-    return advantages
-
-
-def _reinforce_plus_plus_baseline(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
-    """REINFORCE++-baseline (arXiv 2501.03262): the group's mean is subtracted, the scale is the whole batch's."""
-    values_B = group_advantages(_shaped_rewards(batch, options), batch.group_indices, divide_by_std=False)
-    return _spread(values_B, batch.loss_masks)
-
-
-def _none(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
-    """No task advantage: distillation alone."""
-    return [torch.zeros_like(kl_T) for kl_T in batch.kls]
-
-
-ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
-    "grpo": AdvantageEstimator(_grpo),
-    "reinforce_plus_plus": AdvantageEstimator(_reinforce_plus_plus, always_whitened=True),
-    "reinforce_plus_plus_baseline": AdvantageEstimator(_reinforce_plus_plus_baseline, always_whitened=True),
-    "none": AdvantageEstimator(_none, takes_kl=False),
-}
-"""The choices of ``--advantage-estimator``."""

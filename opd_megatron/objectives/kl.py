@@ -7,9 +7,13 @@ as they stand, k1 has expected gradient 0 and k3 that of KL(ref||S). :func:`kl_l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
+from opd_megatron.objectives.catalogue import Catalogue
 from opd_megatron.objectives.log_probs import LOG_RATIO_LIMIT, floor_log_probs, importance_ratio
 
 
@@ -27,15 +31,55 @@ def kl_estimate(kind: str, log_ratio: Tensor) -> Tensor:
     raise ValueError(f"unknown KL estimator {kind!r}, expected k1, k2 or k3")
 
 
+KlLoss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""``(x, r) -> loss`` from the differentiable ``x = log S - log ref`` and ``r = S / S_old``; all ``[N]``."""
+
+
+def _times_ratio(kind: str) -> KlLoss:
+    return lambda distance_N, ratio_N: ratio_N * kl_estimate(kind, distance_N)
+
+
+def _times_fixed_ratio(kind: str) -> KlLoss:
+    return lambda distance_N, ratio_N: ratio_N.detach() * kl_estimate(kind, distance_N)
+
+
+def _straight_through(kind: str) -> KlLoss:
+    def loss(distance_N: Tensor, ratio_N: Tensor) -> Tensor:
+        gradient_N = kl_estimate("k2", distance_N)
+        return ratio_N.detach() * (kl_estimate(kind, distance_N.detach()) + gradient_N - gradient_N.detach())
+
+    return loss
+
+
+KL_LOSSES: Catalogue[KlLoss] = Catalogue("KL to a reference as a loss", "--use-kl-loss --kl-loss-type")
+_IS_THE_KLS = "test_exact_gradients.py::test_kl_loss_has_the_gradient_of_the_reverse_kl"
+_SHOWS_THE_KL = "test_exact_gradients.py::test_straight_through_forms_show_the_kl"
+for _kind, _loss, _formula, _proof in (
+    ("k1", _times_ratio("k1"), r"$\rho\, x$", _IS_THE_KLS),
+    ("k2", _times_fixed_ratio("k2"), r"$\mathrm{sg}(\rho)\, x^2 / 2$", _IS_THE_KLS),
+    ("k3", _times_ratio("k3"), r"$\rho\, (e^{-x} + x - 1)$", _IS_THE_KLS),
+    ("k1+", _straight_through("k1"), r"value $\rho\, x$, gradient of k2", _SHOWS_THE_KL),
+    ("k3+", _straight_through("k3"), r"value $\rho\, (e^{-x} + x - 1)$, gradient of k2", _SHOWS_THE_KL),
+):
+    KL_LOSSES.register(
+        _kind,
+        _loss,
+        title=_kind,
+        formula=_formula,
+        source="Schulman, *Approximating KL divergence*, 2020",
+        proof=_proof,
+    )
+
+
 def kl_loss(kind: str, log_probs_N: Tensor, ref_log_probs_N: Tensor, old_log_probs_N: Tensor) -> Tensor:
     """Loss ``[N]`` whose expected gradient over tokens from the old policy is that of KL(S||ref).
 
     With the importance ratio ``r = S / S_old`` and sg() for "detached": ``r * k1``, ``sg(r) * k2``, ``r * k3``. The
     gradient of k2 is ``x * grad log S`` already, so only the sampling has to be corrected; k1 and k3 need the gradient
-    of the sampling law as well. Where the rollout is on-policy pass ``log_probs_N.detach()`` as the old ones; r is then
-    1 and still differentiable. Reference log-probabilities are floored
-    (:func:`~opd_megatron.objectives.log_probs.floor_log_probs`). Raises ``ValueError`` on an unknown ``kind``.
+    of the sampling law as well. ``k1+`` and ``k3+`` are straight-through: the value of ``sg(r) * k1`` or
+    ``sg(r) * k3``, whose mean is the KL, with the gradient of ``sg(r) * k2``. Where the rollout is on-policy pass
+    ``log_probs_N.detach()`` as the old ones; r is then 1 and still differentiable. Reference log-probabilities are
+    floored (:func:`~opd_megatron.objectives.log_probs.floor_log_probs`). Raises ``KeyError`` on an unknown ``kind``.
     """
-    estimate_N = kl_estimate(kind, log_probs_N - floor_log_probs(ref_log_probs_N))
-    ratio_N = importance_ratio(log_probs_N, old_log_probs_N)
-    return (ratio_N.detach() if kind == "k2" else ratio_N) * estimate_N
+    distance_N = log_probs_N - floor_log_probs(ref_log_probs_N)
+    return KL_LOSSES[kind](distance_N, importance_ratio(log_probs_N, old_log_probs_N))

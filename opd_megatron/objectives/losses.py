@@ -4,7 +4,7 @@ Shape legend: ``N`` response positions of the micro-batch, all its samples conca
 (padding, text that the student did not write) may hold anything: it adds nothing to the loss, the gradient or a metric,
 not even a NaN.
 
-Every scalar is ``sum(loss_weights * loss)`` with weights that sum to 1 over the whole optimizer step
+Every scalar is ``sum(loss_weights * loss)`` with weights that are fixed over the whole optimizer step
 (:func:`~opd_megatron.objectives.weights.token_loss_weights`), so the sum over micro-batches and data-parallel ranks
 is the loss of the step and nothing has to be divided later. Metrics are statistics
 (:mod:`opd_megatron.objectives.statistics`) with the same weights, so they are means as the loss sees them and
@@ -18,11 +18,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from opd_megatron.config.options import ObjectiveOptions
+from opd_megatron.config.options import ObjectiveOptions, OpdOptions
+from opd_megatron.objectives.corrections import importance_weights, off_policy_mask
 from opd_megatron.objectives.kl import kl_loss
 from opd_megatron.objectives.log_probs import importance_ratio
-from opd_megatron.objectives.opd import add_opd_term
-from opd_megatron.objectives.policy_loss import clipped_policy_loss
+from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdEffect, OpdTerms
+from opd_megatron.objectives.policy_loss import PolicyTerms, chosen_policy_loss
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.objectives.statistics import weighted_statistic
 
 
@@ -30,41 +32,54 @@ from opd_megatron.objectives.statistics import weighted_statistic
 class PolicyInputs:
     """What the policy loss needs to know of each position; all ``[N]``, on one device.
 
-    ``log_probs_N`` carry the gradient. ``old_log_probs_N`` are the trainer's under the weights that sampled the
-    rollout; None means that these are the current weights. ``advantages_N`` are task advantages without the
+    ``log_probs_N`` carry the gradient. ``sequences`` says which response a position is of. ``old_log_probs_N`` are the
+    trainer's under the weights that sampled the rollout; None means that these are the current weights.
+    ``rollout_log_probs_N`` are the engine's. ``advantages_N`` are task advantages without the
     distillation term. Teacher scores count where ``teacher_valid_N`` (None: everywhere); ``opd_baseline_N`` is
-    subtracted from their distance (see :func:`~opd_megatron.objectives.opd.add_opd_term`). ``entropy_N`` needs a
-    gradient only where there is an entropy bonus. Raises ``ValueError`` on unequal shapes.
+    subtracted from their distance and ``opd_future_N`` added to it (see
+    :func:`~opd_megatron.objectives.opd.sampled_term`); ``opd_divergence_N`` carries the gradient of ``--opd-loss
+    distribution``. ``entropy_N`` needs a gradient only where there is an entropy bonus. Raises ``ValueError`` on
+    unequal shapes.
     """
 
     log_probs_N: Tensor
     advantages_N: Tensor
     loss_weights_N: Tensor
     loss_mask_N: Tensor
+    sequences: Sequences
     old_log_probs_N: Tensor | None = None
+    rollout_log_probs_N: Tensor | None = None
     teacher_log_probs_N: Tensor | None = None
     teacher_valid_N: Tensor | None = None
     opd_baseline_N: Tensor | None = None
+    opd_future_N: Tensor | None = None
+    opd_divergence_N: Tensor | None = None
     ref_log_probs_N: Tensor | None = None
     entropy_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None and value.shape != self.log_probs_N.shape:
+            if isinstance(value, Tensor) and value.shape != self.log_probs_N.shape:
                 raise ValueError(
                     f"{item.name} has shape {tuple(value.shape)}, log_probs_N {tuple(self.log_probs_N.shape)}"
                 )
+        if self.sequences.of_N.shape != self.log_probs_N.shape:
+            raise ValueError(f"sequences are of {len(self.sequences.of_N)} positions, not {len(self.log_probs_N)}")
 
 
 def policy_objective(
-    inputs: PolicyInputs, objective: ObjectiveOptions, opd_coef: float | None
+    inputs: PolicyInputs,
+    objective: ObjectiveOptions,
+    opd_coef: float | None,
+    opd: OpdOptions = OpdOptions(),  # noqa: B008 - frozen
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scalar loss of a micro-batch and its statistics.
 
-    ``clipped surrogate(A - opd_coef * d) + kl_loss_coef * KL(S||ref) - entropy_coef * H``; ``opd_coef`` None means no
-    distillation. ``d`` uses the old log-probabilities, so it stays fixed over the optimizer steps of a rollout.
-    Raises ``ValueError`` where a term is asked for and its input is missing.
+    ``w * surrogate(A - opd_coef * d) + kl_loss_coef * KL(S||ref) - entropy_coef * H`` with the surrogate of
+    ``--policy-loss`` and ``w`` of :mod:`~opd_megatron.objectives.corrections` (1 unless asked for); ``opd_coef`` None
+    means no distillation. ``d`` uses the old log-probabilities, so it stays fixed over the optimizer steps of a
+    rollout. Raises ``ValueError`` where a term is asked for and its input is missing.
     """
     mask_N = inputs.loss_mask_N.bool()
     weights_N = _keep(inputs.loss_weights_N, mask_N)
@@ -72,19 +87,28 @@ def policy_objective(
     old_N = log_probs_N if inputs.old_log_probs_N is None else _keep(inputs.old_log_probs_N, mask_N)
     old_N = old_N.detach()
     task_N = _keep(inputs.advantages_N, mask_N).detach()
-    advantages_N = task_N if opd_coef is None else _with_opd(inputs, task_N, old_N, mask_N, opd_coef)
-    loss_N, clipped_N = clipped_policy_loss(
-        log_probs_N, old_N, advantages_N, objective.eps_clip, objective.eps_clip_high, objective.eps_clip_c
-    )
+    effect = OpdEffect() if opd_coef is None else _distillation(inputs, log_probs_N, old_N, mask_N, opd)
+    coef = 0.0 if opd_coef is None else opd_coef
+    advantages_N = task_N if effect.advantage_N is None else task_N + coef * effect.advantage_N
+    terms = PolicyTerms(log_probs_N, old_N, advantages_N, mask_N, inputs.sequences, objective)
+    loss_N, found = chosen_policy_loss(objective)(terms)
+    weight_N, weight_metrics = _correction(inputs, terms)
+    if weight_N is not None:
+        loss_N = weight_N * loss_N
     metrics = {
         "train/pg_loss": loss_N,
-        "train/pg_clipfrac": clipped_N,
+        **found,
+        **weight_metrics,
+        **effect.metrics,
         "train/ratio_mean": importance_ratio(log_probs_N, old_N),
         "train/advantage_mean": advantages_N,
         "train/task_advantage_abs_mean": task_N.abs(),
     }
-    if opd_coef is not None:
+    if effect.advantage_N is not None:
         metrics["train/opd_advantage_abs_mean"] = (advantages_N - task_N).abs()
+    if effect.loss_N is not None:
+        loss_N = loss_N + coef * effect.loss_N
+        metrics["train/opd_loss"] = effect.loss_N
     if objective.use_kl_loss:
         ref_N = _keep(_required(inputs.ref_log_probs_N, "ref_log_probs_N", "use_kl_loss"), mask_N)
         kl_N = kl_loss(objective.kl_loss_type, log_probs_N, ref_N, old_N)
@@ -107,10 +131,40 @@ def sft_objective(log_probs_N: Tensor, loss_weights_N: Tensor, loss_mask_N: Tens
     return (weights_N * loss_N).sum(), {"train/loss": weighted_statistic(loss_N, weights_N)}
 
 
-def _with_opd(inputs: PolicyInputs, task_N: Tensor, old_N: Tensor, mask_N: Tensor, opd_coef: float) -> Tensor:
+def _distillation(
+    inputs: PolicyInputs, log_probs_N: Tensor, old_N: Tensor, mask_N: Tensor, opd: OpdOptions
+) -> OpdEffect:
     teacher_N = _required(inputs.teacher_log_probs_N, "teacher_log_probs_N", "opd_coef")
-    scored_N = mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool()
-    return add_opd_term(task_N, old_N, teacher_N, scored_N, opd_coef, inputs.opd_baseline_N)
+    terms = OpdTerms(
+        log_probs_N,
+        old_N,
+        teacher_N,
+        mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool(),
+        opd,
+        baseline_N=inputs.opd_baseline_N,
+        future_N=None if inputs.opd_future_N is None else _keep(inputs.opd_future_N, mask_N),
+        divergence_N=inputs.opd_divergence_N,
+    )
+    return OPD_LOSSES[opd.opd_loss](terms)
+
+
+def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Weights of the policy loss, None for 1 everywhere, and their metrics."""
+    options, mask_N = terms.options, terms.mask_N
+    weight_N: Tensor | None = None
+    metrics: dict[str, Tensor] = {}
+    if options.use_tis:
+        rollout_N = _keep(_required(inputs.rollout_log_probs_N, "rollout_log_probs_N", "use_tis"), mask_N)
+        weight_N, outside_N = importance_weights(terms.old_log_probs_N, rollout_N, mask_N, terms.sequences, options)
+        metrics |= {"train/tis_weight": weight_N, "train/tis_clipfrac": outside_N}
+    if options.use_opsm:
+        left_out_N = off_policy_mask(
+            terms.log_probs_N, terms.old_log_probs_N, terms.advantages_N, mask_N, terms.sequences, options.opsm_delta
+        )
+        kept_N = (~left_out_N).to(terms.log_probs_N.dtype)
+        weight_N = kept_N if weight_N is None else kept_N * weight_N
+        metrics["train/opsm_masked_frac"] = left_out_N
+    return weight_N, metrics
 
 
 def _keep(values_N: Tensor, mask_N: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,13 +57,14 @@ class Generation:
     ``tokens`` include the end token, or everything up to and including the token that completed a stop string.
     ``log_probs`` are those of the tokens at the sampling temperature before top-k and top-p (at temperature 0: at
     temperature 1). ``text`` is the decoded response without special tokens. ``T`` is 0 where ``finish`` says that the
-    prompt is too long.
+    prompt is too long. ``weight_version`` is that of the weights that sampled it.
     """
 
     tokens: np.ndarray
     log_probs: np.ndarray
     text: str
     finish: Status
+    weight_version: str = ""
 
 
 class RolloutEngine(Protocol):
@@ -73,6 +74,10 @@ class RolloutEngine(Protocol):
         """One generation per request, in the order of the requests."""
         ...
 
+    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
+        """Place in ``requests`` and generation, each as soon as it is complete; closing it aborts what is left."""
+        ...
+
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Replace all weights by full tensors under their Hugging Face names."""
         ...
@@ -80,6 +85,14 @@ class RolloutEngine(Protocol):
     @property
     def weight_version(self) -> str:
         """The version of the weights that speak; empty before the first update."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What the engine did since the last call, under the names of ``metrics.jsonl``."""
+        ...
+
+    def rest(self) -> None:
+        """Nothing will be generated before the next update of the weights."""
         ...
 
     def close(self) -> None:

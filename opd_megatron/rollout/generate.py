@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ def fill_sample(sample: Sample, generation: Generation) -> None:
     sample.loss_mask = np.ones(len(generation.tokens), dtype=np.bool_)
     sample.response = generation.text
     sample.status = generation.finish
+    sample.weight_version = generation.weight_version
     sample.validate()
 
 
@@ -72,17 +74,30 @@ class SampleEngine:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """As :meth:`RolloutEngine.generate`."""
+        return self._engine.generate(self._of_this_sample(requests))
+
+    def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
+        """As :meth:`RolloutEngine.stream`."""
+        return self._engine.stream(self._of_this_sample(requests))
+
+    def _of_this_sample(self, requests: Sequence[GenerateRequest]) -> list[GenerateRequest]:
         call, self._calls = self._calls, self._calls + 1
-        return self._engine.generate(
-            [
-                GenerateRequest(request.prompt_tokens, request.sampling, (*self._stream, call, place, *request.seed))
-                for place, request in enumerate(requests)
-            ]
-        )
+        return [
+            GenerateRequest(request.prompt_tokens, request.sampling, (*self._stream, call, place, *request.seed))
+            for place, request in enumerate(requests)
+        ]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Refused: ``RuntimeError``."""
         raise RuntimeError("a generate function cannot change the engine's weights")
+
+    def metrics(self) -> dict[str, float]:
+        """None: they belong to the run."""
+        return {}
+
+    def rest(self) -> None:
+        """Refused: ``RuntimeError``."""
+        raise RuntimeError("a generate function cannot put the engine to rest")
 
     def close(self) -> None:
         """Refused: ``RuntimeError``."""
@@ -141,20 +156,42 @@ class RolloutGenerator:
         sample that it leaves inconsistent is a ``ValueError``.
         """
         samples = [
-            new_sample(record, group * self._copies + copy, group)
+            new_sample(record, group * self._copies + number, group)
             for group, record in enumerate(records)
-            for copy in range(self._copies)
+            for number in range(self._copies)
         ]
-        stream = (self._seed, rollout_id)
+        return self._answer(samples, (self._seed, rollout_id), self.sampling)
+
+    def greedy(self, samples: Sequence[Sample], rollout_id: int) -> list[Sample]:
+        """One greedy response to each prompt of ``samples``, by first occurrence of its ``group_index``."""
+        prompts: dict[int, Sample] = {}
+        for sample in samples:
+            prompts.setdefault(sample.group_index, sample)
+        copies = [
+            Sample(
+                index=place,
+                group_index=group,
+                prompt=sample.prompt,
+                prompt_tokens=sample.prompt_tokens,
+                label=sample.label,
+                metadata=dict(sample.metadata),
+            )
+            for place, (group, sample) in enumerate(prompts.items())
+        ]
+        sampling = dataclasses.replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
+        return self._answer(copies, (self._seed, rollout_id, len(samples)), sampling)
+
+    def _answer(self, samples: list[Sample], stream: tuple[int, ...], sampling: SamplingParams) -> list[Sample]:
         if self._custom is None:
-            generate_samples(self._engine, samples, self.sampling, stream, self._max_prompt_len)
+            generate_samples(self._engine, samples, sampling, stream, self._max_prompt_len)
             return samples
-        return self._generate_custom(self._custom, samples, stream)
+        return self._generate_custom(self._custom, samples, stream, sampling)
 
     def _generate_custom(
-        self, function: CustomGenerate, samples: Sequence[Sample], stream: tuple[int, ...]
+        self, function: CustomGenerate, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams
     ) -> list[Sample]:
         made = list(samples)
+        groups = [sample.group_index for sample in samples]
         fitting = []
         for place, sample in enumerate(samples):
             sample.weight_version = self._engine.weight_version
@@ -163,12 +200,12 @@ class RolloutGenerator:
             else:
                 fitting.append(place)
         answers: list[Any] = [
-            function(samples[place], SampleEngine(self._engine, (*stream, place)), self.sampling) for place in fitting
+            function(samples[place], SampleEngine(self._engine, (*stream, place)), sampling) for place in fitting
         ]
         if any(inspect.isawaitable(answer) for answer in answers):
             answers = asyncio.run(_gather(answers))
         for place, answer in zip(fitting, answers, strict=True):
-            sample = _checked(answer, place, place // self._copies, self._custom_path or "")
+            sample = _checked(answer, place, groups[place], self._custom_path or "")
             if not sample.response and sample.response_length:
                 sample.response = self._tokenizer.decode(sample.response_tokens, skip_special_tokens=True)
             made[place] = sample

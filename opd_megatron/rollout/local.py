@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,10 @@ def _build_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
     with torch.random.fork_rng(devices=cuda), device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
+
+
+def _nothing() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
 class LocalEngine:
@@ -66,6 +72,7 @@ class LocalEngine:
         self._token_texts = TokenTexts(tokenizer, self._vocab_size)
         self._stops: dict[tuple[str, ...], StopStrings] = {}
         self._weight_version = ""
+        self._update_seconds: float | None = None
         self._ready = False
         self.end_token_ids = end_token_ids(tokenizer, resolved, folder)
 
@@ -82,6 +89,7 @@ class LocalEngine:
         """
         if self._decoder is None:
             raise RuntimeError("the engine is closed")
+        began = time.perf_counter()
         self._ready, self._weight_version = False, ""
         parameters = tensors_by_stored_name(self._model)
         missing = {id(parameter): name for name, parameter in reversed(parameters.items())}
@@ -106,6 +114,7 @@ class LocalEngine:
                 raise ValueError(f"weight update {version!r}: {len(names)} parameters did not arrive: {shown}")
             self._decoder.refresh()
         self._ready, self._weight_version = True, version
+        self._update_seconds = (self._update_seconds or 0.0) + time.perf_counter() - began
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Generation]:
         """One generation per request, in order; raises ``ValueError`` on an empty prompt or an unknown token id.
@@ -120,7 +129,7 @@ class LocalEngine:
         prompts = self._check_prompts(requests)
         room = [self._max_positions - len(prompt) for prompt in prompts]
         results: dict[int, Generation] = {
-            place: Generation(np.zeros(0, np.int64), np.zeros(0, np.float32), "", Status.PROMPT_TOO_LONG)
+            place: Generation(*_nothing(), "", Status.PROMPT_TOO_LONG, self._weight_version)
             for place, left in enumerate(room)
             if left < 1
         }
@@ -134,6 +143,19 @@ class LocalEngine:
                 )
                 results.update(zip(places, self._run(self._decoder, batch), strict=True))
         return [results[place] for place in range(len(requests))]
+
+    async def stream(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[tuple[int, Generation]]:
+        """As :meth:`generate`, decoded in another thread and given out when all are complete."""
+        for place, generation in enumerate(await asyncio.to_thread(self.generate, requests)):
+            yield place, generation
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds of the updates of the weights since the last call."""
+        seconds, self._update_seconds = self._update_seconds, None
+        return {} if seconds is None else {"perf/weight_update_seconds": seconds}
+
+    def rest(self) -> None:
+        """Nothing: the model stays where it is."""
 
     def close(self) -> None:
         """Release the model; the engine cannot be used afterwards."""
@@ -174,4 +196,6 @@ class LocalEngine:
         log_probs = [row[:length].copy() for row, length in zip(result.log_probs_BT, result.lengths_B, strict=True)]
         texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         statuses = [Status.COMPLETED if ended else Status.TRUNCATED for ended in result.ended_B]
-        return [Generation(*fields) for fields in zip(tokens, log_probs, texts, statuses, strict=True)]
+        return [
+            Generation(*fields, self._weight_version) for fields in zip(tokens, log_probs, texts, statuses, strict=True)
+        ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -10,14 +10,22 @@ import numpy as np
 from opd_megatron.config.errors import UserError
 from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.preflight import (
-    check_same_folder,
-    check_same_model,
+    Finding,
+    Student,
     check_scores,
+    judged_texts,
     known_tokens,
-    plausible,
-    preflight_tokenizers,
+    plausibility,
+    same_model_warnings,
+    text_samples,
 )
 from opd_megatron.teacher.protocol import TeacherError
+from opd_megatron.teacher.tokenizer_checks import (
+    chat_questions,
+    compare_chat_templates,
+    encode_chat,
+    preflight_tokenizers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,35 +73,51 @@ class MegatronTeacher:
 
 def preflight_megatron(
     teacher: MegatronTeacher,
-    student_tokenizer: PreTrainedTokenizerBase,
+    student: Student,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     *,
     vocab_size: int,
-    student_folders: Sequence[str] = (),
-    known_texts: Sequence[str] = (),
-    student_log_probs: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> list[str]:
-    """Check the loaded teacher before the first step; returns warnings.
+) -> list[Finding]:
+    """Check the loaded teacher, whose vocabulary has ``vocab_size`` ids, before the first step.
 
-    The arguments are those of :func:`~opd_megatron.teacher.sglang_preflight.preflight_sglang`; ``vocab_size`` is the
-    teacher's. Raises :class:`UserError` if its tokenizer is not the student's or its scores are not those of a
-    language model.
+    Raises :class:`UserError` if its tokenizer is not the student's or its scores are not those of a language model.
     """
     name = f"teacher {teacher.name}"
-    highest = max(student_tokenizer.get_vocab().values())
-    if vocab_size <= highest:
-        raise UserError(f"{name} has a vocabulary of {vocab_size} tokens, the student's tokenizer has ids to {highest}")
-    if teacher_tokenizer is None:
-        warnings = [f"{name} carries no tokenizer: that it is the student's cannot be checked"]
-    else:
-        warnings = preflight_tokenizers(student_tokenizer, teacher_tokenizer, name)
-    tokens = known_tokens(student_tokenizer, vocab_size, known_texts)
-    sample = Sample(index=0, group_index=0, prompt="", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
-    first, second = (teacher.score([sample])[0].log_probs_T for _ in range(2))
+    if vocab_size <= student.highest_id:
+        raise UserError(
+            f"{name} has a vocabulary of {vocab_size} tokens, the student's tokenizer has ids to {student.highest_id}"
+        )
+    findings = [
+        Finding("vocabulary", f"of {vocab_size} ids; the student's tokenizer uses ids up to {student.highest_id}"),
+        *_check_tokenizer(student, teacher_tokenizer, name),
+    ]
+
+    def score(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [scores.log_probs_T for scores in teacher.score(text_samples(texts))]
+
+    tokens = known_tokens(student, vocab_size)
+    first, second = (score([tokens])[0] for _ in range(2))
     check_scores(first, second, name)
-    found = [check_same_folder(student_folders, teacher.name, name)]
-    if known_texts:
-        found.append(plausible(first, vocab_size, name))
-    if student_log_probs is not None:
-        found.append(check_same_model(student_log_probs(tokens), first, name))
-    return warnings + [warning for warning in found if warning is not None]
+    gap = float(np.abs(first - second).max(initial=0.0))
+    findings.append(Finding("known text", f"{len(first)} tokens scored twice, the same to {gap:.1g}"))
+    findings += same_model_warnings(student, [teacher.name], tokens, first, name)
+    if texts := judged_texts(student):
+        own = None if student.log_probs is None else student.log_probs(texts)
+        findings.append(plausibility(score(texts), own, vocab_size, name))
+    return findings
+
+
+def _check_tokenizer(student: Student, theirs: PreTrainedTokenizerBase | None, name: str) -> list[Finding]:
+    if theirs is None:
+        text = f"{name} carries no tokenizer: that it is the student's cannot be checked"
+        return [Finding("tokenizer", text, warning=True)]
+    notes = preflight_tokenizers(student.tokenizer, theirs, name)
+    findings = [Finding("tokenizer", note, warning=True) for note in notes] or [Finding("tokenizer", "the student's")]
+    settings = student.chat_template_kwargs
+    if settings is None or not theirs.chat_template:
+        return findings
+    chats = [encode_chat(theirs, chat) for chat in chat_questions(settings)]
+    fault = compare_chat_templates(
+        student.tokenizer, settings, chats, name, lambda token: str(theirs.convert_ids_to_tokens(token))
+    )
+    return [*findings, Finding("chat template", fault or "the student's", warning=fault is not None)]

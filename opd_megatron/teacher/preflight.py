@@ -1,157 +1,159 @@
-"""Questions asked of any teacher before the first step: same tokenizer, plausible scores, not the student itself.
+"""Questions asked of any teacher before the first step: plausible scores, the same each time, not the student itself.
 
-What makes the run's result wrong raises :class:`UserError`; what may be intended is returned as a warning.
+What makes the run's result wrong raises :class:`UserError`; what may be intended is a :class:`Finding` that warns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.sample import Sample
+from opd_megatron.teacher.tokenizer_checks import PROBE_TEXTS, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE_TEXTS = (
-    "The capital of France is Paris, and the capital of Italy is Rome.",
-    "4827+1936=6763; 3.14159 x 10^-7 = 1,234,567.89",
-    "def add(a, b):\n    return a + b\n\n\tif not x:   pass\n",
-    "naïve façade, Straße, Привет мир, 你好世界, こんにちは, مرحبا, 🙂👍🏽",
-    "Let $x^2 + \\frac{1}{2} = \\boxed{42}$. Hence, <b>it's</b> \"done\" -- isn't it?",
-)
-"""Where tokenizers of different families differ: digits, spaces, other scripts, code, formulas, contractions."""
-
 SAME_MODEL_TOLERANCE = 1e-4
 """Two models whose log-probabilities differ by less than this everywhere are taken for one."""
+JUDGED_TEXTS = 8
+"""Texts of the data that both are asked about."""
+JUDGED_TOKENS = 256
+"""Most tokens of each of them."""
+WORSE_BY = 0.05
+"""Nats per token by which a teacher must be worse than the student on the data before it is said."""
 
 
-def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """:data:`PROBE_TEXTS`, each special token of ``tokenizer`` between two words, and a rendered chat."""
-    texts = list(PROBE_TEXTS)
-    texts += [f"a{token}1" for token in tokenizer.all_special_tokens]
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "What is 12*34?"}, {"role": "assistant", "content": "408"}]
-        texts.append(str(tokenizer.apply_chat_template(turns, tokenize=False)))
-    return texts
+@dataclass(frozen=True)
+class Finding:
+    """What one check found, in one line; ``warning`` where a user should look at it."""
+
+    check: str
+    text: str
+    warning: bool = False
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of ``text`` with nothing added around it."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+@dataclass(frozen=True)
+class Student:
+    """What a preflight knows of the student.
 
-
-def compare_encodings(
-    texts: Sequence[str],
-    student: PreTrainedTokenizerBase,
-    teacher_ids: Sequence[Sequence[int]],
-    teacher_name: str,
-    teacher_token: Callable[[int], str],
-) -> None:
-    """Raise :class:`UserError` that shows the first token on which student and teacher tokenizers differ."""
-    for text, theirs in zip(texts, teacher_ids, strict=True):
-        mine = encode(student, text)
-        if list(theirs) == mine:
-            continue
-        place = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
-        if place is None:
-            place = min(len(mine), len(theirs))
-        student_side = _shown(mine, place, lambda token: str(student.convert_ids_to_tokens(token)))
-        raise UserError(
-            f"{teacher_name} has another tokenizer than the student: token {place} of {text!r} is {student_side} for "
-            f"the student and {_shown(theirs, place, teacher_token)} for the teacher; choose a teacher with the "
-            "student's tokenizer"
-        )
-
-
-def _shown(ids: Sequence[int], place: int, token: Callable[[int], str]) -> str:
-    return f"{token(ids[place])!r} (id {ids[place]})" if place < len(ids) else "no token"
-
-
-def preflight_tokenizers(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_name: str
-) -> list[str]:
-    """Compare two loaded tokenizers: vocabulary, encodings and end token; returns warnings.
-
-    The teacher may know more tokens than the student. Raises :class:`UserError` that shows the first token of the
-    student that the teacher lacks or has under another id, or the first text that is split in another way.
+    ``folders`` are those that it starts from. ``log_probs`` maps texts, token ids ``[L]`` each, to the student's
+    log-probabilities of tokens 2..L ``[L - 1]`` at the teacher's temperature; None where they cannot be had.
+    ``texts`` are token ids of the run's own data. ``chat_template_kwargs`` are those of the run, None where prompts
+    are plain text.
     """
-    theirs = teacher.get_vocab()
-    for token, number in sorted(student.get_vocab().items(), key=lambda item: item[1]):
-        if theirs.get(token) != number:
-            other = f"has id {theirs[token]}" if token in theirs else "does not exist"
-            raise UserError(
-                f"{teacher_name} has another tokenizer than the student: the student's token {token!r} (id {number}) "
-                f"{other} there; choose a teacher with the student's tokenizer"
-            )
-    texts = probe_texts(student)
-    encodings = [encode(teacher, text) for text in texts]
-    compare_encodings(texts, student, encodings, teacher_name, lambda token: str(teacher.convert_ids_to_tokens(token)))
-    if student.eos_token_id != teacher.eos_token_id:
-        return [
-            f"the student ends with {student.eos_token!r}, {teacher_name} with {teacher.eos_token!r}: "
-            "the teacher's opinion of the end token means little"
-        ]
-    return []
+
+    tokenizer: PreTrainedTokenizerBase
+    folders: Sequence[str | Path] = ()
+    log_probs: Callable[[Sequence[np.ndarray]], list[np.ndarray]] | None = None
+    texts: Sequence[np.ndarray] = ()
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def highest_id(self) -> int:
+        """The highest id that the tokenizer uses."""
+        return max(self.tokenizer.get_vocab().values())
 
 
-def known_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, texts: Sequence[str] = ()) -> np.ndarray:
-    """Ids (int64) to score for a first impression: the first text that ``tokenizer`` can spell, at most 64 tokens.
+def text_samples(texts: Sequence[np.ndarray]) -> list[Sample]:
+    """Samples whose scores are the log-probabilities of tokens 2..L of each text."""
+    return [
+        Sample(index, index, "", prompt_tokens=tokens[:1], response_tokens=tokens[1:])
+        for index, tokens in enumerate(texts)
+    ]
 
-    ``texts`` come before :data:`PROBE_TEXTS`; if none can be spelled (a tokenizer of few characters), the first ids.
-    """
-    for text in (*texts, *PROBE_TEXTS):
+
+def known_text(tokenizer: PreTrainedTokenizerBase) -> np.ndarray | None:
+    """Ids (int64) of the first of :data:`PROBE_TEXTS` that the tokenizer can spell, at most 64; None without one."""
+    for text in PROBE_TEXTS:
         ids = encode(tokenizer, text)[:64]
         spelled = "".join(str(tokenizer.decode(ids)).split())
         if len(ids) >= 4 and spelled and "".join(text.split()).startswith(spelled):
             return np.array(ids, dtype=np.int64)
-    return np.arange(min(vocab_size, 16), dtype=np.int64)
+    return None
 
 
-def check_scores(log_probs: np.ndarray, again: np.ndarray, teacher_name: str) -> None:
+def known_tokens(student: Student, vocab_size: int) -> np.ndarray:
+    """Ids (int64) to score for a first impression: a known text, one of the data, or the vocabulary's first ids."""
+    text = known_text(student.tokenizer)
+    if text is not None:
+        return text
+    return student.texts[0] if student.texts else np.arange(min(vocab_size, 16), dtype=np.int64)
+
+
+def judged_texts(student: Student, longest: int | None = None) -> list[np.ndarray]:
+    """Texts for :func:`plausibility`, cut at ``longest`` tokens: those of the data, else the known one, if any."""
+    known = known_text(student.tokenizer)
+    return [text[:longest] for text in student.texts or ([] if known is None else [known])]
+
+
+def check_scores(log_probs: np.ndarray, again: np.ndarray, teacher_name: str, tolerance: float = 1e-3) -> None:
     """Raise :class:`UserError` unless both are the same finite log-probabilities of a model that distinguishes tokens.
 
-    ``log_probs`` and ``again`` ``[N]`` are two answers about one text; they may differ by 1e-3.
+    ``log_probs`` and ``again`` ``[N]`` are two answers about one text, which may differ by ``tolerance``.
     """
     what = f"{teacher_name} does not score a known text as a language model would:"
     if not (np.isfinite(log_probs).all() and np.isfinite(again).all() and (log_probs <= 1e-3).all()):
         raise UserError(f"{what} not all its log-probabilities are finite and at most 0; check its weights")
-    if (gap := float(np.abs(log_probs - again).max(initial=0.0))) > 1e-3:
+    if (gap := float(np.abs(log_probs - again).max(initial=0.0))) > tolerance:
         raise UserError(f"{what} the same text scored twice differs by {gap:.2g}; check the server's version and flags")
     if len(log_probs) > 2 and np.ptp(log_probs) < 1e-6:
         raise UserError(f"{what} every token has log-probability {log_probs[0]:.4g}; check that its weights are loaded")
 
 
-def plausible(log_probs: np.ndarray, vocab_size: int, teacher_name: str) -> str | None:
-    """A warning where a known text is scored worse than by guessing, mean log p < -log(vocabulary) - 1; else None."""
-    mean, guess = float(np.mean(log_probs)), -math.log(vocab_size)
-    if mean >= guess - 1.0:
-        return None
-    return (
-        f"{teacher_name} gives a known text a mean log-probability of {mean:.2f}, worse than guessing ({guess:.2f}): "
-        "is it trained, and is this its kind of text?"
-    )
+def plausibility(
+    teacher: Sequence[np.ndarray], student: Sequence[np.ndarray] | None, vocab_size: int, teacher_name: str
+) -> Finding:
+    """Compare perplexities on texts whose log-probabilities are given, ``[L - 1]`` each; warn where they speak against.
 
-
-def check_same_model(student_log_probs: np.ndarray, teacher_log_probs: np.ndarray, teacher_name: str) -> str | None:
-    """A warning where both gave one text the same log-probabilities ``[N]``; else None."""
-    if len(student_log_probs) and np.abs(student_log_probs - teacher_log_probs).max() < SAME_MODEL_TOLERANCE:
-        return (
-            f"{teacher_name} gives the same log-probabilities as the student: "
-            "if it is the same model, the distillation term is 0"
+    A teacher that is worse than guessing among ``vocab_size`` tokens by a nat, or worse than the student, is no
+    mistake for certain. Texts that the student itself finds worse than guessing say nothing about either.
+    """
+    values = np.concatenate(list(teacher))
+    mean, guess = float(values.mean()), -math.log(vocab_size)
+    figures = f"perplexity {_perplexity(mean):.4g} on {len(teacher)} texts of {len(values)} tokens"
+    own = None if student is None else float(np.concatenate(list(student)).mean())
+    if own is not None:
+        figures += f", the student's {_perplexity(own):.4g}"
+        if own < guess:
+            return Finding("plausibility", f"{figures}: worse than guessing, so the texts are no measure")
+    if mean < guess - 1.0:
+        text = (
+            f"{teacher_name} gives the texts a mean log-probability of {mean:.2f}, worse than guessing ({guess:.2f}): "
+            "is it trained, and is this its kind of text?"
         )
-    return None
+        return Finding("plausibility", text, warning=True)
+    if own is not None and mean < own - WORSE_BY:
+        text = f"{teacher_name} finds the run's own texts less likely than the student does ({figures}): can it teach?"
+        return Finding("plausibility", text, warning=True)
+    return Finding("plausibility", figures)
 
 
-def check_same_folder(student_folders: Sequence[str | Path], teacher_folder: Any, teacher_name: str) -> str | None:
-    """A warning where the teacher's weights lie in a folder that the student starts from; else None."""
-    if not isinstance(teacher_folder, str) or not Path(teacher_folder).exists():
-        return None
-    for folder in student_folders:
-        if Path(folder).exists() and Path(folder).samefile(teacher_folder):
-            return f"{teacher_name} serves {teacher_folder}, where the student starts: the distillation term is 0"
-    return None
+def _perplexity(mean_log_prob: float) -> float:
+    return math.exp(min(-mean_log_prob, 700.0))  # the largest that a float holds
+
+
+def same_model_warnings(
+    student: Student, teacher_folders: Sequence[Any], tokens: np.ndarray, log_probs: np.ndarray, teacher_name: str
+) -> Iterator[Finding]:
+    """Warnings where teacher and student are one: by a folder of the weights, or by the scores of ``tokens``."""
+    theirs = [folder for folder in teacher_folders if isinstance(folder, str) and Path(folder).exists()]
+    mine = [folder for folder in student.folders if Path(folder).exists()]
+    for folder in theirs:
+        if any(Path(own).samefile(folder) for own in mine):
+            text = f"{teacher_name} serves {folder}, where the student starts: the distillation term is 0"
+            yield Finding("same model", text, warning=True)
+    if student.log_probs is not None:
+        (own,) = student.log_probs([tokens])
+        if len(own) and np.abs(own - log_probs).max() < SAME_MODEL_TOLERANCE:
+            text = (
+                f"{teacher_name} gives the same log-probabilities as the student: "
+                "if it is the same model, the distillation term is 0"
+            )
+            yield Finding("same model", text, warning=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,8 +10,50 @@ from opd_megatron.config.errors import RunError
 from opd_megatron.sample import Sample, TeacherScores
 
 
+class FailureKind(enum.StrEnum):
+    """Why a teacher has no score for a sample; counted by kind in the metrics."""
+
+    CONNECTION = "connection"
+    """The server could not be reached, or the connection broke, in every attempt."""
+    TIMEOUT = "timeout"
+    """No answer within the time limit of a request, in every attempt."""
+    STATUS = "status"
+    """The server answered with an error status."""
+    MALFORMED = "malformed"
+    """The answer is not JSON, or not of the form that the server's version documents."""
+    WRONG_IDS = "wrong_ids"
+    """The answer is about other tokens than those sent."""
+    WRONG_LENGTH = "wrong_length"
+    """The answer has another number of tokens than was asked for."""
+    NOT_FINITE = "not_finite"
+    """A value is no log-probability: NaN, infinite, positive, or null where a number belongs."""
+    TOP_K = "top_k"
+    """The most probable tokens are not in order, not distinct, or have a mass above 1."""
+    CHANGED_MODEL = "changed_model"
+    """The server's model or its weights are not those of the preflight."""
+    ABORTED = "aborted"
+    """The server gave the request up."""
+    OVERLONG = "overlong"
+    """The sample is longer than the teacher's context; it was not sent."""
+    UNSCORABLE = "unscorable"
+    """The sample holds what this teacher cannot score, such as an id outside its vocabulary; it was not sent."""
+    DEADLINE = "deadline"
+    """The time limit of the whole step passed first."""
+
+
 class TeacherError(RunError):
     """A teacher could not score a sample. The message names the teacher and the sample; no score is made up."""
+
+
+class TeacherFailure(TeacherError):
+    """A :class:`TeacherError` about one sample, or one exchange, whose ``kind`` says what a policy can go by."""
+
+    def __init__(self, message: str, kind: FailureKind) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[TeacherFailure], tuple[str, FailureKind]]:
+        return type(self), (str(self), self.kind)
 
 
 class Teacher(Protocol):
@@ -29,4 +72,39 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Release connections and threads; the teacher cannot be used afterwards."""
+        ...
+
+
+class StreamingTeacher(Protocol):
+    """A teacher that is asked for one sample at a time, many of them at once, from one running event loop."""
+
+    name: str
+    """Appears in scores, messages and metrics; holds no secret."""
+
+    async def score_one(self, sample: Sample) -> TeacherScores:
+        """Scores of the response tokens of ``sample``, which is left unchanged.
+
+        Calls may be made without bound: the teacher gathers those that run at the same time into batches and limits
+        what is in flight. Cancelling the calling task abandons its part of the request. Raises
+        :class:`TeacherFailure` for this sample alone; its neighbours are not touched by it.
+        """
+        ...
+
+    def begin_step(self, deadline: float | None) -> None:
+        """Bound what follows, retries and pauses included, to ``deadline`` seconds from this moment (None: no bound).
+
+        Samples that are not scored by then fail with :attr:`FailureKind.DEADLINE`.
+        """
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Counts since the last call, which sets them back.
+
+        ``requests``, ``retries``, ``samples``, ``wait_seconds`` (summed over the samples, from call to answer) and
+        ``failed_<kind>`` for each :class:`FailureKind` that occurred.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Abandon what is in flight and close the connections; repeated calls do nothing."""
         ...

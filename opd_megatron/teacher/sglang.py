@@ -1,161 +1,386 @@
 """A teacher behind SGLang's ``/generate``: the log-probabilities of given tokens, with nothing generated.
 
-The endpoint's facts used here hold for SGLang 0.5: ``input_token_logprobs`` is a list of ``[log_prob, id, text]`` that
-begins at token ``logprob_start_len``, whose first entry has no value; entry i is the log-probability of token i given
-the tokens before it, at temperature 1 whatever the sampling parameters say. The last id of the vocabulary is reported
-as 0, beside the right log-probability (the server takes it for a placeholder of an image). A token id outside the
-model's vocabulary and an empty list of ids end the whole server, so neither is ever sent.
+Scores are at temperature 1 whatever the sampling parameters say. A token id outside the model's vocabulary, an empty
+list of ids in a batch, and more most probable tokens than the vocabulary has end the whole server, so none of them is
+ever sent.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import threading
-from collections.abc import Sequence
+import asyncio
+import time
+import weakref
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from opd_megatron.config.errors import UserError
+from opd_megatron.http_client import HttpClient, HttpError, RetryPolicy, blocking
 from opd_megatron.sample import Sample, TeacherScores
-from opd_megatron.teacher.protocol import TeacherError
-from opd_megatron.teacher.sglang_client import SGLangClient
+from opd_megatron.teacher.gathering import Gatherer, Question
+from opd_megatron.teacher.in_flight import AdaptiveLimit
+from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
+from opd_megatron.teacher.replicas import Replica, Replicas
+from opd_megatron.teacher.sglang_answer import AnswerError, Reading, read_answer
 
-LARGEST_LOG_PROB = 1e-3
-"""A log-probability is at most 0, up to rounding in the server's precision."""
+EXACT_TOLERANCE = 1e-3
+"""Largest difference between the log-probabilities that two servers of the same float32 weights give a token."""
+ROUNDED_TOLERANCE = 0.1
+"""The same for weights of less precision, whose sums depend on what else is in a server's batch."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a server says that it serves, and how it scores a known text ``[N]``."""
+
+    model_path: str | None
+    weight_version: str
+    log_probs_N: np.ndarray
+
+    def difference(self, other: Identity, tolerance: float) -> str | None:
+        """What ``other`` has other than this, in words; None where it serves the same."""
+        gap = float(np.abs(other.log_probs_N - self.log_probs_N).max(initial=0.0))
+        if gap > tolerance:
+            return f"its log-probabilities of a known text differ by {gap:.2g}"
+        if other.weight_version != self.weight_version:
+            return f"its weight version is {other.weight_version!r}, not {self.weight_version!r}"
+        return None
 
 
 class SGLangTeacher:
-    """A client of one SGLang server; scores are at temperature 1.
+    """A client of one or several SGLang servers of the same model; scores are at temperature 1.
 
     ``vocab_size`` bounds the ids that are sent: the student's vocabulary, or the server's where that is smaller
-    (:meth:`restrict`). At most ``max_in_flight`` requests are open at a time. For ``timeout``, ``max_retries`` and
-    ``backoff`` see :class:`SGLangClient`. Raises :class:`UserError` on an address that is none.
+    (:meth:`restrict`). ``max_in_flight`` fixes how many samples are asked for at a time, for each server; without it
+    the number follows the server (:class:`~opd_megatron.teacher.in_flight.AdaptiveLimit`). ``top_k`` asks for as many
+    most probable tokens, ``max_union_ids`` bounds :meth:`score_ids`. For ``timeout`` and ``api_key_env`` see
+    :class:`~opd_megatron.http_client.HttpClient`, for ``max_retries`` and ``backoff``
+    :class:`~opd_megatron.http_client.RetryPolicy`. ``name`` stands in scores and messages in place of the address.
+    Raises :class:`UserError` on an address that is none, a key that is missing, a ``top_k`` beyond the vocabulary.
     """
 
     def __init__(
         self,
-        url: str,
+        urls: str | Sequence[str],
         *,
         vocab_size: int,
-        max_in_flight: int = 8,
+        name: str | None = None,
+        max_in_flight: int | None = None,
         timeout: float = 120.0,
         max_retries: int = 4,
         backoff: float = 0.5,
+        top_k: int = 0,
+        max_union_ids: int = 1024,
+        api_key_env: str | None = None,
     ) -> None:
-        self.client = SGLangClient(
-            url, pool_size=max_in_flight, timeout=timeout, max_retries=max_retries, backoff=backoff
-        )
-        self.name = self.client.url
+        addresses = [urls] if isinstance(urls, str) else list(urls)
+        self.clients = [
+            HttpClient(url, kind="teacher server", timeout=timeout, api_key_env=api_key_env) for url in addresses
+        ]
+        if repeated := [url for url, count in Counter(client.url for client in self.clients).items() if count > 1]:
+            raise UserError(f"teacher server {repeated[0]} is named twice: name each replica once")
+        self.name = name or self.clients[0].url
         self.vocab_size = vocab_size
         self.max_tokens: int | None = None
-        """Tokens of prompt and response that the server accepts; None where it has not been asked."""
-        self._threads = concurrent.futures.ThreadPoolExecutor(max_in_flight, thread_name_prefix="teacher")
+        """Tokens of prompt and response that the servers accept; None where they have not been asked."""
+        self.top_k = top_k
+        self.max_union_ids = max_union_ids
+        self._max_in_flight = max_in_flight
+        self._policy = RetryPolicy(max_retries, backoff)
+        self._known: np.ndarray | None = None
+        self._identity: Identity | None = None
+        self._version: str | None = None
+        self._tolerance = EXACT_TOLERANCE
+        self._deadline: float | None = None
+        self._counts: Counter[str] = Counter()
+        self._wait_seconds = 0.0
+        self._gatherers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Gatherer] = weakref.WeakKeyDictionary()
+        self.restrict()
 
     def restrict(self, *, vocab_size: int | None = None, max_tokens: int | None = None) -> None:
-        """Refuse, from now on, what is known to be too much for the server."""
+        """Refuse, from this call on, what is known to be too much for the servers."""
         if vocab_size is not None:
             self.vocab_size = min(self.vocab_size, vocab_size)
         if max_tokens is not None:
-            self.max_tokens = max_tokens
+            self.max_tokens = max_tokens if self.max_tokens is None else min(self.max_tokens, max_tokens)
+        if self.top_k > self.vocab_size:
+            raise UserError(
+                f"--opd-top-k {self.top_k} is more than the {self.vocab_size} tokens of teacher {self.name}, "
+                "which would end its server: lower it"
+            )
+
+    def ask(self, path: str, payload: Any = None, *, replica: int = 0) -> Any:
+        """The JSON answer of one server to ``GET path``, or to ``POST path`` where there is a ``payload``.
+
+        Not for use inside a loop that should go on meanwhile. Raises :class:`TeacherFailure`.
+        """
+
+        client = self.clients[replica]
+
+        async def exchange() -> Any:
+            try:
+                if payload is None:
+                    return await client.get(path, self._policy)
+                return await client.post(path, payload, self._policy)
+            except HttpError as error:
+                raise _failure(error) from None
+
+        return self._blocking(exchange)
 
     def score(self, samples: Sequence[Sample]) -> list[TeacherScores]:
         """Log-probabilities of each sample's response tokens; see :class:`~opd_megatron.teacher.protocol.Teacher`.
 
-        The first token of a response to an empty prompt has no score: it is not valid and its value is 0. All samples
-        are checked before any is sent. The first failure stops the other requests.
+        All samples are checked before any is sent. The first failure stops the other requests.
         """
         for sample in samples:
-            self._check(sample)
-        abandon = threading.Event()
-        futures = [self._threads.submit(self._score_one, sample, abandon) for sample in samples]
-        try:
-            done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-            for future in done:
-                if (error := future.exception()) is not None:
-                    raise error
-            return [future.result() for future in futures]
-        finally:
-            abandon.set()
-            for future in futures:
-                future.cancel()
+            self.check(sample)
+
+        async def score_all() -> list[TeacherScores]:
+            tasks = [asyncio.ensure_future(self.score_one(sample)) for sample in samples]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        return self._blocking(score_all)
+
+    async def score_one(self, sample: Sample) -> TeacherScores:
+        """Scores of one sample; see :class:`~opd_megatron.teacher.protocol.StreamingTeacher`.
+
+        The first token of a response to an empty prompt has no score: it is not valid and its value is 0. With
+        ``top_k`` the scores hold the most probable tokens and the tail, where a token is not valid all zeros.
+        """
+        reading, unscored = await self._read(sample, None)
+        length = sample.response_length
+
+        def padded(values_N: np.ndarray | None, *shape: int) -> np.ndarray:
+            """``values_N`` for the tokens that have a score, after zeros for those that have none."""
+            array = np.zeros((length, *shape), dtype=np.float32 if values_N is None else values_N.dtype)
+            if values_N is not None:
+                array[unscored:] = values_N
+            return array
+
+        top = None if reading is None else reading.top
+        scores = TeacherScores(
+            padded(None if reading is None else reading.log_probs_N),
+            np.arange(length) >= unscored,
+            teacher=self.name,
+            weight_version="" if reading is None else reading.weight_version,
+        )
+        if self.top_k:
+            scores.top_ids_TK = padded(None if top is None else top.ids_NK, self.top_k).astype(np.int32)
+            scores.top_log_probs_TK = padded(None if top is None else top.log_probs_NK, self.top_k)
+            scores.tail_log_mass_T = padded(None if top is None else top.tail_log_mass_N)
+        return scores
+
+    async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> np.ndarray:
+        """The teacher's log-probabilities of ``ids_TK`` at each response token, float32 ``[T, K]``.
+
+        The server scores one list of ids at all positions, so that the cost is positions times the number of different
+        ids: more than ``max_union_ids`` are refused. Where a position has no score the values are NaN. Raises
+        :class:`TeacherFailure`.
+        """
+        ids_TK = np.asarray(ids_TK, dtype=np.int64)
+        if ids_TK.ndim != 2 or len(ids_TK) != sample.response_length:
+            raise ValueError(f"ids of shape {ids_TK.shape} for {sample.response_length} response tokens")
+        union, places_TK = np.unique(ids_TK, return_inverse=True)
+        if len(union) > self.max_union_ids:
+            raise self._unscorable(
+                sample,
+                f"{len(union)} different ids at {len(ids_TK)} positions: the server scores each of them at every "
+                f"position; at most {self.max_union_ids} are asked for (--opd-max-union-ids)",
+            )
+        if union.size and (union[0] < 0 or union[-1] >= self.vocab_size):
+            raise self._unscorable(sample, f"an id to be scored is outside the vocabulary of {self.vocab_size}")
+        values_TK = np.full(ids_TK.shape, np.nan, dtype=np.float32)
+        if union.size:
+            reading, unscored = await self._read(sample, union)
+            if reading is not None:
+                assert reading.union_log_probs_NU is not None
+                places_NK = places_TK.reshape(ids_TK.shape)[unscored:]
+                values_TK[unscored:] = np.take_along_axis(reading.union_log_probs_NU, places_NK, axis=1)
+        return values_TK
+
+    def pin(self, tokens: np.ndarray) -> np.ndarray:
+        """Score a known text on every server and hold all of them to the first one's answer from then on.
+
+        ``tokens`` ``[N + 1]``; returns the log-probabilities ``[N]`` of those after the first. A server whose weights,
+        weight version or model differ later, which is looked at as each step begins and when a server comes back after
+        it could not be reached, is asked no more. Raises :class:`UserError` if the servers differ among themselves and
+        :class:`TeacherFailure` if one cannot be asked.
+        """
+        tokens = np.asarray(tokens, dtype=np.int64)
+        self.check(Sample(0, 0, "", prompt_tokens=tokens[:1], response_tokens=tokens[1:]))
+
+        async def identify_all() -> list[Identity]:
+            return [await self._opened(client, tokens) for client in self.clients]
+
+        self._known, self._identity, self._tolerance = None, None, EXACT_TOLERANCE
+        first, *others = self._blocking(identify_all)
+        for client, other in zip(self.clients[1:], others, strict=True):
+            difference = first.difference(other, self._tolerance)
+            if difference is not None:
+                raise UserError(
+                    f"{client.server} and {self.clients[0].url} do not serve the same weights: {difference}; start "
+                    "both with the same model"
+                )
+        self._known, self._identity, self._version = tokens, first, first.weight_version
+        return first.log_probs_N
+
+    def begin_step(self, deadline: float | None) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        self._deadline = None if deadline is None else time.monotonic() + deadline
+        for gatherer in self._gatherers.values():
+            gatherer.deadline = self._deadline
+            for replica in gatherer.replicas.all:
+                replica.proven = self._identity is None
+
+    def statistics(self) -> dict[str, float]:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        counts = {key: float(value) for key, value in self._counts.items()}
+        self._counts.clear()
+        seconds, self._wait_seconds = self._wait_seconds, 0.0
+        return dict.fromkeys(("requests", "retries", "samples"), 0.0) | counts | {"wait_seconds": seconds}
 
     def close(self) -> None:
-        """Close the connections; requests that are still open are left to their time limit."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self.client.close()
+        """Nothing is open between calls from code that is not asynchronous; see :meth:`aclose`."""
 
-    def _check(self, sample: Sample) -> None:
+    async def aclose(self) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        gatherer = self._gatherers.pop(asyncio.get_running_loop(), None)
+        if gatherer is not None:
+            await gatherer.aclose()
+
+    def check(self, sample: Sample) -> None:
+        """Raise :class:`TeacherFailure` if ``sample`` must not be sent."""
         if not sample.response_length:
             return
         tokens = sample.tokens
         outside = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
         if outside.size:
             place = int(outside[0])
-            raise TeacherError(
-                f"teacher server {self.name}: {_subject(sample)}: token {place} has id {tokens[place]}, outside the "
-                f"vocabulary of {self.vocab_size}; not sent, because such an id ends the server"
+            raise self._unscorable(
+                sample,
+                f"token {place} has id {tokens[place]}, outside the vocabulary of {self.vocab_size}; not sent, because "
+                "such an id ends the server",
             )
         if self.max_tokens is not None and len(tokens) > self.max_tokens:
-            raise TeacherError(
+            raise TeacherFailure(
                 f"teacher server {self.name}: {_subject(sample)}: the server takes at most {self.max_tokens} tokens; "
-                "shorten prompts and responses, or start it with a larger --context-length"
+                "shorten prompts and responses, or start it with a larger --context-length",
+                FailureKind.OVERLONG,
             )
 
-    def _score_one(self, sample: Sample, abandon: threading.Event) -> TeacherScores:
-        length = sample.response_length
-        log_probs_T = np.zeros(length, dtype=np.float32)
-        valid_T = np.ones(length, dtype=np.bool_)
-        weight_version = ""
-        if length:
+    def _unscorable(self, sample: Sample, reason: str) -> TeacherFailure:
+        return TeacherFailure(f"teacher server {self.name}: {_subject(sample)}: {reason}", FailureKind.UNSCORABLE)
+
+    async def _read(self, sample: Sample, union: np.ndarray | None) -> tuple[Reading | None, int]:
+        """What a server says of the sample, None for no tokens, and how many response tokens have no score."""
+        began = time.monotonic()
+        try:
+            self.check(sample)
             # The token before the first scored one is where the server starts; an earlier start would lose its
             # prefix cache.
             start = max(len(sample.prompt_tokens) - 1, 0)
             unscored = start + 1 - len(sample.prompt_tokens)
-            valid_T[:unscored] = False
-            tokens = sample.tokens
-            payload = {
-                "input_ids": tokens.tolist(),
-                "sampling_params": {"temperature": 0, "max_new_tokens": 0},
-                "return_logprob": True,
-                "logprob_start_len": start,
-            }
-            answer = self.client.exchange("POST", "/generate", payload, subject=_subject(sample), abandon=abandon)
+            if sample.response_length <= unscored:
+                return None, min(unscored, sample.response_length)
+            question = Question(_subject(sample), sample.tokens, start, union)
+            remaining = None if self._deadline is None else max(self._deadline - began, 0.0)
             try:
-                log_probs_T[unscored:], weight_version = read_answer(answer, tokens[start:], self.vocab_size)
-            except ValueError as error:
-                raise TeacherError(f"teacher server {self.name}: {_subject(sample)}: {error}") from error
-        return TeacherScores(log_probs_T, valid_T, teacher=self.name, weight_version=weight_version)
+                async with asyncio.timeout(remaining):
+                    return await self._gatherer().ask(question), unscored
+            except TimeoutError:
+                raise TeacherFailure(
+                    f"teacher server {self.name}: {_subject(sample)}: the time limit of the step passed",
+                    FailureKind.DEADLINE,
+                ) from None
+        except TeacherFailure as failure:
+            self._counts[f"failed_{failure.kind}"] += 1
+            raise
+        finally:
+            self._counts["samples"] += 1
+            self._wait_seconds += time.monotonic() - began
+
+    def _gatherer(self) -> Gatherer:
+        """That of the running loop; each has its own connections, queue and view of the servers."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._gatherers:
+            proven = self._identity is None
+            replicas = [Replica(client, AdaptiveLimit(self._max_in_flight), proven=proven) for client in self.clients]
+            gatherer = Gatherer(Replicas(replicas, self._policy, self._prove), self._believe, self.top_k, self._counts)
+            gatherer.deadline = self._deadline
+            self._gatherers[loop] = gatherer
+        return self._gatherers[loop]
+
+    def _believe(self, question: Question, answer: Any, replica: Replica) -> Reading:
+        top_k = self.top_k if question.union is None else 0
+        sent = question.tokens[question.start :]
+        reading = read_answer(answer, sent, self.vocab_size, top_k=top_k, union=question.union)
+        if self._version is None:
+            self._version = reading.weight_version
+        if reading.weight_version != self._version:
+            reason = f"its weight version is {reading.weight_version!r}, not {self._version!r}"
+            raise AnswerError(FailureKind.CHANGED_MODEL, reason)
+        return reading
+
+    async def _prove(self, replica: Replica) -> None:
+        """Raise :class:`TeacherFailure` unless ``replica`` serves what was pinned, :class:`HttpError` if it is gone."""
+        if self._identity is None or self._known is None:
+            return
+        found = await self._identify(replica.client, self._known, RetryPolicy(0))
+        difference = self._identity.difference(found, self._tolerance)
+        if difference is not None:
+            raise TeacherFailure(f"{replica.client.server}: {difference}", FailureKind.CHANGED_MODEL)
+
+    async def _opened(self, client: HttpClient, tokens: np.ndarray) -> Identity:
+        """The identity of a server at the beginning; widens the tolerance to what its precision needs."""
+        try:
+            server = await client.get("/server_info", self._policy)
+            if isinstance(server, dict) and server.get("dtype") != "float32":
+                self._tolerance = ROUNDED_TOLERANCE
+            return await self._identify(client, tokens, self._policy)
+        except HttpError as error:
+            raise _failure(error) from None
+
+    async def _identify(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Identity:
+        model = await client.get("/model_info", policy)
+        payload = {
+            "input_ids": tokens,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        answer = await client.post("/generate", payload, policy)
+        if not isinstance(model, dict) or "model_path" not in model:
+            message = f"{client.server}: /model_info names no model; is this a SGLang server?"
+            raise TeacherFailure(message, FailureKind.MALFORMED)
+        try:
+            reading = read_answer(answer, tokens, self.vocab_size)
+        except AnswerError as error:
+            raise TeacherFailure(f"{client.server}: known text: {error}", error.kind) from None
+        return Identity(model["model_path"], str(model.get("weight_version", "")), reading.log_probs_N)
+
+    def _blocking(self, start: Callable[[], Awaitable[Any]]) -> Any:
+        async def run() -> Any:
+            try:
+                return await start()
+            finally:
+                await self.aclose()
+                for client in self.clients:
+                    await client.aclose()
+
+        return blocking(run)
+
+
+def _failure(error: HttpError) -> TeacherFailure:
+    return TeacherFailure(str(error), FailureKind(error.fault.value))
 
 
 def _subject(sample: Sample) -> str:
     return f"sample {sample.index} ({len(sample.prompt_tokens)} prompt + {sample.response_length} response tokens)"
-
-
-def read_answer(answer: Any, sent_ids: np.ndarray, vocab_size: int) -> tuple[np.ndarray, str]:
-    """Log-probabilities of ``sent_ids[1:]`` (float64) and the server's weight version.
-
-    ``sent_ids`` are those from ``logprob_start_len`` on; id ``vocab_size - 1`` may come back as 0. Raises
-    ``ValueError`` if the answer is about other tokens or holds anything but finite log-probabilities.
-    """
-    meta = answer.get("meta_info") if isinstance(answer, dict) else None
-    entries = meta.get("input_token_logprobs") if isinstance(meta, dict) else None
-    if not isinstance(meta, dict) or not isinstance(entries, list):
-        raise ValueError("the answer has no list meta_info.input_token_logprobs; is this a SGLang server?")
-    finish = meta.get("finish_reason")
-    if isinstance(finish, dict) and finish.get("type") == "abort":
-        raise ValueError(f"the server aborted the request ({finish.get('message', 'no reason given')})")
-    if len(entries) != len(sent_ids):
-        raise ValueError(f"{len(entries)} tokens in the answer, {len(sent_ids)} expected")
-    try:
-        ids = np.array([entry[1] for entry in entries], dtype=np.int64)
-        log_probs = np.array([entry[0] for entry in entries[1:]], dtype=np.float64)
-    except (TypeError, IndexError, KeyError, OverflowError, ValueError) as error:
-        raise ValueError(f"input_token_logprobs is not a list of [log_prob, id, text] ({error})") from error
-    reported_as_0 = (sent_ids == vocab_size - 1) & (ids == 0)
-    if (different := np.flatnonzero((ids != sent_ids) & ~reported_as_0)).size:
-        place = int(different[0])
-        raise ValueError(f"the answer is about other tokens: id {ids[place]} where {sent_ids[place]} was sent")
-    if (bad := np.flatnonzero(~(log_probs <= LARGEST_LOG_PROB) | np.isneginf(log_probs))).size:
-        place = int(bad[0])
-        raise ValueError(f"{entries[place + 1][0]} is not a log-probability (token id {ids[place + 1]})")
-    return log_probs, str(meta.get("weight_version", ""))

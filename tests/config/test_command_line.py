@@ -43,6 +43,7 @@ LEGAL = {
     "hf teacher": "--use-opd --opd-type megatron --opd-teacher-load $teacher_hf --advantage-estimator none",
     "released teacher": "--use-opd --opd-type megatron --opd-teacher-load $release",
     "sglang teacher": "--use-opd --opd-type sglang --opd-teacher-url https://user:pw@host/?key=1 --rollout-top-k -1",
+    "sglang replicas": "--use-opd --opd-type sglang --opd-teacher-url http://h:1 http://h:2 --opd-overlong drop",
     "recorded scores": "--use-opd --opd-type sglang --load-debug-rollout-data $root/rollout_{rollout_id}.jsonl",
     "override": (
         "--use-opd --opd-type sglang --opd-teacher-url http://h:1 --rollout-temperature 0.7 --rollout-top-p 0.9 "
@@ -69,6 +70,11 @@ LEGAL = {
     "rows without labels": "--prompt-data $unlabelled --rm-type zero",
     "sft": "--loss-type sft_loss",
     "evaluation": "--eval-prompt-data dev $prompts --eval-prompt-data test $prompts@[0:2] --eval-interval 1",
+    "sglang engine": (
+        "--rollout-engine sglang --rollout-num-engines 2 --sglang-mem-fraction-static 0.7 --sglang-free-memory "
+        "--sglang-server-args=--enable-deterministic-inference --rollout-weights-dir $root/weights"
+    ),
+    "given engines": "--rollout-engine sglang --rollout-engine-url http://h:1 --rollout-engine-url http://h:2",
     "recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
 

@@ -116,6 +116,13 @@ def test_a_teacher_of_its_own_layout_and_precision() -> None:
     split = estimate(parse_options([*EIGHT, "--opd-teacher-tensor-model-parallel-size", "2"]), models, "cuda")
     assert split.teacher == pytest.approx(4 * plain.teacher, rel=0.01)
     assert split.weights == plain.weights
+    head_of_a_rank = 2 * models.student.vocab_size // 8 * 5120
+    assert split.host - plain.host == pytest.approx(head_of_a_rank, rel=0.01)
+    same = [*EIGHT, "--opd-teacher-tensor-model-parallel-size", "8", "--opd-teacher-pipeline-model-parallel-size", "1"]
+    assert estimate(parse_options(same), models, "cuda") == plain
+    recorded = parse_options([*EIGHT, "--load-debug-rollout-data", "recorded.jsonl"])
+    without = estimate(recorded, Models.of(recorded, models.student, models.teacher), "cuda")
+    assert (without.teacher, without.host) == (0, 0)
 
 
 @pytest.fixture

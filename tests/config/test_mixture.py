@@ -172,7 +172,7 @@ def test_layouts_that_fit(tmp_path: Path, line: str) -> None:
         ),
         (
             f"{TP2} --sequence-parallel --expert-tensor-parallel-size 1 --actor-num-gpus-per-node 2",
-            ["--expert-tensor-parallel-size 1 is not --tensor-model-parallel-size 2"],
+            ["--expert-tensor-parallel-size 1 is not --tensor-model-parallel-size 2, which needs"],
         ),
         (f"{TP2} --actor-num-gpus-per-node 2", ["with a mixture of experts needs --sequence-parallel"]),
         (

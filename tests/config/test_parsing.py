@@ -37,6 +37,18 @@ def test_nothing_given_is_all_defaults() -> None:
     assert parse_options([]) == Options()
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """Flags of another program"""
+
+    sglang_server_args: str | None = option(None, "flags")
+
+
+@pytest.mark.parametrize("words", [["--sglang-server-args=--tp 2 --x"], ["--sglang-server-args", "--tp 2 --x"]])
+def test_flags_of_another_program_are_one_value(words: list[str]) -> None:
+    assert parse_groups(words, {"own": Foreign}, prog="p", description="")[Foreign].sglang_server_args == "--tp 2 --x"
+
+
 def test_values_take_their_declared_types() -> None:
     options = parse_options(
         [

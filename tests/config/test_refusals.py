@@ -51,6 +51,31 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "--lr 1e300: is too large for a 32-bit number",
         ),
     ),
+    "server flags that are set": (
+        BASE + "--rollout-engine sglang --sglang-server-args=--port=1",
+        ("--sglang-server-args --port=1: --port is set already: a free one is taken",),
+    ),
+    "server flags that are none": (BASE + "--sglang-server-args=x", ("must begin with a flag",)),
+    "unknown flag of the server": (
+        BASE + "--sglang-mem-fraction-statik 0.5",
+        ("--sglang-mem-fraction-statik: unknown flag (did you mean --sglang-mem-fraction-static?)",),
+    ),
+    "servers without their engine": (
+        BASE + "--rollout-num-engines 2 --sglang-free-memory",
+        ("--rollout-num-engines goes with --rollout-engine sglang only", "--sglang-free-memory goes with"),
+    ),
+    "servers started and given": (
+        BASE + "--rollout-engine sglang --rollout-engine-url http://127.0.0.1:1 --rollout-num-engines 2",
+        ("--rollout-num-engines has no effect on the servers of --rollout-engine-url",),
+    ),
+    "batches of the local engine": (
+        BASE + "--rollout-engine sglang --rollout-engine-batch-size 4",
+        ("--rollout-engine-batch-size is for the local engine",),
+    ),
+    "servers without samples": (
+        BASE + "--rollout-engine sglang --loss-type sft_loss",
+        ("--rollout-engine sglang has nothing to sample with --loss-type sft_loss",),
+    ),
     "top-k of zero": (BASE + "--rollout-top-k 0", ("--rollout-top-k 0: must be -1 (off) or at least 1",)),
     "chat template arguments": (
         BASE + "--apply-chat-template --apply-chat-template-kwargs [1]",
@@ -113,8 +138,37 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         MEGATRON + "--opd-baseline kl --load-debug-rollout-data $run/{rollout_id}.jsonl",
         ("--opd-baseline kl needs the teacher itself",),
     ),
+    "teacher of a recording": (
+        MEGATRON + "--opd-teacher-tensor-model-parallel-size 2 --opd-exact-kl-interval 5 "
+        "--load-debug-rollout-data $recorded",
+        (
+            "--opd-teacher-load has no effect with --load-debug-rollout-data",
+            "--opd-teacher-tensor-model-parallel-size has no effect with",
+            "--opd-exact-kl-interval has no effect with",
+        ),
+    ),
+    "server of a recording": (
+        SGLANG + "--load-debug-rollout-data $recorded",
+        ("--opd-teacher-url has no effect with --load-debug-rollout-data",),
+    ),
     "sglang without url": (BASE + "--use-opd --opd-type sglang", ("--opd-type sglang needs --opd-teacher-url",)),
-    "sglang with two urls": (SGLANG + "--opd-teacher-url http://h:2", ("--opd-teacher-url takes exactly one",)),
+    "url and file of teachers": (
+        SGLANG + "--opd-teachers $root/none.yaml --opd-teacher-api-key-env KEY",
+        (
+            "--opd-teacher-url does not go with --opd-teachers",
+            "--opd-teacher-api-key-env does not go with --opd-teachers",
+            "none.yaml: cannot be read",
+        ),
+    ),
+    "route without teachers": (SGLANG + "--opd-teacher-route-key field", ("--opd-teacher-route-key has no effect",)),
+    "a key in place of its variable": (
+        SGLANG + "--opd-teacher-api-key-env sk-verysecret",
+        ("must be the name of an environment variable", "!verysecret"),
+    ),
+    "megatron with server options": (
+        MEGATRON + "--opd-overlong mask --opd-teachers $root/none.yaml --opd-max-union-ids 3",
+        ("--opd-overlong goes with", "--opd-teachers goes with", "--opd-max-union-ids goes with"),
+    ),
     "sglang with step": (SGLANG + "--opd-teacher-ckpt-step 5", ("--opd-teacher-ckpt-step goes with",)),
     "megatron with url": (MEGATRON + "--opd-teacher-url http://h:2", ("--opd-teacher-url goes with --opd-type sgl",)),
     "megatron with timeout": (MEGATRON + "--opd-teacher-timeout 3", ("--opd-teacher-timeout goes with",)),
@@ -137,7 +191,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "teacher layout that does not fit": (
         MEGATRON + "--actor-num-gpus-per-node 2 --opd-teacher-tensor-model-parallel-size 3",
         (
-            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 x",
+            "--opd-teacher-tensor-model-parallel-size 3 x --opd-teacher-pipeline-model-parallel-size 1 (as of",
             "does not divide the 2 ranks",
             "--opd-teacher-tensor-model-parallel-size 3 does not divide the teacher's",
         ),
@@ -266,7 +320,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "teacher layout": (
         MEGATRON + "--pipeline-model-parallel-size 4 --actor-num-gpus-per-node 4",
-        ("the teacher's 6 layers",),
+        ("--opd-teacher-pipeline-model-parallel-size 4 (as of the student) does not divide the teacher's 6 layers",),
     ),
     "sequence parallel": (BASE + "--sequence-parallel", ("--sequence-parallel needs --tensor-model-parallel-size",)),
     "recompute": (
@@ -305,6 +359,27 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-loss-coef 0.1 --kl-loss-type k2",
         ("--kl-loss-coef has no effect", "--kl-loss-type has no effect"),
     ),
+    "corrections that are off": (
+        BASE + "--tis-level sequence --tis-clip 3 --opsm-delta 0.1",
+        ("--tis-level has no effect without --use-tis", "--tis-clip has no", "--opsm-delta has no effect without"),
+    ),
+    "bounds of weights": (BASE + "--use-tis --tis-clip 0.5 --tis-clip-low 0.6", ("--tis-clip-low 0.6 is above",)),
+    "masking on policy": (BASE + "--use-opsm", ("--use-opsm has no effect with one optimizer",)),
+    "two estimators": (
+        BASE + "--advantage-estimator rloo --custom-advantage-path pkg:function",
+        ("--advantage-estimator and --custom-advantage-path both name",),
+    ),
+    "two policy losses": (
+        BASE + "--policy-loss gspo --custom-loss-path pkg:function",
+        ("--policy-loss and --custom-loss-path both name",),
+    ),
+    "dual clip without clip": (BASE + "--policy-loss cispo --eps-clip-c 3", ("--eps-clip-c bounds a clipped",)),
+    "two averages": (
+        BASE + "--calculate-per-token-loss --loss-length-divisor 10",
+        ("--calculate-per-token-loss and --loss-length-divisor",),
+    ),
+    "passes over labels": (BASE + "--loss-type sft_loss --ppo-epochs 2", ("--ppo-epochs has no effect with",)),
+    "gamma of another": (BASE + "--advantage-estimator rloo --gamma 0.9", ("--gamma belongs to",)),
     "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
     "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),
     "learning rates": (

@@ -17,7 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.data.prompts import PromptRecord, PromptSet, check_prompt_file, load_prompt_records
+from opd_megatron.data.prompts import (
+    PromptRecord,
+    PromptSet,
+    check_prompt_file,
+    load_prompt_records,
+    text_of_records,
+)
 from opd_megatron.data.rows import split_slice, write_jsonl
 from opd_megatron.data.tokenizer import train_bpe_tokenizer
 
@@ -61,6 +67,23 @@ def check(path: Path | str, **changes: Any) -> list[str]:
 
 def records(count: int) -> list[PromptRecord]:
     return [PromptRecord(i, f"p{i}", f"p{i}", np.array([i, i + 1]), str(i), {}) for i in range(count)]
+
+
+# Texts
+
+
+def test_texts_are_prompts_with_labels_that_are_texts(tokenizer: Any) -> None:
+    def record(index: int, prompt: str, label: Any) -> PromptRecord:
+        return PromptRecord(index, prompt, prompt, np.array(tokenizer.encode(prompt)), label, {})
+
+    long = "there are 12 apples, and then 34"
+    rows = [record(0, "How many apples?", long), record(1, "What is 12 + 34?", "46"), record(2, "a", None)]
+    texts = [tokenizer.decode(text) for text in text_of_records(rows, tokenizer, count=9, longest=100)]
+    assert texts == ["How many apples?" + long, "What is 12 + 34?"]
+    assert [len(text) for text in text_of_records(rows, tokenizer, count=9, longest=5)] == [5, 5]
+    many = [record(i, f"How many {i:03d}", None) for i in range(100)]
+    spread = [tokenizer.decode(text) for text in text_of_records(many, tokenizer, count=4, longest=100)]
+    assert spread == ["How many 000", "How many 025", "How many 050", "How many 075"]
 
 
 # Reading

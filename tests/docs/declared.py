@@ -53,6 +53,9 @@ def tool_flags(tool: Path) -> dict[str, bool]:
         if getattr(call.func, "id", None) != "parse_groups" or not isinstance(call.args[1], ast.Dict):
             continue
         for value in call.args[1].values:
+            if isinstance(value, ast.Call) and getattr(value.func, "id", None) == "option_groups":
+                flags |= dict.fromkeys(train_flags(), False)
+                continue
             name = value.id if isinstance(value, ast.Name) else ""
             if name in groups:
                 flags |= _declared_options(groups[name])

@@ -48,7 +48,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_hf(root / "models" / "Qwen3-0.6B", **small)
     write_hf(root / "models" / "Qwen3-1.7B", **large)
     for name in ("Qwen3-8B", "Qwen3-32B"):
-        write_hf(root / "models" / name, weights=False, **published(f"Qwen/{name}"))
+        write_hf(root / "models" / name, **published(f"Qwen/{name}"))
     for folder, step, config in (
         (root / "models" / "Qwen3-1.7B_torch_dist", "release", large),
         (root / "runs" / "mine" / "checkpoints", "iter_0000200", small),

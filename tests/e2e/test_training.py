@@ -119,7 +119,13 @@ def test_recorded_rollouts_train_alike_without_engine_and_teacher(
     pattern = tmp_path / "recorded_{rollout_id}.jsonl"
     sampled = run_training(student, prompts, tmp_path / "one", **opd(teacher), save_debug_rollout_data=pattern)
     replayed = run_training(
-        student, prompts, tmp_path / "two", **opd(teacher), prompt_data=None, load_debug_rollout_data=pattern
+        student,
+        prompts,
+        tmp_path / "two",
+        use_opd=True,
+        opd_type="megatron",
+        prompt_data=None,
+        load_debug_rollout_data=pattern,
     )
     for one, two in zip(sampled, replayed, strict=True):
         for name in ("train/loss", "train/grad_norm", "opd/reverse_kl", "reward/mean"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,13 @@ from tests.config.inputs import ROOT, write_hf
 EXAMPLES = ROOT / "examples" / "on_policy_distillation"
 SGLANG = EXAMPLES / "run-qwen3-0.6B-gsm8k-opd.sh"
 MEGATRON = EXAMPLES / "run-qwen3-0.6B-gsm8k-opd-megatron.sh"
+GSM8K = EXAMPLES / "run-gsm8k-qwen3-1.7B.sh"
+LARGE = EXAMPLES / "run-qwen3-8B-opd.sh"
+LARGE_MEGATRON = EXAMPLES / "run-qwen3-8B-opd-megatron.sh"
+SETTINGS = (
+    "TEACHER_URL", "TEACHER", "STUDENT", "NUM_ROLLOUT", "SGLANG_VENV", "SGLANG_FLAGS", "TEACHER_GPUS", "RAY_DASHBOARD",
+    "SERVER_TIMEOUT",
+)  # fmt: skip
 PUBLISHED = json.loads((ROOT / "tests" / "scripts" / "fixtures" / "published_configs.json").read_text())["rows"]
 
 
@@ -28,7 +37,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models and prompts where the scripts look for them: the real configs, next to no weights."""
     root = tmp_path_factory.mktemp("a folder")
     write_hf(root / "models" / "Qwen3-0.6B", weights=False, **published("Qwen/Qwen3-0.6B"))
-    write_hf(root / "models" / "Qwen3-1.7B", **published("Qwen/Qwen3-1.7B"))
+    for name in ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-32B"):
+        write_hf(root / "models" / name, **published(f"Qwen/{name}"))
     row = {"prompt": [{"role": "user", "content": "What is 1 + 1?"}], "label": "2"}
     (root / "data").mkdir()
     for split in ("train", "test"):
@@ -43,7 +53,7 @@ def run_script(script: Path, inputs: Path, run: Path, *arguments: str, **changes
         "RUN_DIR": str(run),
         "PYTHON": sys.executable,
     }
-    for name in ("TEACHER_URL", "TEACHER", "STUDENT", "NUM_ROLLOUT", "SGLANG_VENV", "SGLANG_FLAGS"):
+    for name in SETTINGS:
         environment.pop(name, None)
     return subprocess.run(
         [str(script), *arguments],
@@ -67,6 +77,105 @@ def test_the_flags_are_accepted(script: Path, inputs: Path, tmp_path: Path) -> N
     else:
         assert printed["opd"]["opd_teacher_url"] == ["http://127.0.0.1:30000"]
     assert list(tmp_path.iterdir()) == []
+
+
+def shown_command(output: str) -> list[str]:
+    """The words of the command in the last line of a dry run."""
+    line = output.splitlines()[-1]
+    assert line.startswith("# ")
+    return shlex.split(line[2:])
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+@pytest.mark.parametrize(
+    ("script", "student", "teacher", "world_size", "engines"),
+    [
+        (GSM8K, "Qwen3-1.7B", "Qwen3-8B", 1, 1),
+        (LARGE, "Qwen3-8B", "Qwen3-32B", 4, 2),
+        (LARGE_MEGATRON, "Qwen3-8B", "Qwen3-32B", 4, 4),
+    ],
+    ids=["gsm8k", "8B", "8B megatron"],
+)
+def test_scripts_with_rollouts_by_sglang(
+    script: Path, student: str, teacher: str, world_size: int, engines: int, inputs: Path, tmp_path: Path
+) -> None:
+    done = run_script(script, inputs, tmp_path / "run", DRY_RUN="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = yaml.safe_load(done.stdout)
+    assert printed["checkpoint"]["hf_checkpoint"] == str(inputs / "models" / student)
+    assert printed["engine"]["rollout_engine"] == "sglang"
+    assert printed["engine"]["rollout_num_engines"] == engines
+    # the engines come after the trainer's devices
+    assert printed["engine"]["sglang_base_gpu_id"] == printed["derived"]["world_size"] == world_size
+    words = shown_command(done.stdout)
+    if script == LARGE_MEGATRON:
+        assert printed["opd"]["opd_teacher_load"] == str(inputs / "models" / teacher)
+        assert printed["derived"]["teacher"]["num_layers"] == 64
+    else:
+        server = shlex.split(value(words, "--server"))
+        assert value(server, "--model-path") == str(inputs / "models" / teacher)
+        (devices,) = [word.partition("=")[2].split(",") for word in server if word.startswith("CUDA_VISIBLE_DEVICES=")]
+        assert min(map(int, devices)) >= world_size + engines
+        assert int(value(server, "--tp")) == len(devices) if "--tp" in server else len(devices) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [LARGE, LARGE_MEGATRON], ids=["sglang", "megatron"])
+def test_the_job_of_the_large_scripts(script: Path, inputs: Path, tmp_path: Path) -> None:
+    done = run_script(
+        script, inputs, tmp_path / "run", "--lr", "2e-6",
+        DRY_RUN="1", RAY_DASHBOARD="http://head:8265", **({"TEACHER_URL": "http://h:1"} if script == LARGE else {}),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shown_command(done.stdout)
+    job = words.index("--")
+    assert words[1:5] == ["-m", "ray.scripts.scripts", "job", "submit"]
+    assert value(words[:job], "--address") == "http://head:8265"
+    assert words[job + 1 :][:4] == ["env", words[job + 2], sys.executable, str(ROOT / "train.py")]
+    assert value(words[job:], "--ray-address") == "auto"
+    assert words[job:].count("--lr") == 2
+    assert not any(name in done.stdout for name in ("API_KEY=", "TOKEN="))
+
+
+def test_the_first_call_of_the_large_script_starts_the_teacher_for_a_second(inputs: Path, tmp_path: Path) -> None:
+    done = run_script(LARGE, inputs, tmp_path / "run", "--lr", "2e-6", DRY_RUN="1")
+    words = shown_command(done.stdout)
+    assert words[words.index("--") + 1 :] == ["env", "TEACHER_URL={url}", str(LARGE), "--lr", "2e-6"]
+
+
+def test_a_script_that_is_told_to_end_stops_its_job_by_its_id(inputs: Path, tmp_path: Path) -> None:
+    """The client of Ray stands in for itself: it writes down how it is called, and ends when the job is stopped."""
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        f'[[ $2 == ray.scripts.scripts ]] || exec "{sys.executable}" "$@"\n'
+        f'printf "%s\\n" "$@" >"{calls}/$4.part" && mv "{calls}/$4.part" "{calls}/$4"\n'
+        f'[[ $4 == stop ]] || until [[ -e "{calls}/stop" ]]; do sleep 0.05; done\n'
+        "[[ $4 == stop ]] || exit 7\n"
+    )
+    python.chmod(0o755)
+    environment = os.environ | {
+        "MODELS": str(inputs / "models"), "DATA": str(inputs / "data"), "RUN_DIR": str(tmp_path / "run"),
+        "PYTHON": str(python), "TEACHER_URL": "http://h:1",
+    }  # fmt: skip
+    process = subprocess.Popen([str(LARGE)], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (calls / "submit").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(60) == 7
+    finally:
+        process.kill()
+    submitted, stopped = ((calls / name).read_text().splitlines() for name in ("submit", "stop"))
+    assert stopped[-1] == value(submitted, "--submission-id")
 
 
 def test_arguments_of_the_script_win(inputs: Path, tmp_path: Path) -> None:

@@ -149,6 +149,33 @@ def make_samples(seed: int, count: int = 12, vocab_size: int = VOCAB_SIZE) -> li
     return samples
 
 
+WHOLE_RESPONSES: dict[str, Any] = {
+    "policy_loss": "gspo",
+    "eps_clip": 0.1,
+    "use_tis": True,
+    "tis_level": "sequence",
+    "tis_clip": 1.1,
+    "use_opsm": True,
+    "opsm_delta": 0.02,
+    "use_opd": True,
+}
+"""A loss whose parts all need sums over whole responses."""
+
+
+def off_policy_samples(seed: int) -> list[Sample]:
+    """Samples of another policy: old log-probabilities near those of a random model, the engine's near the old ones.
+
+    Masked tokens have none.
+    """
+    random, samples = np.random.default_rng(seed), make_samples(seed)
+    for sample in samples:
+        noise = random.normal(size=(2, sample.response_length))
+        sample.old_log_probs = np.where(sample.loss_mask, -np.log(VOCAB_SIZE) - 1 + 0.5 * noise[0], np.nan)
+        sample.rollout_log_probs = sample.old_log_probs + 0.05 * noise[1]
+        sample.validate()
+    return samples
+
+
 def reference_logits(model: Any, sample: Sample) -> Tensor:
     """``[T, V]`` logits that predict the response tokens, from one unpadded forward pass of transformers."""
     tokens = torch.from_numpy(sample.tokens)[None]

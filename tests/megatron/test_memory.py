@@ -122,6 +122,7 @@ def test_the_exact_divergence(dtype: torch.dtype, rows: int) -> None:
         kl_and_baseline(hidden_Nh, weight_Vh, teacher_Nh, weight_Vh, temperature=1.0, vocab_size=6000, group=None)
     options = make_options(
         use_opd=True,
+        opd_type="megatron",
         bf16=dtype == torch.bfloat16,
         rollout_batch_size=1,
         rollout_max_prompt_len=1,

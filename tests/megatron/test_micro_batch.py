@@ -72,7 +72,19 @@ def test_packed_sequences_lie_end_to_end() -> None:
     assert batch.targets_N.tolist() == [4, 5, 8, 9, 10]
     assert batch.packed is not None
     assert batch.packed.cu_seqlens_q.tolist() == [0, 4, 4, 7, 8]
-    assert batch.sequences_bsn[0].int().tolist() == [[1, 0, 0]] * 4 + [[0, 0, 1]] * 3 + [[0, 0, 0]]
+    assert batch.sequences_bsn is None
+
+
+def test_routers_learn_which_sequence_a_position_is_of() -> None:
+    samples = [_sample([1, 2, 3], [4, 5]), _sample([6], []), _sample([7], [8, 9, 10], 1)]
+    first, last, padding = [1, 0, 0], [0, 0, 1], [0, 0, 0]
+    packed = SequenceLayout(packed=True, length_multiple=4, for_experts=True)
+    batch = build(samples, (0, 1, 2), device=CPU, layout=packed)
+    assert batch.sequences_bsn is not None
+    assert batch.sequences_bsn[0].int().tolist() == [first] * 4 + [last] * 3 + [padding]
+    padded = build(samples, (0, 1, 2), device=CPU, layout=SequenceLayout(for_experts=True))
+    assert padded.sequences_bsn is not None
+    assert padded.sequences_bsn.int().tolist() == [[first] * 4, [padding] * 4, [last] * 3 + [padding]]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -128,10 +140,15 @@ def test_attention_rows_show_a_query_exactly_its_past(size: int) -> None:
 
 
 def test_an_empty_micro_batch_has_a_token_and_no_rows() -> None:
-    for layout in (SequenceLayout(), SequenceLayout(packed=True, length_multiple=2, split=ContextSplit(2, 1))):
+    split = ContextSplit(2, 1)
+    for layout in (
+        SequenceLayout(for_experts=True),
+        SequenceLayout(packed=True, length_multiple=2, split=split, for_experts=True),
+    ):
         batch = build(make_samples(0), (), device=CPU, layout=layout)
         assert batch.tokens_bs.numel() > 0
         assert len(batch.rows_N) == len(batch.targets_N) == 0
+        assert batch.sequences_bsn is not None
         assert not batch.sequences_bsn.any()
         assert batch.split(torch.zeros(0)) == {}
         assert batch.join([np.ones(3, dtype=np.float32)]).shape == (0,)
@@ -178,10 +195,19 @@ def test_log_probs_are_those_of_transformers(
         np.testing.assert_allclose(found[place], expected, rtol=0, atol=1e-5)
 
 
-def test_a_token_outside_the_vocabulary_is_an_error(folders: dict[str, Path]) -> None:
-    """The padded columns exist in memory; they are no tokens."""
-    with pytest.raises(ValueError, match=f"token {VOCAB_SIZE} is not in the vocabulary of {VOCAB_SIZE}"):
-        make_trainer(folders["qwen2"]).score("student", [_sample([1], [VOCAB_SIZE])])
+@pytest.mark.parametrize("token", [VOCAB_SIZE, -1])
+def test_a_token_outside_the_vocabulary_is_an_error(folders: dict[str, Path], token: int) -> None:
+    """The padded columns exist in memory; they are no tokens. All models are asked for, in each pass."""
+    trainer = make_trainer(folders["qwen2"], reference=folders["qwen2"], loss_type="sft_loss")
+    samples = make_samples(1)
+    samples[-1] = _sample([1, token], [2])
+    for passes in (
+        lambda: trainer.score("student", samples),
+        lambda: trainer.score("reference", samples),
+        lambda: trainer.train(samples),
+    ):
+        with pytest.raises(ValueError, match=f"token {token} is not in the vocabulary of {VOCAB_SIZE}"):
+            passes()
 
 
 @pytest.mark.parametrize("loss_type", ["policy_loss", "sft_loss"])

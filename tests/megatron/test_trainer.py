@@ -17,12 +17,14 @@ from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     FAMILIES,
     GRADIENT_FLAGS,
+    WHOLE_RESPONSES,
     assert_equal_tensors,
     assert_same_tensors,
     exported,
     load_reference,
     make_samples,
     make_trainer,
+    off_policy_samples,
     reference_gradients,
     reference_log_probs,
     reference_logits,
@@ -112,6 +114,44 @@ def test_the_step_does_not_depend_on_the_micro_batch_size(folders: dict[str, Pat
     for metrics, gradients in results[1:]:
         assert metrics == pytest.approx(results[0][0], rel=1e-5)
         assert_same_tensors(gradients, results[0][1], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [WHOLE_RESPONSES, {"policy_loss": "cispo", "eps_clip": 0.5, "loss_length_divisor": 30}],
+    ids=["whole responses", "cispo"],
+)
+def test_no_policy_loss_depends_on_the_micro_batch_size(folders: dict[str, Path], flags: dict[str, Any]) -> None:
+    samples = off_policy_samples(13)
+    layouts: list[dict[str, Any]] = [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 5},
+        {"micro_batch_size": 12, "qkv_format": "bshd"},
+    ]
+    results = [
+        step_gradients(make_trainer(folders["qwen3"], **flags, **layout, **GRADIENT_FLAGS), samples)
+        for layout in layouts
+    ]
+    assert 0 < results[0][0]["train/pg_clipfrac"] < 1
+    for metrics, gradients in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-5)
+        assert_same_tensors(gradients, results[0][1], 1e-5)
+
+
+def test_passes_over_a_rollout_repeat_its_steps(folders: dict[str, Path]) -> None:
+    """Two passes are the rollout trained twice; what is returned are the log-probabilities before the first."""
+    settings: dict[str, Any] = {"lr": 1e-3, "global_batch_size": 6, "lr_decay_style": "constant"}
+    samples = off_policy_samples(16)
+    apart = make_trainer(folders["qwen3"], **settings)
+    first = apart.train(samples).log_probs
+    apart.train(samples)
+    expected = exported(apart)
+    together = make_trainer(folders["qwen3"], ppo_epochs=2, **settings)
+    found = together.train(samples).log_probs
+    assert_equal_tensors(exported(together), expected)
+    assert found.keys() == first.keys()
+    for place, log_probs in first.items():
+        np.testing.assert_array_equal(found[place], log_probs)
 
 
 def test_an_entropy_bonus_has_the_gradient_of_transformers(folders: dict[str, Path]) -> None:

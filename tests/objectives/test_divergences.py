@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from opd_megatron.objectives.divergences import Divergence, forward_kl, jensen_shannon, reverse_kl
+from opd_megatron.objectives.divergences import (
+    Divergence,
+    alpha_divergence,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    weighted_sum,
+)
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR
 
 ALL: dict[str, Divergence] = {
@@ -14,6 +28,13 @@ ALL: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "jsd_0.1": jensen_shannon(0.1),
     "jsd_0.5": jensen_shannon(0.5),
+    "scaled_jsd_0.001": jensen_shannon(0.001, scaled=True),
+    "scaled_jsd_0.9": jensen_shannon(0.9, scaled=True),
+    "skew_kl_0.1": skew_kl(0.1),
+    "skew_reverse_kl_0.1": skew_reverse_kl(0.1),
+    "alpha_0.3": alpha_divergence(0.3),
+    "alpha_0.9": alpha_divergence(0.9),
+    "sum": weighted_sum([(0.3, forward_kl), (0.7, reverse_kl)]),
 }
 every_divergence = pytest.mark.parametrize("divergence", ALL.values(), ids=list(ALL))
 
@@ -39,6 +60,16 @@ def test_the_terms_add_up_to_the_definitions() -> None:
         mixture = beta * q + (1 - beta) * p
         expected = beta * kl(q, mixture) + (1 - beta) * kl(p, mixture)
         torch.testing.assert_close(value(jensen_shannon(beta), student, teacher), expected)
+        scaled = value(jensen_shannon(beta, scaled=True), student, teacher)
+        torch.testing.assert_close(scaled, expected / (beta * (1 - beta)))
+    for share in (0.1, 0.6):
+        torch.testing.assert_close(value(skew_kl(share), student, teacher), kl(q, share * q + (1 - share) * p))
+        torch.testing.assert_close(value(skew_reverse_kl(share), student, teacher), kl(p, (1 - share) * q + share * p))
+    for alpha in (0.1, 0.5, 0.9):
+        expected = ((q**alpha * p ** (1 - alpha)).sum(-1) - 1) / (alpha * (alpha - 1))
+        torch.testing.assert_close(value(alpha_divergence(alpha), student, teacher), expected)
+    mixed = value(weighted_sum([(0.25, forward_kl), (2.0, reverse_kl)]), student, teacher)
+    torch.testing.assert_close(mixed, 0.25 * kl(q, p) + 2 * kl(p, q))
 
 
 @every_divergence
@@ -81,16 +112,88 @@ def test_a_ruled_out_token_counts_as_the_floor() -> None:
     assert slopes.item() == terms.item()
 
 
-def test_the_ends_of_beta_are_the_two_kls() -> None:
+Family = Callable[[float], Divergence]
+
+
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    [
+        (lambda beta: jensen_shannon(beta, scaled=True), {0.0: forward_kl, 1.0: reverse_kl}),
+        (alpha_divergence, {0.0: reverse_kl, 1.0: forward_kl}),
+        (skew_kl, {0.0: forward_kl}),
+        (skew_reverse_kl, {0.0: reverse_kl}),
+    ],
+    ids=["scaled_jsd", "alpha", "skew_kl", "skew_reverse_kl"],
+)
+def test_the_ends_are_the_two_kls_and_nothing_jumps_there(family: Family, ends: dict[float, Divergence]) -> None:
+    student, teacher = random_logits(5), random_logits(6)
+    for end, kl_of_end in ends.items():
+        assert family(end) is kl_of_end
+        near = family(abs(end - 1e-8))
+        torch.testing.assert_close(value(near, student, teacher), value(kl_of_end, student, teacher), rtol=1e-4, atol=0)
+
+
+def test_the_plain_jensen_shannon_vanishes_at_its_ends_so_beta_0_and_1_are_defined_apart() -> None:
+    student, teacher = random_logits(5), random_logits(6)
+    assert value(jensen_shannon(1e-6), student, teacher).max() < 1e-4
     assert jensen_shannon(0.0) is forward_kl
     assert jensen_shannon(1.0) is reverse_kl
-    student, teacher = random_logits(5), random_logits(6)
-    for beta, end in ((1e-6, forward_kl), (1 - 1e-6, reverse_kl)):
-        scaled = value(jensen_shannon(beta), student, teacher) / (beta * (1 - beta))
-        torch.testing.assert_close(scaled, value(end, student, teacher), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("beta", [-0.1, 1.1])
-def test_other_betas_are_refused(beta: float) -> None:
-    with pytest.raises(ValueError, match="not between 0 and 1"):
-        jensen_shannon(beta)
+def test_small_betas_keep_their_precision_in_float32() -> None:
+    student, teacher = random_logits(7).float(), random_logits(8).float()
+    scaled = jensen_shannon(1e-4, scaled=True)
+    torch.testing.assert_close(
+        value(scaled, student, teacher).double(),
+        value(scaled, student.double(), teacher.double()),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+
+
+def test_skew_slopes_are_bounded_where_a_probability_vanishes() -> None:
+    logs, ruled_out = torch.tensor([-0.1]), torch.tensor([-torch.inf])
+    assert skew_reverse_kl(0.1)(logs, ruled_out)[0].item() < -math.log(0.1)
+    assert skew_kl(0.1)(ruled_out, logs)[1].abs().item() < 1 / 0.1
+
+
+@given(
+    name=st.sampled_from(sorted(ALL)),
+    student=st.lists(st.floats(-30, 5), min_size=2, max_size=6),
+    seed=st.integers(0, 2**16),
+)
+def test_never_negative_whatever_the_distributions(name: str, student: list[float], seed: int) -> None:
+    teacher = 5 * torch.randn(len(student), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found = value(ALL[name], torch.tensor(student, dtype=torch.float64), teacher)
+    assert found.item() > -1e-12
+
+
+@given(name=st.sampled_from(sorted(ALL)), seed=st.integers(0, 2**16))
+def test_merging_classes_never_raises_a_divergence(name: str, seed: int) -> None:
+    """So K classes with a tail bound the divergence over the vocabulary from below (data processing)."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (3 * torch.randn(6, dtype=torch.float64, generator=generator) for _ in range(2))
+    p, q = student.log_softmax(-1), teacher.log_softmax(-1)
+    merged = [torch.cat([log[:3], log[3:].logsumexp(0, keepdim=True)]) for log in (p, q)]
+    assert ALL[name](*merged)[0].sum() <= ALL[name](p, q)[0].sum() + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "message"),
+    [
+        (jensen_shannon, -0.1, "not between 0 and 1"),
+        (jensen_shannon, 1.1, "not between 0 and 1"),
+        (alpha_divergence, 1.5, "not between 0 and 1"),
+        (skew_kl, 1.0, "not in"),
+        (skew_reverse_kl, -0.5, "not in"),
+    ],
+)
+def test_parameters_outside_their_range_are_refused(family: Family, wrong: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        family(wrong)
+
+
+@pytest.mark.parametrize("weights", [(), (0.0,), (1.0, -0.5)])
+def test_sums_without_a_positive_weight_are_refused(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        weighted_sum([(weight, reverse_kl) for weight in weights])

@@ -6,16 +6,20 @@ Shape legend: ``S`` all responses, ``T`` tokens of each, ``V`` vocabulary, ``N =
 from __future__ import annotations
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from opd_megatron.config.options import ObjectiveOptions
-from opd_megatron.objectives.advantages import discounted_returns, task_advantages
-from opd_megatron.objectives.kl import kl_estimate, kl_loss
+from opd_megatron.objectives.advantages import task_advantages
+from opd_megatron.objectives.kl import KL_LOSSES, kl_estimate, kl_loss
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
+from opd_megatron.objectives.opd import future_distances, importance_weighted_term
+from opd_megatron.objectives.sequences import Sequences
 
 V, T = 4, 3
 RESPONSES_ST = torch.tensor(list(itertools.product(range(V), repeat=T)))
@@ -85,6 +89,8 @@ def expected_policy_gradient(
     reference: TabularPolicy | None = None,
     opd_coef: float | None = None,
     baseline_ST: Tensor | None = None,
+    future_ST: Tensor | None = None,
+    mask_T: Tensor | None = None,
 ) -> Tensor:
     log_probs_ST = student.log_probs_ST()
     inputs = PolicyInputs(
@@ -93,11 +99,13 @@ def expected_policy_gradient(
         if advantages_ST is None
         else advantages_ST.flatten(),
         loss_weights_N=response_probs(sampler or student).repeat_interleave(T),
-        loss_mask_N=torch.ones(len(RESPONSES_ST) * T, dtype=torch.bool),
+        loss_mask_N=(torch.ones(T, dtype=torch.bool) if mask_T is None else mask_T).repeat(len(RESPONSES_ST)),
+        sequences=Sequences(torch.arange(len(RESPONSES_ST)).repeat_interleave(T), len(RESPONSES_ST)),
         old_log_probs_N=None if sampler is None else sampler.log_probs_ST().detach().flatten(),
         teacher_log_probs_N=None if teacher is None else teacher.log_probs_ST().detach().flatten(),
         ref_log_probs_N=None if reference is None else reference.log_probs_ST().detach().flatten(),
         opd_baseline_N=None if baseline_ST is None else baseline_ST.flatten(),
+        opd_future_N=None if future_ST is None else future_ST.flatten(),
     )
     loss, _ = policy_objective(inputs, objective, opd_coef)
     return student.gradient(loss)
@@ -182,18 +190,82 @@ def test_opd_descends(student: TabularPolicy, teacher: TabularPolicy) -> None:
     assert sequence_kl(student, teacher).item() < 0.05 * before
 
 
-def test_discounted_future_terms_with_discount_one_give_the_sequence_kl(
+@pytest.mark.parametrize("holes", [False, True])
+def test_future_distances_lead_from_the_per_token_kl_to_that_of_whole_responses(
+    student: TabularPolicy, teacher: TabularPolicy, holes: bool
+) -> None:
+    """With ``holes`` the second token is not the student's own: it is no step of time and has no distance."""
+    exact = {0.0: per_token_kl(student, teacher, sampler=student), 1.0: sequence_kl(student, teacher)}
+    mask_T = torch.tensor([True, not holes, True])
+    log_probs_ST, teacher_ST = student.log_probs_ST().detach(), teacher.log_probs_ST().detach()
+    count = len(RESPONSES_ST)
+    got = {}
+    for discount in (0.0, 0.5, 1.0):
+        future = future_distances(
+            list(log_probs_ST),
+            list(torch.where(mask_T, teacher_ST, math.nan)),
+            [mask_T] * count,
+            [mask_T] * count,
+            discount=discount,
+        )
+        got[discount] = expected_policy_gradient(
+            student,
+            objective=ObjectiveOptions(),
+            teacher=teacher,
+            opd_coef=1.0,
+            future_ST=torch.stack(future).double(),
+            mask_T=mask_T,
+        )
+    if holes:
+        d_ST = torch.where(mask_T, log_ratio(log_probs_ST, teacher_ST), 0.0)
+        reward_S = response_probs(student) * d_ST.sum(1)
+        scored_S = torch.where(mask_T, student.log_probs_ST(), 0.0).sum(1)
+        # the tokens of others are sampled all the same, so a response's probability is that of all its tokens
+        torch.testing.assert_close(got[1.0], student.gradient((reward_S * scored_S).sum()), rtol=0, atol=1e-6)
+        return
+    for discount in (0.0, 1.0):
+        assert relative_error(got[discount], student.gradient(exact[discount])) < 1e-6
+        assert relative_error(got[0.5], student.gradient(exact[discount])) > 0.05
+
+
+def test_future_distances_of_one_response() -> None:
+    student, teacher = np.array([-1.0, -2.0, -0.5, -4.0]), np.array([-2.0, np.nan, -0.1, -1.0])
+    mask, valid = np.array([True, True, False, True]), np.array([True, False, True, True])
+    (found,) = future_distances([student], [teacher], [mask], [valid], discount=0.5)
+    # d = 1, 0 (not scored), none (masked), -3
+    torch.testing.assert_close(found, torch.tensor([0.25 * -3.0, 0.5 * -3.0, 0.0, 0.0]))
+    (clipped,) = future_distances([student], [teacher], [mask], [valid], discount=0.5, limit=2.0)
+    torch.testing.assert_close(clipped, torch.tensor([0.25 * -2.0, 0.5 * -2.0, 0.0, 0.0]))
+    assert future_distances([student[:0]], [teacher[:0]], [mask[:0]], [valid[:0]], discount=1.0)[0].shape == (0,)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        future_distances([], [], [], [], discount=1.5)
+
+
+def test_the_importance_weighted_term_has_the_gradient_of_the_current_students_kl(
     student: TabularPolicy, teacher: TabularPolicy
 ) -> None:
-    distance_ST = log_ratio(student.log_probs_ST(), teacher.log_probs_ST())
-    exact = student.gradient(sequence_kl(student, teacher))
-    errors = {}
-    for gamma in (0.0, 0.5, 1.0):
-        returns_ST = torch.stack([discounted_returns(-distance_T, gamma) for distance_T in distance_ST])
-        got = expected_policy_gradient(student, objective=ObjectiveOptions(), advantages_ST=returns_ST)
-        errors[gamma] = relative_error(got, exact)
-    assert errors[1.0] < 1e-12
-    assert min(errors[0.0], errors[0.5]) > 0.05
+    sampler = student.near(seed=3, distance=0.3)
+    term_N = importance_weighted_term(
+        student.log_probs_ST().flatten(),
+        sampler.log_probs_ST().detach().flatten(),
+        teacher.log_probs_ST().detach().flatten(),
+        torch.ones(len(RESPONSES_ST) * T, dtype=torch.bool),
+    )
+    got = student.gradient((response_probs(sampler).repeat_interleave(T) * term_N).sum())
+    # At the first token the prefix is the same for both; later prefixes are those of the old weights.
+    exact = student.gradient(per_token_kl(student, teacher, sampler=sampler))
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-14)
+    fresh = student.gradient(per_token_kl(student, teacher, sampler=student))
+    assert relative_error(got, fresh) > 0.05
+
+
+def test_the_importance_weighted_term_of_unscored_tokens_is_nothing() -> None:
+    log_probs_N = torch.tensor([-1.0, math.nan, -2.0], requires_grad=True)
+    old_N, teacher_N = torch.tensor([-1.0, math.nan, -3.0]), torch.tensor([-3.0, math.nan, -2.5])
+    term_N = importance_weighted_term(log_probs_N, old_N, teacher_N, torch.tensor([True, False, True]), limit=1.0)
+    torch.testing.assert_close(term_N.detach(), torch.tensor([1.0, 0.0, math.e * 0.5]))
+    (gradient_N,) = torch.autograd.grad(term_N.sum(), log_probs_N)
+    torch.testing.assert_close(gradient_N, torch.tensor([1.0, 0.0, math.e * 0.5]))
 
 
 def test_opd_off_policy_keeps_the_distance_of_the_sampling_weights(
@@ -259,7 +331,7 @@ def test_task_advantages_with_kl_in_the_reward_give_the_gradient_of_the_regulari
             assert relative_error(got, exact) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kind", sorted(KL_LOSSES))
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_kl_loss_has_the_gradient_of_the_reverse_kl(student: TabularPolicy, kind: str, on_policy: bool) -> None:
     reference = TabularPolicy(4)
@@ -268,6 +340,20 @@ def test_kl_loss_has_the_gradient_of_the_reverse_kl(student: TabularPolicy, kind
     got = expected_policy_gradient(student, objective=objective, sampler=sampler, reference=reference)
     exact = student.gradient(0.6 * per_token_kl(student, reference, sampler or student))
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_straight_through_forms_show_the_kl(student: TabularPolicy, kind: str) -> None:
+    """Their value is the estimate's, whose mean is the KL; their gradient is that of k2, token by token."""
+    reference, sampler = TabularPolicy(4), student.near(seed=7, distance=0.7)
+    log_probs_N, ref_N, old_N = (policy.log_probs_ST().flatten() for policy in (student, reference, sampler))
+    through_N, k2_N = (kl_loss(name, log_probs_N, ref_N, old_N) for name in (f"{kind}+", "k2"))
+    ratio_N = (log_probs_N - old_N).exp()
+    torch.testing.assert_close(through_N, ratio_N * kl_estimate(kind, log_probs_N - ref_N))
+    gradients = [torch.autograd.grad(loss_N.sum(), log_probs_N, retain_graph=True)[0] for loss_N in (through_N, k2_N)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    mean = (response_probs(sampler).repeat_interleave(T) * through_N).sum()
+    torch.testing.assert_close(mean, per_token_kl(student, reference, sampler))
 
 
 def test_kl_estimates_are_unbiased_but_wrong_when_backpropagated_as_they_stand(student: TabularPolicy) -> None:

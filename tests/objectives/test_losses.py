@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from opd_megatron.config.options import ObjectiveOptions
+from opd_megatron.objectives.kl import KL_LOSSES
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
 
@@ -34,10 +38,14 @@ def random_inputs(seed: int, per_token: bool = False) -> PolicyInputs:
         advantages_N=4 * draw() - 2,
         loss_weights_N=torch.cat(token_loss_weights(mask_N.split(LENGTHS), per_token)).double(),
         loss_mask_N=mask_N,
+        sequences=sequences_of(range(len(LENGTHS))),
         old_log_probs_N=old_N,
+        rollout_log_probs_N=old_N + 0.6 * (draw() - 0.5),
         teacher_log_probs_N=-3 * draw(),
         teacher_valid_N=draw() < 0.9,
         opd_baseline_N=draw(),
+        opd_future_N=draw(),
+        opd_divergence_N=draw().requires_grad_(),
         ref_log_probs_N=-3 * draw(),
         entropy_N=draw().requires_grad_(),
     )
@@ -48,8 +56,17 @@ def given(value: Tensor | None) -> Tensor:
     return value
 
 
-def select(inputs: PolicyInputs, positions_N: Tensor) -> PolicyInputs:
-    return replace(inputs, **{item.name: getattr(inputs, item.name)[positions_N] for item in fields(inputs)})
+def sequences_of(samples: Iterable[int]) -> Sequences:
+    lengths = torch.tensor([LENGTHS[sample] for sample in samples], dtype=torch.int64)
+    return Sequences(torch.arange(len(lengths)).repeat_interleave(lengths), len(lengths))
+
+
+def select(inputs: PolicyInputs, samples: list[int]) -> PolicyInputs:
+    """The micro-batch of these samples."""
+    positions_N = positions_of(samples)
+    tensors = [item.name for item in fields(inputs) if item.name != "sequences"]
+    chosen = {name: getattr(inputs, name)[positions_N] for name in tensors}
+    return replace(inputs, sequences=sequences_of(samples), **chosen)
 
 
 def positions_of(samples: list[int]) -> Tensor:
@@ -80,14 +97,29 @@ def test_weights_sum_to_one_and_average_as_they_say(per_token: bool) -> None:
         [[0, 1, 2, 3], [], [4, 5, 6, 7]],
     ],
 )
-def test_loss_gradient_and_metrics_do_not_depend_on_the_split(per_token: bool, partition: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"policy_loss": "gspo", "eps_clip": 0.05, "eps_clip_high": 0.08},
+        {"policy_loss": "cispo", "eps_clip_c": None},
+        {"use_tis": True, "tis_level": "sequence", "tis_clip": 1.2},
+        {"use_tis": True, "tis_mode": "mask", "tis_clip": 1.2, "tis_clip_low": 0.8},
+        {"use_opsm": True, "opsm_delta": 0.01},
+    ],
+    ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()) or "clip",
+)
+def test_loss_gradient_and_metrics_do_not_depend_on_the_split(
+    per_token: bool, partition: list[list[int]], changes: dict[str, Any]
+) -> None:
+    objective = replace(EVERYTHING, **changes)
     inputs = random_inputs(1, per_token)
     leaves = [inputs.log_probs_N, given(inputs.entropy_N)]
-    whole, statistics = policy_objective(inputs, EVERYTHING, 0.7)
+    whole, statistics = policy_objective(inputs, objective, 0.7)
     expected_gradients = torch.autograd.grad(whole, leaves)
     losses, parts = [], []
     for samples in partition:
-        loss, part = policy_objective(select(inputs, positions_of(samples)), EVERYTHING, 0.7)
+        loss, part = policy_objective(select(inputs, samples), objective, 0.7)
         losses.append(loss)
         parts.append(part)
     total = torch.stack(losses).sum()
@@ -96,6 +128,8 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(per_token: bool, p
     expected = finalize_statistics(statistics)
     assert finalize_statistics(merge_statistics(parts)) == pytest.approx(expected)
     assert expected["train/loss"] == pytest.approx(whole.item())
+    for name in ("train/tis_clipfrac", "train/opsm_masked_frac", "train/pg_clipfrac"):
+        assert 0 < expected.get(name, 0.5) < 1  # something of each kind takes part
 
 
 def test_loss_is_the_mean_over_sequences_of_their_token_means_or_the_mean_over_tokens() -> None:
@@ -132,7 +166,7 @@ def test_metrics_show_both_terms_and_add_up_to_the_loss() -> None:
     )
     weights_N = inputs.loss_weights_N
     distance_N = given(inputs.old_log_probs_N) - given(inputs.teacher_log_probs_N) - given(inputs.opd_baseline_N)
-    distance_N = torch.where(given(inputs.teacher_valid_N), distance_N, 0.0)
+    distance_N = torch.where(given(inputs.teacher_valid_N), distance_N, 0.0) + given(inputs.opd_future_N)
     assert means["train/opd_advantage_abs_mean"] == pytest.approx((weights_N * 0.7 * distance_N.abs()).sum().item())
     assert means["train/task_advantage_abs_mean"] == pytest.approx((weights_N * inputs.advantages_N.abs()).sum().item())
     assert means["train/advantage_mean"] == pytest.approx(
@@ -165,14 +199,24 @@ def test_on_policy_is_the_same_with_and_without_old_log_probs() -> None:
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_masked_positions_may_hold_anything(garbage: float, kind: str) -> None:
-    objective = replace(EVERYTHING, kl_loss_type=kind)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"kl_loss_type": kind} for kind in KL_LOSSES),
+        {"policy_loss": "gspo", "use_opsm": True},
+        {"policy_loss": "cispo"},
+        {"use_tis": True, "tis_level": "sequence"},
+        {"use_tis": True, "tis_mode": "mask"},
+    ],
+    ids=str,
+)
+def test_masked_positions_may_hold_anything(garbage: float, changes: dict[str, Any]) -> None:
+    objective = replace(EVERYTHING, **changes)
     clean = random_inputs(6)
     spoiled = {}
     for item in fields(clean):
         value = getattr(clean, item.name)
-        if value.dtype != torch.bool:
+        if isinstance(value, Tensor) and value.dtype != torch.bool:
             value = torch.where(clean.loss_mask_N, value.detach(), garbage)
             spoiled[item.name] = value.requires_grad_(item.name in ("log_probs_N", "entropy_N"))
     dirty = replace(clean, **spoiled)
@@ -187,7 +231,7 @@ def test_masked_positions_may_hold_anything(garbage: float, kind: str) -> None:
 
 def test_unscored_tokens_keep_their_task_advantage() -> None:
     inputs = random_inputs(7)
-    nothing_scored = replace(inputs, teacher_valid_N=torch.zeros_like(inputs.loss_mask_N))
+    nothing_scored = replace(inputs, teacher_valid_N=torch.zeros_like(inputs.loss_mask_N), opd_future_N=None)
     plain, _ = policy_objective(inputs, ObjectiveOptions(), None)
     unscored, _ = policy_objective(nothing_scored, ObjectiveOptions(), 5.0)
     assert unscored.item() == plain.item()
@@ -210,7 +254,8 @@ def test_a_teacher_that_rules_a_token_out_leaves_a_finite_step() -> None:
 def test_micro_batches_without_trained_tokens_have_a_graph_and_no_gradient(size: int) -> None:
     log_probs_N = torch.full((size,), -1.0, requires_grad=True)
     zeros_N = torch.zeros(size)
-    inputs = PolicyInputs(log_probs_N, zeros_N, zeros_N, zeros_N, teacher_log_probs_N=zeros_N)
+    sequences = Sequences(torch.zeros(size, dtype=torch.int64), min(size, 1))
+    inputs = PolicyInputs(log_probs_N, zeros_N, zeros_N, zeros_N, sequences, teacher_log_probs_N=zeros_N)
     loss, statistics = policy_objective(inputs, ObjectiveOptions(), 1.0)
     sft_loss, _ = sft_objective(log_probs_N, zeros_N, zeros_N)
     for scalar in (loss, sft_loss):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR
-from opd_megatron.objectives.opd import add_opd_term, reverse_kl_statistics
+from opd_megatron.objectives.opd import clip_distance, reverse_kl_statistics, sampled_term
 
 KEYS = {
     "opd/reverse_kl",
@@ -24,27 +24,41 @@ KEYS = {
 }
 
 
-def test_term_is_added_on_valid_tokens_only() -> None:
-    advantages_N = torch.tensor([1.0, 1.0, -2.0], requires_grad=True)
+def test_the_term_is_there_on_valid_tokens_only() -> None:
     student_N = torch.tensor([-1.0, math.nan, -0.5], requires_grad=True)
     teacher_N = torch.tensor([-3.0, -math.inf, -0.25])
-    got_N = add_opd_term(advantages_N, student_N, teacher_N, torch.tensor([True, False, True]), 0.5)
+    got_N = sampled_term(student_N, teacher_N, torch.tensor([True, False, True]))
     # The student likes the first token more than the teacher does: its advantage falls.
-    torch.testing.assert_close(got_N, torch.tensor([0.0, 1.0, -1.875]))
+    torch.testing.assert_close(got_N, torch.tensor([-2.0, 0.0, 0.25]))
     assert not got_N.requires_grad
+
+
+def test_baseline_clip_and_future_enter_in_this_order() -> None:
+    student_N, teacher_N = torch.tensor([-1.0, -1.0]), torch.tensor([-4.0, -4.0])
+    got_N = sampled_term(
+        student_N,
+        teacher_N,
+        torch.tensor([True, False]),
+        baseline_N=torch.tensor([0.5, 0.5]),
+        limit=2.0,
+        future_N=torch.tensor([10.0, 10.0]),
+    )
+    # a token that the teacher did not score still has a future
+    torch.testing.assert_close(got_N, torch.tensor([-(2.0 - 0.5 + 10.0), -10.0]))
+    assert clip_distance(torch.tensor([-5.0]), None).item() == -5.0
 
 
 def test_tokens_that_the_teacher_rules_out_are_pushed_away_with_a_finite_force() -> None:
     student_N = torch.full((4,), -1.0)
     teacher_N = torch.tensor([-math.inf, -200.0, -100.0, -1.0])
-    got_N = add_opd_term(torch.zeros(4), student_N, teacher_N, torch.ones(4, dtype=torch.bool), 1.0)
+    got_N = sampled_term(student_N, teacher_N, torch.ones(4, dtype=torch.bool))
     floored = LOG_PROB_FLOOR + 1.0
     torch.testing.assert_close(got_N, torch.tensor([floored, floored, -99.0, 0.0]))
     assert np.float32(math.exp(LOG_PROB_FLOOR)) > 0 == np.float32(math.exp(LOG_PROB_FLOOR - 1))
 
 
 def test_a_valid_nan_is_not_hidden() -> None:
-    got_N = add_opd_term(torch.zeros(1), torch.zeros(1), torch.tensor([math.nan]), torch.ones(1, dtype=torch.bool), 1.0)
+    got_N = sampled_term(torch.zeros(1), torch.tensor([math.nan]), torch.ones(1, dtype=torch.bool))
     assert got_N.isnan().all()
 
 

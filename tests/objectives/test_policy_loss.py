@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_megatron.objectives.log_probs import importance_ratio
 from opd_megatron.objectives.policy_loss import clipped_policy_loss
 
 
@@ -15,7 +16,8 @@ def loss_and_gradient(
     """Loss, its derivative by log p at ``p / p_old = ratio``, and whether the token is clipped."""
     old_N = torch.tensor([-1.3], dtype=torch.float64)
     log_probs_N = (old_N + math.log(ratio)).requires_grad_()
-    loss_N, clipped_N = clipped_policy_loss(log_probs_N, old_N, torch.tensor([advantage]).double(), low, high, dual)
+    ratio_N = importance_ratio(log_probs_N, old_N)
+    loss_N, clipped_N = clipped_policy_loss(ratio_N, torch.tensor([advantage]).double(), low, high, dual)
     (gradient_N,) = torch.autograd.grad(loss_N.sum(), log_probs_N)
     return loss_N.item(), gradient_N.item(), bool(clipped_N.item())
 
@@ -63,7 +65,8 @@ def test_on_policy_gradient_is_the_policy_gradient_whatever_the_clip_range() -> 
     log_probs_N = torch.tensor([-0.5, -2.0, -9.0], requires_grad=True)
     advantages_N = torch.tensor([1.5, -0.5, 3.0])
     for eps_clip in (0.2, 0.0):
-        loss_N, clipped_N = clipped_policy_loss(log_probs_N, log_probs_N.detach(), advantages_N, eps_clip)
+        ratio_N = importance_ratio(log_probs_N, log_probs_N.detach())
+        loss_N, clipped_N = clipped_policy_loss(ratio_N, advantages_N, eps_clip)
         (gradient_N,) = torch.autograd.grad(loss_N.sum(), log_probs_N)
         torch.testing.assert_close(gradient_N, -advantages_N)
         assert not clipped_N.any()
@@ -74,7 +77,7 @@ def test_against_the_formula_on_random_tokens() -> None:
     old_N = -3 * torch.rand(500, generator=generator, dtype=torch.float64)
     log_probs_N = old_N + torch.randn(500, generator=generator, dtype=torch.float64)
     advantages_N = torch.randn(500, generator=generator, dtype=torch.float64)
-    got_N, clipped_N = clipped_policy_loss(log_probs_N, old_N, advantages_N, 0.2, 0.3, 2.0)
+    got_N, clipped_N = clipped_policy_loss(importance_ratio(log_probs_N, old_N), advantages_N, 0.2, 0.3, 2.0)
     for log_prob, old, advantage, got, clipped in zip(
         log_probs_N.tolist(), old_N.tolist(), advantages_N.tolist(), got_N.tolist(), clipped_N.tolist(), strict=True
     ):
@@ -94,7 +97,7 @@ def test_gradcheck_away_from_the_corners() -> None:
     advantages_N = torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
 
     def loss(current_N: Tensor) -> Tensor:
-        return clipped_policy_loss(current_N, old_N, advantages_N, 0.2, None, 3.0)[0]
+        return clipped_policy_loss(importance_ratio(current_N, old_N), advantages_N, 0.2, None, 3.0)[0]
 
     assert torch.autograd.gradcheck(loss, log_probs_N.requires_grad_())
 
@@ -103,7 +106,7 @@ def test_extreme_ratios_stay_finite_and_no_gradient_reaches_the_other_inputs() -
     log_probs_N = torch.tensor([0.0, -500.0], requires_grad=True)
     old_N = torch.tensor([-500.0, 0.0], requires_grad=True)
     advantages_N = torch.tensor([-1.0, 1.0], requires_grad=True)
-    loss_N, _ = clipped_policy_loss(log_probs_N, old_N, advantages_N, 0.2)
+    loss_N, _ = clipped_policy_loss(importance_ratio(log_probs_N, old_N), advantages_N, 0.2)
     loss_N.sum().backward()
     assert loss_N.isfinite().all()
     assert log_probs_N.grad is not None

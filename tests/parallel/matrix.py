@@ -1,10 +1,12 @@
 """Layouts as combinations of features, and a selection of them in which every pair of features meets.
 
-``python -m tests.parallel.matrix`` compares every combination with the single process.
+``python -m tests.parallel.matrix`` compares every combination with the single process; ``--first N`` begins at the
+N-th.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 import tempfile
@@ -109,23 +111,31 @@ def title(layout: Layout) -> str:
     return " ".join(f"{feature}={value}" for feature, value in layout.items())
 
 
+LAYOUTS_OF_A_POOL = 60
+"""Processes are replaced after so many: gloo keeps the threads of groups that are no longer in use."""
+
+
 def main() -> int:
     """Compare all combinations; the exit status says whether one differs."""
     from tests.parallel.pool import WorkerPool
     from tests.parallel.test_matrix import Expected, difference
 
+    parser = argparse.ArgumentParser(description="compare every layout with the single process")
+    parser.add_argument("--first", type=int, default=1, metavar="N", help="begin at the N-th layout")
+    first = parser.parse_args().first
     layouts = sorted(every_layout(), key=lambda layout: (layout["world"], title(layout)))
-    pools = {size: WorkerPool(int(size)) for size in FEATURES["world"]}
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
-        expected = Expected(Path(folder), pools["1"])
-        for number, layout in enumerate(layouts, 1):
-            fault = difference(layout, pools[layout["world"]], expected)
-            wrong += fault is not None
-            print(f"{number}/{len(layouts)} {title(layout)}: {fault or 'equal'}", flush=True)
-    for pool in pools.values():
-        pool.close()
-    print(f"{wrong} of {len(layouts)} layouts differ")
+        for start in range(first - 1, len(layouts), LAYOUTS_OF_A_POOL):
+            pools = {size: WorkerPool(int(size)) for size in FEATURES["world"]}
+            expected = Expected(Path(folder), pools["1"])
+            for number, layout in enumerate(layouts[start : start + LAYOUTS_OF_A_POOL], start + 1):
+                fault = difference(layout, pools[layout["world"]], expected)
+                wrong += fault is not None
+                print(f"{number}/{len(layouts)} {title(layout)}: {fault or 'equal'}", flush=True)
+            for pool in pools.values():
+                pool.close()
+    print(f"{wrong} of {len(layouts) - first + 1} layouts differ")
     return int(wrong > 0)
 
 

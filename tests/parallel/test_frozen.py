@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.megatron.support import save_reference, tiny_config
 from tests.parallel import work
 from tests.parallel.pool import WorkerPool
 from tests.parallel.test_layouts import LAYOUTS, assert_same_metrics, reporting
@@ -56,6 +57,84 @@ def test_a_teacher_in_a_layout_of_its_own_on_four_ranks(
     assert_same_metrics(found, alone(work.distillation, folders["qwen3"], (), folders["teacher"]), 1e-5)
 
 
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A student, and a teacher of another family and size with a shared expert and a dense layer."""
+    root = tmp_path_factory.mktemp("mixtures")
+    larger = tiny_config("qwen2_moe", hidden_size=48, num_attention_heads=6)
+    return {
+        "mixture": save_reference(root / "student", tiny_config("qwen3_moe")),
+        "mixture teacher": save_reference(root / "teacher", larger, seed=9),
+    }
+
+
+EXPERTS_OVER_TWO = {"expert_model_parallel_size": 2}
+WITH_EXPERTS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "a dense teacher tp2 beside experts": ("mixture", "teacher", 4, EXPERTS_OVER_TWO | _teacher(2)),
+    "a dense teacher pp2 beside experts": (
+        "mixture",
+        "teacher",
+        4,
+        LAYOUTS["tp2-sp"] | EXPERTS_OVER_TWO | {"expert_tensor_parallel_size": 1} | _teacher(1, 2),
+    ),
+    "experts of the teacher alone": (
+        "qwen3",
+        "mixture teacher",
+        4,
+        LAYOUTS["pp2"] | _teacher(2) | {"opd_teacher_expert_model_parallel_size": 2},
+    ),
+    "experts of both, spread otherwise": (
+        "mixture",
+        "mixture teacher",
+        4,
+        EXPERTS_OVER_TWO
+        | _teacher(2)
+        | {"opd_teacher_expert_model_parallel_size": 4, "opd_teacher_expert_tensor_parallel_size": 1},
+    ),
+    # the student's sizes, but routers want sequence parallelism where its dense layers do without
+    "the student's layout": ("qwen3", "mixture teacher", 2, LAYOUTS["tp2"]),
+}
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_teachers_and_students_with_experts(
+    two: WorkerPool,
+    four: WorkerPool,
+    alone: Callable[..., Any],
+    folders: dict[str, Path],
+    mixtures: dict[str, Path],
+    name: str,
+) -> None:
+    student, teacher, size, flags = WITH_EXPERTS[name]
+    models = folders | mixtures
+    pool = two if size == 2 else four
+    arguments = flags | {"actor_num_gpus_per_node": size}
+    found = reporting(pool.run(work.distillation, models[student], arguments, models[teacher]))
+    assert_same_metrics(found, alone(work.distillation, models[student], (), models[teacher]), 1e-5)
+
+
+def test_sizes_that_are_the_students_build_no_second_groups(two: WorkerPool, folders: dict[str, Path]) -> None:
+    named = LAYOUTS["tp2"] | _teacher(2)
+    assert two.run(work.own_groups, folders["qwen3"], named, folders["teacher"]) == [False, False]
+    assert two.run(work.own_groups, folders["qwen3"], named | _teacher(1), folders["teacher"]) == [True, True]
+
+
+@pytest.mark.parametrize(("layout", "holders"), [("pp2", [1]), ("tp2", [0, 1])])
+def test_an_output_weight_from_another_layout_lies_on_the_host_once(
+    two: WorkerPool, folders: dict[str, Path], layout: str, holders: list[int]
+) -> None:
+    """With the teacher leaving the device, too; a stage without the head holds nothing."""
+    flags = LAYOUTS[layout] | _teacher(2 if layout == "pp2" else 1) | {"offload_teacher": True}
+    rows = 56 // len(holders)
+    held = two.run(work.brought_head_bytes, folders["qwen3"], flags, folders["teacher"])
+    assert held == [rows * 48 * 4 if rank in holders else 0 for rank in range(2)]
+
+
+@pytest.mark.parametrize("held", [{}, {(0, 0): 2}, {(0, 0): 2, (1, 0): 3}], ids=len)
+def test_what_nobody_holds_is_an_error_on_every_rank(two: WorkerPool, held: dict[tuple[int, int], int]) -> None:
+    assert two.run(work.exchange_of_missing, held) == ["no rank holds (7, 0)"] * 2
+
+
 @pytest.mark.parametrize("layout", ["dp2", "cp2"])
 def test_hidden_states_follow_their_samples_to_the_rank_that_trains_them(
     two: WorkerPool, alone: Callable[..., Any], folders: dict[str, Path], layout: str
@@ -66,14 +145,24 @@ def test_hidden_states_follow_their_samples_to_the_rank_that_trains_them(
     assert_same_metrics(found, alone(work.distillation, folders["qwen3"], (), folders["teacher"]), 1e-5)
 
 
-@pytest.mark.parametrize("layout", ["dp2-distributed-optimizer", "pp2", "tp2-sp"])
+AWAY: dict[str, tuple[str, str, dict[str, Any]]] = {
+    **{
+        name: ("qwen3", "teacher", LAYOUTS[name] | {"bf16": True})
+        for name in ("dp2-distributed-optimizer", "pp2", "tp2-sp")
+    },
+    "virtual stages": ("teacher", "qwen3", LAYOUTS["pp2"] | {"num_layers_per_virtual_pipeline_stage": 1, "bf16": True}),
+}
+
+
+@pytest.mark.parametrize("layout", AWAY)
 def test_offloading_changes_no_bit_in_a_layout(
     two: WorkerPool, tmp_path: Path, folders: dict[str, Path], layout: str
 ) -> None:
     """Distillation with all models, optimizer and gradients leaving, and a resume from a checkpoint."""
     away = {"offload_teacher": True, "offload_optimizer": True, "offload_train": True, "offload_dir": str(tmp_path)}
-    arguments = folders["qwen3"], LAYOUTS[layout] | {"bf16": True}
-    expected = reporting(two.run(work.distillation, *arguments, folders["teacher"]))
-    found = reporting(two.run(work.distillation, arguments[0], arguments[1] | away, folders["teacher"]))
+    student, teacher, flags = AWAY[layout]
+    arguments = folders[student], flags
+    expected = reporting(two.run(work.distillation, *arguments, folders[teacher]))
+    found = reporting(two.run(work.distillation, arguments[0], arguments[1] | away, folders[teacher]))
     assert found == expected
     assert two.run(work.resume, arguments[0], arguments[1] | away, tmp_path / "checkpoints") == [[], []]

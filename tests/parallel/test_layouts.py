@@ -101,6 +101,19 @@ def test_every_gradient_of_the_first_step_is_the_same(
     assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
 
 
+@pytest.mark.parametrize("sharing", ["cp2", "dp2-dynamic"])
+def test_a_loss_of_whole_responses_is_the_same(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], sharing: str
+) -> None:
+    """Sequence ratios and sums over responses, where ranks hold a part of each or micro-batches several."""
+    parts = two.run(work.whole_responses, folders["qwen3"], LAYOUTS[sharing])
+    metrics, expected = alone(work.whole_responses, folders["qwen3"], ())
+    assert 0 < metrics["train/opsm_masked_frac"] < 1
+    assert 0 < metrics["train/tis_clipfrac"] < 1
+    assert_same_tensors(parts[0][1], expected, 1e-5)
+    assert_same_metrics(reporting([[part[0]] for part in parts]), [metrics], 1e-5)
+
+
 @every_family
 @pytest.mark.parametrize("loss", work.LOSSES)
 def test_the_first_ten_losses_are_the_same(

@@ -18,14 +18,17 @@ from opd_megatron.config.resolve import StartingPoint, resolve_step
 from opd_megatron.megatron import distributed
 from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
+from opd_megatron.megatron.exchange import exchange
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
+    WHOLE_RESPONSES,
     exported,
     logits,
     make_samples,
     make_spec,
+    off_policy_samples,
     optimizer_state,
     step_gradients,
 )
@@ -64,6 +67,13 @@ def gradients(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics of the first step and every parameter's gradient."""
     return step_gradients(_trainer(rendezvous, folder, flags | LOSSES[loss] | GRADIENT_FLAGS), make_samples(1))
+
+
+def whole_responses(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and gradients of a step whose loss sums over whole responses, which ranks may share."""
+    return step_gradients(_trainer(rendezvous, folder, flags | WHOLE_RESPONSES | GRADIENT_FLAGS), off_policy_samples(1))
 
 
 def step_and_scores(
@@ -107,6 +117,37 @@ def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], te
             sample.old_log_probs = old[place]
         found.append(trainer.train(samples).metrics or {})
     return found
+
+
+def own_groups(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> bool:
+    """Whether building the models of a distillation made process groups of a second layout."""
+    distributed.initialize(rendezvous, make_spec(folder, **flags).options.parallel, seed=0)
+    distributed._others.clear()
+    MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
+    return bool(distributed._others)
+
+
+def brought_head_bytes(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> int:
+    """Bytes that the teacher's output weight takes in the student's layout after two rollouts were scored."""
+    trainer = MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
+    for number in range(2):
+        trainer.score("teacher", make_samples(number), keep_hidden=True)
+    rows = trainer._teacher_rows
+    assert rows is not None
+    held = [rows._weight_Vh, *trainer.frozen["teacher"]._brought_head]
+    storages = {tensor.data_ptr(): tensor.nbytes for tensor in held if tensor is not None}
+    return sum(storages.values())
+
+
+def exchange_of_missing(rendezvous: Rendezvous, held: dict[tuple[int, int], int]) -> str:
+    """What :func:`exchange` says where the last rank wants a key that no rank has; ``held`` are rows by key."""
+    distributed.initialize(rendezvous, ParallelOptions(), seed=0)
+    tensors = {key: torch.ones(rows, 3) for key, rows in held.items()} if rendezvous.rank == 0 else {}
+    try:
+        exchange(tensors, [*held, (7, 0)] if rendezvous.rank == rendezvous.world_size - 1 else [])
+    except ValueError as error:
+        return str(error)
+    return "nothing was wrong"
 
 
 def _everywhere(part: dict[int, Any]) -> dict[int, Any]:

@@ -108,7 +108,10 @@ def test_the_first_failure_stops_the_other_requests(qwen: Served, proxy: Proxy, 
     poison = 3
 
     def step(handler: Handler) -> None:
-        (reply(400, {"error": "poison"}) if json.loads(handler.body)["input_ids"][0] == poison else through)(handler)
+        ids = json.loads(handler.body)["input_ids"]
+        firsts = [own[0] for own in ids] if isinstance(ids[0], list) else ids[:1]
+        poisoned = poison in firsts
+        (reply(400, {"error": "poison"}) if poisoned else through)(handler)
 
     front = proxy(step)
     samples = [

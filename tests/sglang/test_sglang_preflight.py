@@ -3,37 +3,80 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.system import free_port
+from opd_megatron.teacher.preflight import Finding, Student
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang, server_info
+from opd_megatron.teacher.throughput import RunSizes
+from opd_megatron.teacher.tokenizer_checks import encode
 from tests.sglang.conftest import CONTEXT, Served
 
 pytestmark = pytest.mark.sglang
 Connect = Callable[..., SGLangTeacher]
 
 
+def as_student(served: Served, **more: Any) -> Student:
+    return Student(served.tokenizer, **more)
+
+
+def warnings(findings: list[Finding]) -> list[str]:
+    return [finding.text for finding in findings if finding.warning]
+
+
+def same_log_probs(served: Served, shift: float = 0.0) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    return lambda texts: [served.log_probs(tokens) + shift for tokens in texts]
+
+
 @pytest.mark.parametrize("fixture", ["qwen", "llama"])
-def test_the_right_server_passes_without_a_word(
+def test_the_right_server_passes_without_a_warning(
     request: pytest.FixtureRequest, fixture: str, connect: Connect, tmp_path: Path
 ) -> None:
     served: Served = request.getfixturevalue(fixture)
     teacher = connect(served, vocab_size=10**6)
-    warnings = preflight_sglang(
+    findings = preflight_sglang(
         teacher,
-        served.tokenizer,
+        as_student(
+            served,
+            folders=[tmp_path],
+            log_probs=same_log_probs(served, -0.01),
+            texts=[served.random_sample(np.random.default_rng(i), 6, 20).tokens for i in range(3)],
+            chat_template_kwargs={} if fixture == "llama" else None,
+        ),
         longest_sample=CONTEXT - 7,
-        student_folders=[tmp_path],
-        student_log_probs=lambda tokens: served.log_probs(tokens) - 0.01,
+        sizes=RunSizes(samples=8, group=2, prompt_tokens=20, response_tokens=30, steps=5),
     )
-    assert warnings == []
+    assert warnings(findings) == []
+    assert [finding.check for finding in findings] == [
+        "temperature", "server", "tokenizer", "chat template", "vocabulary", "known text", "plausibility", "throughput",
+    ]  # fmt: skip
     assert (teacher.vocab_size, teacher.max_tokens) == (served.vocab_size, CONTEXT - 7)
+
+
+def test_another_chat_template_is_a_warning(llama: Served, connect: Connect, tmp_path: Path) -> None:
+    shutil.copytree(llama.folder, tmp_path, dirs_exist_ok=True)
+    other = load_tokenizer(tmp_path)
+    other.chat_template = other.chat_template.replace("assistant\\n", "bot\\n")
+    findings = preflight_sglang(connect(llama), Student(other, chat_template_kwargs={}))
+    (warning,) = warnings(findings)
+    assert "another chat template than the student: token" in warning
+    assert "is 'b' (id" in warning
+
+
+def test_replicas_are_all_asked(qwen: Served, connect: Connect) -> None:
+    other_address = qwen.server.url.replace("127.0.0.1", "localhost")
+    findings = preflight_sglang(connect(qwen, [qwen.server.url, other_address]), as_student(qwen))
+    texts = {finding.check: finding.text for finding in findings}
+    assert texts["replicas"] == "2 servers score the known text the same"
+    assert [finding.check for finding in findings].count("tokenizer") == 2
 
 
 def test_the_server_tells_who_it_is(qwen: Served, connect: Connect) -> None:
@@ -43,17 +86,16 @@ def test_the_server_tells_who_it_is(qwen: Served, connect: Connect) -> None:
 
 
 def test_the_student_behind_the_server_is_recognised(qwen: Served, connect: Connect) -> None:
-    warnings = preflight_sglang(
-        connect(qwen), qwen.tokenizer, student_folders=[qwen.folder], student_log_probs=qwen.log_probs
-    )
-    assert len(warnings) == 2
-    assert "where the student starts" in warnings[0]
-    assert "same log-probabilities as the student" in warnings[1]
+    findings = preflight_sglang(connect(qwen), as_student(qwen, folders=[qwen.folder], log_probs=same_log_probs(qwen)))
+    folder, scores = warnings(findings)
+    assert "where the student starts" in folder
+    assert "same log-probabilities as the student" in scores
 
 
 def test_a_random_teacher_finds_the_tasks_texts_implausible(qwen: Served, connect: Connect) -> None:
     text = "4827+1936=7+6+0=13,2+3+1=06,8+9+0=17,4+1+1=06;6763"
-    (warning,) = preflight_sglang(connect(qwen), qwen.tokenizer, known_texts=[text])
+    tokens = np.array(encode(qwen.tokenizer, text))
+    (warning,) = warnings(preflight_sglang(connect(qwen), as_student(qwen, texts=[tokens])))
     assert "worse than guessing" in warning
 
 
@@ -66,7 +108,7 @@ def test_another_tokenizer_is_refused_with_the_first_differing_token(
         r"another tokenizer than the student: token 0 of 'The capital.* \(id \d+\) for the student and .* \(id \d+\)"
     )
     with pytest.raises(UserError, match=pattern):
-        preflight_sglang(connect(served), own.tokenizer)
+        preflight_sglang(connect(served), as_student(own))
     assert served.is_alive()
 
 
@@ -80,18 +122,19 @@ def test_two_swapped_tokens_are_found(llama: Served, connect: Connect, tmp_path:
         record = record.replace(f'"{token}": {old}', f'"{token}": {new}')
     path.write_text(record)
     with pytest.raises(UserError, match=rf"another tokenizer than the student: id {min(a, b)} is"):
-        preflight_sglang(connect(llama), load_tokenizer(tmp_path))
+        preflight_sglang(connect(llama), Student(load_tokenizer(tmp_path)))
 
 
 def test_a_context_that_is_too_short_is_refused(qwen: Served, connect: Connect) -> None:
     with pytest.raises(UserError, match=r"at most 249 tokens, but prompt and response can have 250.*--context-length"):
-        preflight_sglang(connect(qwen), qwen.tokenizer, longest_sample=CONTEXT - 6)
+        preflight_sglang(connect(qwen), as_student(qwen), longest_sample=CONTEXT - 6)
 
 
 def test_another_temperature_is_refused_unless_accepted(qwen: Served, connect: Connect) -> None:
     with pytest.raises(UserError, match=r"--rollout-temperature 0.7 .* temperature 1 only"):
-        preflight_sglang(connect(qwen), qwen.tokenizer, rollout_temperature=0.7)
-    (warning,) = preflight_sglang(connect(qwen), qwen.tokenizer, rollout_temperature=0.7, allow_sampling_mismatch=True)
+        preflight_sglang(connect(qwen), as_student(qwen), rollout_temperature=0.7)
+    findings = preflight_sglang(connect(qwen), as_student(qwen), rollout_temperature=0.7, allow_sampling_mismatch=True)
+    (warning,) = warnings(findings)
     assert "scores at temperature 1" in warning
 
 
@@ -100,5 +143,5 @@ def test_a_server_that_is_not_there_is_one_line(qwen: Served, connect: Connect) 
     with pytest.raises(
         UserError, match=r"connection failed .*refused.*; start the server .* --opd-teacher-url"
     ) as caught:
-        preflight_sglang(connect(qwen, url), qwen.tokenizer)
+        preflight_sglang(connect(qwen, url), as_student(qwen))
     assert "\n" not in str(caught.value)

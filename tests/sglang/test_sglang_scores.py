@@ -56,7 +56,7 @@ def test_samples_of_one_prompt_are_scored_from_the_prefix_cache(qwen: Served, co
         "input_ids": group[0].tokens.tolist(), "sampling_params": {"temperature": 0, "max_new_tokens": 0},
         "return_logprob": True, "logprob_start_len": 59,
     }  # fmt: skip
-    assert teacher.client.post("/generate", payload)["meta_info"]["cached_tokens"] >= 59
+    assert teacher.ask("/generate", payload)["meta_info"]["cached_tokens"] >= 59
 
 
 def test_the_first_token_after_no_prompt_has_no_score(qwen: Served, connect: Connect) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 from typing import Any
 
 import numpy as np
 import pytest
 
+from opd_megatron.config.errors import UserError
 from opd_megatron.sample import Sample
 from opd_megatron.system import free_port
-from opd_megatron.teacher.protocol import Teacher, TeacherError
-from opd_megatron.teacher.sglang import SGLangTeacher, read_answer
+from opd_megatron.teacher.protocol import FailureKind, Teacher, TeacherError, TeacherFailure
+from opd_megatron.teacher.sglang import SGLangTeacher
+from opd_megatron.teacher.sglang_answer import AnswerError, read_answer
 
 SENT = np.array([7, 3, 5])
 VOCAB = 10
@@ -24,41 +28,133 @@ GOOD = ([None, 7, None], [-1.5, 3, None], [-0.25, 5, None])
 
 
 def test_a_good_answer_is_read_with_its_weight_version() -> None:
-    log_probs, version = read_answer(answer(*GOOD), SENT, VOCAB)
-    np.testing.assert_array_equal(log_probs, [-1.5, -0.25])
-    assert version == "v3"
+    reading = read_answer(answer(*GOOD), SENT, VOCAB)
+    np.testing.assert_array_equal(reading.log_probs_N, [-1.5, -0.25])
+    assert reading.weight_version == "v3"
+    assert reading.top is None
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    ("bad", "reason", "kind"),
     [
-        (answer(*GOOD[:2]), "2 tokens in the answer, 3 expected"),
-        (answer(*GOOD, [-1.0, 9, None]), "4 tokens in the answer"),
-        (answer(GOOD[0], [-1.5, 4, None], GOOD[2]), "id 4 where 3 was sent"),
-        (answer([None, 8, None], *GOOD[1:]), "id 8 where 7 was sent"),
-        (answer(GOOD[0], [None, 3, None], GOOD[2]), "None is not a log-probability"),
-        (answer(GOOD[0], [float("nan"), 3, None], GOOD[2]), "nan is not a log-probability"),
-        (answer(GOOD[0], [float("-inf"), 3, None], GOOD[2]), "-inf is not a log-probability"),
-        (answer(GOOD[0], [0.5, 3, None], GOOD[2]), "0.5 is not a log-probability"),
-        (answer(None, *GOOD[1:]), "not a list of"),
-        (answer(GOOD[0], ["x", 3, None], GOOD[2]), "not a list of"),
-        (answer(finish_reason={"type": "abort", "message": "by operator"}), "aborted the request .by operator."),
-        ({"text": "hello"}, "is this a SGLang server"),
-        ([answer(*GOOD)], "is this a SGLang server"),
-        ({"meta_info": {"input_token_logprobs": None}}, "is this a SGLang server"),
+        (answer(*GOOD[:2]), "2 tokens in the answer, 3 expected", FailureKind.WRONG_LENGTH),
+        (answer(*GOOD, [-1.0, 9, None]), "4 tokens in the answer", FailureKind.WRONG_LENGTH),
+        (answer(GOOD[0], [-1.5, 4, None], GOOD[2]), "id 4 where 3 was sent", FailureKind.WRONG_IDS),
+        (answer([None, 8, None], *GOOD[1:]), "id 8 where 7 was sent", FailureKind.WRONG_IDS),
+        (answer(GOOD[0], [None, 3, None], GOOD[2]), "None is not a log-probability", FailureKind.NOT_FINITE),
+        (answer(GOOD[0], [float("nan"), 3, None], GOOD[2]), "nan is not a log-probability", FailureKind.NOT_FINITE),
+        (answer(GOOD[0], [float("-inf"), 3, None], GOOD[2]), "-inf is not a log-probability", FailureKind.NOT_FINITE),
+        (answer(GOOD[0], [0.5, 3, None], GOOD[2]), "0.5 is not a log-probability", FailureKind.NOT_FINITE),
+        (answer(None, *GOOD[1:]), "not a list of", FailureKind.MALFORMED),
+        (answer(GOOD[0], ["x", 3, None], GOOD[2]), "not a list of", FailureKind.MALFORMED),
+        (
+            answer(finish_reason={"type": "abort", "message": "by operator"}),
+            "aborted the request .by operator.",
+            FailureKind.ABORTED,
+        ),
+        ({"text": "hello"}, "is this a SGLang server", FailureKind.MALFORMED),
+        ([answer(*GOOD)], "is this a SGLang server", FailureKind.MALFORMED),
+        ({"meta_info": {"input_token_logprobs": None}}, "is this a SGLang server", FailureKind.MALFORMED),
     ],
 )
-def test_an_answer_about_anything_else_is_refused(bad: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
+def test_an_answer_about_anything_else_is_refused(bad: Any, reason: str, kind: FailureKind) -> None:
+    with pytest.raises(AnswerError, match=reason) as caught:
         read_answer(bad, SENT, VOCAB)
+    assert caught.value.kind == kind
 
 
 def test_only_the_last_id_of_the_vocabulary_may_come_back_as_0() -> None:
     renamed = answer(GOOD[0], [-1.5, 0, None], GOOD[2])
-    log_probs, _ = read_answer(renamed, np.array([7, 9, 5]), VOCAB)
-    np.testing.assert_array_equal(log_probs, [-1.5, -0.25])
-    with pytest.raises(ValueError, match="id 0 where 8 was sent"):
+    reading = read_answer(renamed, np.array([7, 9, 5]), VOCAB)
+    np.testing.assert_array_equal(reading.log_probs_N, [-1.5, -0.25])
+    with pytest.raises(AnswerError, match="id 0 where 8 was sent"):
         read_answer(renamed, np.array([7, 8, 5]), VOCAB)
+
+
+def flat(ids: Any, log_probs: Any, **changes: Any) -> dict[str, Any]:
+    """A good answer with the flat form of the most probable tokens ``[2, K]``."""
+    fields: dict[str, Any] = {"input_top_logprobs_shape": list(np.shape(ids)), "input_top_logprobs_null_prefix": 1}
+    for side, values, dtype in (("idx", ids, "int32"), ("val", log_probs, "float32")):
+        key = f"input_top_logprobs_{side}_flat_b64"
+        fields[key] = base64.b64encode(np.asarray(values, dtype=dtype).tobytes()).decode()
+        fields[f"{key}_dtype"] = dtype
+    return answer(*GOOD, **(fields | changes))
+
+
+# The sent tokens 3 and 5 have log-probabilities -1.5 and -0.25: the first is not among its two most probable ones.
+TOP_IDS = [[1, 4], [5, 2]]
+TOP_LOG_PROBS = [[-1.0, -1.25], [-0.25, -2.0]]
+
+
+def test_the_most_probable_tokens_and_the_tail_are_read() -> None:
+    top = read_answer(flat(TOP_IDS, TOP_LOG_PROBS), SENT, VOCAB, top_k=2).top
+    assert top is not None
+    np.testing.assert_array_equal(top.ids_NK, TOP_IDS)
+    np.testing.assert_array_equal(top.log_probs_NK, np.float32(TOP_LOG_PROBS))
+    np.testing.assert_allclose(np.exp(top.tail_log_mass_N), 1 - np.exp(TOP_LOG_PROBS).sum(axis=1), rtol=1e-6)
+    assert [array.dtype for array in (top.ids_NK, top.log_probs_NK, top.tail_log_mass_N)] == [
+        np.int32,
+        np.float32,
+        np.float32,
+    ]
+
+
+def test_the_tail_of_the_whole_vocabulary_is_empty_and_rounding_leaves_none_too_large() -> None:
+    answer = flat([[1, 2], [0, 2]], [[0.0, -30.0], [-0.25, -1.5087]])
+    answer["meta_info"]["input_token_logprobs"] = [[None, 0, None], [0.0, 1, None], [-0.25, 0, None]]
+    sent = np.array([0, 1, 0])
+    top = read_answer(answer, sent, VOCAB, top_k=2).top
+    assert top is not None
+    assert np.exp(top.tail_log_mass_N[0]) < 1e-7
+    whole = read_answer(
+        flat([[1, 0], [0, 1]], [[-0.5, -0.9328], [-0.25, -1.5087]])
+        | {
+            "meta_info": answer["meta_info"]
+            | flat([[1, 0], [0, 1]], [[0.0, -30.0], [-0.25, -1.5087]])["meta_info"]
+            | {"input_token_logprobs": answer["meta_info"]["input_token_logprobs"]}
+        },
+        sent,
+        2,
+        top_k=2,
+    ).top
+    assert whole is not None
+    assert np.isneginf(whole.tail_log_mass_N).all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "kind"),
+    [
+        (flat(TOP_IDS[:1], TOP_LOG_PROBS[:1]), "of shape", FailureKind.WRONG_LENGTH),
+        (flat(TOP_IDS, TOP_LOG_PROBS, input_top_logprobs_null_prefix=0), "after 0 tokens", FailureKind.WRONG_LENGTH),
+        (flat(TOP_IDS, TOP_LOG_PROBS[:1], input_top_logprobs_shape=[2, 2]), "2 values in", FailureKind.WRONG_LENGTH),
+        (flat([[1, 4], [2, 5]], [[-1.0, -1.25], [-2.0, -0.25]]), "not in descending", FailureKind.TOP_K),
+        (flat([[1, 1], [5, 2]], TOP_LOG_PROBS), "name a token twice", FailureKind.TOP_K),
+        (flat([[1, 10], [5, 2]], TOP_LOG_PROBS), "outside the vocabulary", FailureKind.TOP_K),
+        (flat([[1, -4], [5, 2]], TOP_LOG_PROBS), "outside the vocabulary", FailureKind.TOP_K),
+        (flat(TOP_IDS, [[-0.1, -0.2], [-0.25, -2.0]]), "a mass of 1.7", FailureKind.TOP_K),
+        (flat(TOP_IDS, [[-1.0, -1.25], [-0.5, -2.0]]), "contradict", FailureKind.TOP_K),
+        (flat(TOP_IDS, [[-2.0, -2.25], [-0.25, -2.0]]), "contradict", FailureKind.TOP_K),
+        (flat(TOP_IDS, [[-1.0, np.nan], [-0.25, -2.0]]), "is none", FailureKind.NOT_FINITE),
+        (flat(TOP_IDS, [[-1.0, -np.inf], [-0.25, -2.0]]), "is none", FailureKind.NOT_FINITE),
+        (flat(TOP_IDS, TOP_LOG_PROBS, input_top_logprobs_idx_flat_b64="?"), "no array", FailureKind.MALFORMED),
+        (flat(TOP_IDS, TOP_LOG_PROBS, input_top_logprobs_val_flat_b64_dtype="O"), "dtype", FailureKind.MALFORMED),
+        (answer(*GOOD), "0.5.23 or later", FailureKind.MALFORMED),
+    ],
+)
+def test_most_probable_tokens_that_cannot_be_are_refused(bad: Any, reason: str, kind: FailureKind) -> None:
+    with pytest.raises(AnswerError, match=reason) as caught:
+        read_answer(bad, SENT, VOCAB, top_k=2)
+    assert caught.value.kind == kind
+
+
+def test_values_of_given_ids_are_read_in_the_order_asked() -> None:
+    rows = [None, [[-1.0, 2, None], [-2.0, 6, None]], [[-3.0, 2, None], [-4.0, 6, None]]]
+    reading = read_answer(answer(*GOOD, input_token_ids_logprobs=rows), SENT, VOCAB, union=np.array([2, 6]))
+    np.testing.assert_array_equal(reading.union_log_probs_NU, [[-1.0, -2.0], [-3.0, -4.0]])
+    with pytest.raises(AnswerError, match="other ids than those asked for"):
+        read_answer(answer(*GOOD, input_token_ids_logprobs=rows), SENT, VOCAB, union=np.array([2, 5]))
+    with pytest.raises(AnswerError, match="1 tokens in the answer, 3 expected"):
+        read_answer(answer(*GOOD, input_token_ids_logprobs=rows[:1]), SENT, VOCAB, union=np.array([2, 6]))
 
 
 def sample(prompt: list[int], response: list[int]) -> Sample:
@@ -75,16 +171,18 @@ def nobody() -> SGLangTeacher:
 def test_ids_that_would_end_the_server_are_never_sent(
     nobody: SGLangTeacher, tokens: tuple[list[int], list[int]]
 ) -> None:
-    with pytest.raises(TeacherError, match=r"sample 4 .* outside the vocabulary of 10; not sent"):
+    with pytest.raises(TeacherFailure, match=r"sample 4 .* outside the vocabulary of 10; not sent") as caught:
         nobody.score([sample([1], [2]), sample(*tokens)])
+    assert caught.value.kind == FailureKind.UNSCORABLE
 
 
 def test_the_servers_limits_bound_what_is_sent(nobody: SGLangTeacher) -> None:
     nobody.restrict(vocab_size=5, max_tokens=3)
     with pytest.raises(TeacherError, match="outside the vocabulary of 5"):
         nobody.score([sample([1], [5])])
-    with pytest.raises(TeacherError, match="takes at most 3 tokens"):
+    with pytest.raises(TeacherFailure, match="takes at most 3 tokens") as caught:
         nobody.score([sample([1, 2], [3, 4])])
+    assert caught.value.kind == FailureKind.OVERLONG
     with pytest.raises(TeacherError, match="refused"):
         nobody.score([sample([1, 2], [3])])
 
@@ -95,3 +193,26 @@ def test_empty_responses_are_not_sent(nobody: SGLangTeacher) -> None:
     assert [score.log_probs_T.shape for score in scores] == [(0,), (0,)]
     assert teacher.score([]) == []
     teacher.close()
+
+
+def test_more_most_probable_tokens_than_the_vocabulary_are_refused() -> None:
+    with pytest.raises(UserError, match="--opd-top-k 11 is more than the 10 tokens"):
+        SGLangTeacher("http://127.0.0.1:1", vocab_size=10, top_k=11)
+    teacher = SGLangTeacher("http://127.0.0.1:1", vocab_size=10, top_k=10)
+    with pytest.raises(UserError, match="--opd-top-k 10 is more than the 9 tokens"):
+        teacher.restrict(vocab_size=9)
+
+
+def test_a_union_of_ids_that_costs_too_much_is_refused_with_the_reason() -> None:
+    teacher = SGLangTeacher("http://127.0.0.1:1", vocab_size=10, max_union_ids=3)
+    asked = sample([1], [2, 3])
+
+    def score_ids(ids: Any) -> None:
+        asyncio.run(teacher.score_ids(asked, np.array(ids)))
+
+    with pytest.raises(TeacherFailure, match=r"4 different ids at 2 positions.*at most 3.*--opd-max-union-ids"):
+        score_ids([[1, 2], [3, 4]])
+    with pytest.raises(TeacherFailure, match="outside the vocabulary of 10"):
+        score_ids([[1, 2], [1, 10]])
+    with pytest.raises(ValueError, match=r"shape \(1, 2\) for 2 response tokens"):
+        score_ids([[1, 2]])

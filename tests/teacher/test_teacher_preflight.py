@@ -13,14 +13,21 @@ import pytest
 from opd_megatron.config.errors import UserError
 from opd_megatron.data.column_arithmetic import build_tokenizer
 from opd_megatron.data.tokenizer import load_tokenizer, train_bpe_tokenizer
+from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
 from opd_megatron.teacher.preflight import (
-    check_same_folder,
-    check_same_model,
+    Student,
     check_scores,
+    judged_texts,
+    known_tokens,
+    plausibility,
+    same_model_warnings,
+)
+from opd_megatron.teacher.tokenizer_checks import (
+    chat_questions,
+    compare_chat_templates,
     compare_encodings,
     encode,
-    known_tokens,
-    plausible,
+    encode_chat,
     preflight_tokenizers,
     probe_texts,
 )
@@ -100,13 +107,47 @@ def test_probes_hold_special_tokens_and_the_chat_template(words: Any, characters
     assert any("<eos>" in text for text in probe_texts(characters))
 
 
+def test_another_chat_template_is_shown_by_its_first_token(words: Any, tmp_path: Path) -> None:
+    other = train_bpe_tokenizer(CORPUS, 300, tmp_path)
+    other.chat_template = words.chat_template.replace("assistant\\n", "bot\\n")
+    chats = [encode_chat(words, chat) for chat in chat_questions({})]
+    assert compare_chat_templates(words, {}, chats, "T", str) is None
+    theirs = [encode_chat(other, chat) for chat in chat_questions({})]
+    place = next(i for i, (a, b) in enumerate(zip(chats[0], theirs[0], strict=False)) if a != b)
+    fault = str(compare_chat_templates(words, {}, theirs, "T", words.convert_ids_to_tokens))
+    assert f"token {place} of a chat is 'a' (id {chats[0][place]}) for the student and 'b'" in fault
+
+
+def test_the_settings_of_the_run_reach_the_chat_template(words: Any, tmp_path: Path) -> None:
+    thinking = train_bpe_tokenizer(CORPUS, 300, tmp_path)
+    thinking.chat_template = words.chat_template + "{% if thinking %}hm{% endif %}"
+    chats = chat_questions({"thinking": True})
+    assert encode_chat(thinking, chats[0])[-2:] == encode(words, "hm")
+    assert encode_chat(thinking, chats[1]) == encode_chat(words, chats[1])
+
+
+def test_a_smaller_vocabulary_is_refused(words: Any) -> None:
+    class Teacher(MegatronTeacher):
+        def __init__(self) -> None:
+            self.name = "small"
+
+    highest = max(words.get_vocab().values())
+    with pytest.raises(
+        UserError, match=rf"vocabulary of {highest} tokens, the student's tokenizer has ids to {highest}"
+    ):
+        preflight_megatron(Teacher(), Student(words), words, vocab_size=highest)
+
+
 def test_known_tokens_are_a_text_that_the_tokenizer_can_spell(words: Any, characters: Any) -> None:
-    assert words.decode(known_tokens(words, 300)).startswith("The capital of France")
-    own = "4827+1936="
-    np.testing.assert_array_equal(known_tokens(characters, 20, [own]), encode(characters, own))
-    few = known_tokens(characters, 20, ["no such letters"])
+    assert words.decode(known_tokens(Student(words), 300)).startswith("The capital of France")
+    own = np.array(encode(characters, "4827+1936="))
+    np.testing.assert_array_equal(known_tokens(Student(characters, texts=[own]), 20), own)
+    few = known_tokens(Student(characters), 20)
     assert len(few) >= 4
     assert few.max() < 20
+    assert judged_texts(Student(characters)) == []
+    assert len(judged_texts(Student(words), longest=5)[0]) == 5
+    np.testing.assert_array_equal(judged_texts(Student(words, texts=[own]))[0], own)
 
 
 def test_scores_must_be_finite_repeatable_and_not_all_equal() -> None:
@@ -123,19 +164,39 @@ def test_scores_must_be_finite_repeatable_and_not_all_equal() -> None:
             check_scores(bad, again, "T")
 
 
-def test_worse_than_guessing_is_a_warning() -> None:
-    guess = np.full(5, -math.log(1000))
-    assert plausible(guess, 1000, "T") is None
-    assert "worse than guessing (-6.91)" in str(plausible(guess - 1.5, 1000, "T"))
+def test_plausibility_compares_with_guessing_and_with_the_student() -> None:
+    def texts(mean: float) -> list[np.ndarray]:
+        return [np.full(5, mean), np.full(3, mean)]
+
+    def judge(teacher: float, student: float | None) -> tuple[bool, str]:
+        found = plausibility(texts(teacher), None if student is None else texts(student), 1000, "T")
+        return found.warning, found.text
+
+    guess = -math.log(1000)
+    assert judge(-2.0, None) == (False, f"perplexity {math.exp(2):.4g} on 2 texts of 8 tokens")
+    assert judge(-2.0, -2.04)[0] is False
+    assert judge(-2.0, -1.98)[0] is False
+    worse = judge(-2.0, -1.8)
+    assert worse[0] is True
+    assert "less likely than the student does (perplexity 7.389 on 2 texts of 8 tokens, the student's 6.05)" in worse[1]
+    assert "worse than guessing (-6.91)" in judge(guess - 1.5, None)[1]
+    assert judge(guess - 1.5, -3.0)[0] is True
+    assert judge(-1e5, guess - 0.5)[0] is False
+    assert "no measure" in judge(guess - 1.5, guess - 0.5)[1]
 
 
-def test_the_student_itself_is_recognised_by_scores_and_by_folder(tmp_path: Path) -> None:
-    scores = np.array([-1.0, -2.0])
-    assert "same log-probabilities as the student" in str(check_same_model(scores, scores + 5e-5, "T"))
-    assert check_same_model(scores, scores + np.array([0.0, 1e-3]), "T") is None
+def test_the_student_itself_is_recognised_by_scores_and_by_folder(words: Any, tmp_path: Path) -> None:
+    scores, tokens = np.array([-1.0, -2.0]), np.array([1, 2, 3])
+
+    def warnings(teacher_folder: str, own: np.ndarray | None = None) -> list[str]:
+        folders = [tmp_path / "missing", tmp_path / "student"]
+        student = Student(words, folders=folders, log_probs=None if own is None else lambda texts: [own])
+        return [finding.text for finding in same_model_warnings(student, [teacher_folder], tokens, scores, "T")]
+
+    assert "same log-probabilities as the student" in warnings("other", scores + 5e-5)[0]
+    assert warnings("other", scores + np.array([0.0, 1e-3])) == []
     (tmp_path / "student").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "student")
-    folders = [tmp_path / "missing", tmp_path / "student"]
-    assert "where the student starts" in str(check_same_folder(folders, str(tmp_path / "link"), "T"))
-    assert check_same_folder(folders, str(tmp_path), "T") is None
-    assert check_same_folder(folders, "Qwen/Qwen3-1.7B", "T") is None
+    assert "where the student starts" in warnings(str(tmp_path / "link"))[0]
+    assert warnings(str(tmp_path)) == []
+    assert warnings("Qwen/Qwen3-1.7B") == []

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The quickstart with the real SGLang server as the teacher: 60 steps that bring the reverse KL down at least 2x.
+# The quickstart with real SGLang servers as the teacher and as the rollout engine: 60 steps that bring the reverse KL
+# down at least 2x.
 # Teacher and weak student come from an earlier quickstart of the same seed if there is one, else they are trained here.
 #
 #   SEED=n               changes every seed (default 1)
 #   RUN_ROOT=DIR         where it all goes (default runs/quickstart-sglang; an earlier one there is replaced)
 #   QUICKSTART_ROOT=DIR  where to look for an earlier quickstart (default runs/quickstart)
-#   SGLANG_VENV=DIR      environment of the server (default .venv-sglang)
+#   SGLANG_VENV=DIR      environment of the servers (default .venv-sglang)
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../quickstart" && pwd)
@@ -34,11 +35,12 @@ else
   step "student: supervised fine-tuning, stopped while it is still weak"
   train_student
 fi
-step "on-policy distillation: the student samples, a SGLang server scores"
-set_distil_command --opd-type sglang --opd-teacher-url '{url}' --opd-teacher-max-in-flight 16
+step "on-policy distillation: the student samples through one SGLang server, another one scores"
+set_distil_command --opd-type sglang --opd-teacher-url '{url}' --opd-teacher-max-in-flight 16 \
+  --rollout-engine sglang --sglang-python "$SGLANG_VENV/bin/python" --sglang-server-args='--max-running-requests 128'
 server="$SGLANG_VENV/bin/python tools/sglang_cpu/launch.py --model-path $RUN_ROOT/teacher_hf --port {port}"
 opd_started=$SECONDS
-"$python" -m opd_megatron.teacher.local_server --log "$RUN_ROOT/server.log" --server "$server" -- "${distil_command[@]}"
+"$python" -m opd_megatron.servers --log "$RUN_ROOT/server.log" --server "$server" -- "${distil_command[@]}"
 opd_seconds=$((SECONDS - opd_started))
 step "what was learned: pass@1 and reverse KL on held-out problems"
 convert "$RUN_ROOT/opd/checkpoints" "$RUN_ROOT/student_after_hf"

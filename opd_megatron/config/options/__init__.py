@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opd_megatron.config.options.checkpoint import CheckpointOptions
+from opd_megatron.config.options.engine import EngineOptions
 from opd_megatron.config.options.model import ModelOptions
 from opd_megatron.config.options.objective import ObjectiveOptions, TrainingOptions
 from opd_megatron.config.options.opd import OpdOptions
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointOptions",
     "ClusterOptions",
     "DataOptions",
+    "EngineOptions",
     "EvaluationOptions",
     "ModelOptions",
     "ObjectiveOptions",
@@ -55,6 +57,7 @@ class Options:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     data: DataOptions = field(default_factory=DataOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
     reward: RewardOptions = field(default_factory=RewardOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
@@ -94,7 +97,8 @@ class Options:
 
     @property
     def steps_per_rollout(self) -> int:
-        return self.samples_per_rollout // self.global_batch_size
+        """Optimizer steps per rollout: its global batches, in each of the ``--ppo-epochs``."""
+        return self.samples_per_rollout // self.global_batch_size * self.objective.ppo_epochs
 
     @property
     def label_key(self) -> str:

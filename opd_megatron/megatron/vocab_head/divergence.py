@@ -185,13 +185,16 @@ def record_divergence(
     vocab_size: int,
     group: dist.ProcessGroup | None,
     mask_N: Tensor | None = None,
+    renormalized: bool = False,
 ) -> Tensor:
     """``divergence`` per token between the student and a teacher's top-k record, over K+1 classes, ``[N]`` float32.
 
     The classes are the teacher's tokens and all others together; the record is that of
     ``opd_megatron.sample.TeacherScores``, taken at ``temperature``. An entry of ``-inf`` is no class of its own: its
     token counts with the others, and its id may be anything. Merging classes never raises a divergence, so this is a
-    lower bound of the one over the vocabulary. Differentiable in ``hidden_Nh`` and ``weight_Vh``. Tokens where
+    lower bound of the one over the vocabulary. ``renormalized`` leaves the tail out instead and compares the
+    distributions given that the token is in the record; it says nothing about what the student does elsewhere.
+    Differentiable in ``hidden_Nh`` and ``weight_Vh``. Tokens where
     ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient, whatever their record holds. Memory and
     the gradient's parts over ranks are those of
     :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`.
@@ -202,8 +205,12 @@ def record_divergence(
         student_MK, rest_M, _ = selected_log_probs(
             hidden_Mh, weight_Vh, ids_MK, temperature=temperature, vocab_size=vocab_size, group=group
         )
-        log_student_MX = torch.cat([student_MK, rest_M[:, None]], dim=1)
-        log_teacher_MX = torch.cat([log_probs_MK, tail_M[:, None]], dim=1).to(log_student_MX.dtype)
+        log_probs_MK = log_probs_MK.to(student_MK.dtype)
+        if renormalized:
+            log_student_MX, log_teacher_MX = student_MK.log_softmax(-1), log_probs_MK.log_softmax(-1)
+        else:
+            log_student_MX = torch.cat([student_MK, rest_M[:, None]], dim=1)
+            log_teacher_MX = torch.cat([log_probs_MK, tail_M[:, None].to(student_MK.dtype)], dim=1)
         value_M: Tensor = _ClassDivergence.apply(log_student_MX, log_teacher_MX, divergence)
         return value_M
 

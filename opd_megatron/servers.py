@@ -1,8 +1,8 @@
-"""Start a teacher server for the length of one job, and end exactly the processes that were started.
+"""Start servers for the length of one job, and end exactly the processes that were started.
 
 As a program it runs a command beside a server, for examples and scripts::
 
-    python -m opd_megatron.teacher.local_server --log teacher.log \\
+    python -m opd_megatron.servers --log teacher.log \\
         --server "python -m sglang.launch_server --model-path DIR --host 127.0.0.1 --port {port}" \\
         -- python train.py ... --opd-teacher-url {url}
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import shlex
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -39,6 +40,49 @@ END_TIMEOUT = 10.0
 _POLL = 0.25
 
 
+_PR_SET_PDEATHSIG = 1
+_C_LIBRARY = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """In the child: let the kernel kill it when its parent is gone, as those of SGLang do."""
+    _C_LIBRARY.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start_server(
+    command: Sequence[str],
+    *,
+    log_path: str | Path,
+    port: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LocalServer:
+    """Start ``command``, with ``{port}`` in it replaced by a free port, as the leader of a process group of its own.
+
+    Output is added to ``log_path``, and ``environment`` to this process's. It is not waited for. Raises
+    :class:`UserError` if there is no such program. Whoever calls this calls :meth:`LocalServer.end`, and lives as long
+    as the server: on Linux it is killed when the thread that started it ends, so that nothing is left of a job that
+    was itself killed.
+    """
+    port = free_port() if port is None else port
+    log_path = Path(log_path)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    arguments = [part.replace("{port}", str(port)) for part in command]
+    with log_path.open("ab") as log:
+        try:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                env={**os.environ, **(environment or {})},
+            )
+        except OSError as error:
+            raise UserError(f"cannot start the server {shlex.join(arguments)}: {error}") from error
+    return LocalServer(f"http://127.0.0.1:{port}", process, log_path)
+
+
 @contextlib.contextmanager
 def local_server(
     command: Sequence[str], *, log_path: str | Path, port: int | None = None, start_timeout: float = 600.0
@@ -49,18 +93,8 @@ def local_server(
     Output goes to ``log_path``. Raises :class:`UserError`, after logging the last lines of it, if the process ends
     or ``start_timeout`` seconds pass before. On leaving, the server's process group is ended, and nothing else.
     """
-    port = free_port() if port is None else port
-    log_path = Path(log_path)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [part.replace("{port}", str(port)) for part in command]
-    with log_path.open("wb") as log:
-        try:
-            process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            raise UserError(f"cannot start the server {shlex.join(arguments)}: {error}") from error
-    server = LocalServer(f"http://127.0.0.1:{port}", process, log_path)
+    Path(log_path).unlink(missing_ok=True)
+    server = start_server(command, log_path=log_path, port=port)
     try:
         server.wait_until_healthy(start_timeout)
         yield server
@@ -81,7 +115,7 @@ class LocalServer:
         deadline = time.monotonic() + timeout
         reason = f"was not healthy after {timeout:g} s"
         while time.monotonic() < deadline:
-            if self._has_ended():
+            if self.has_ended():
                 reason = "ended while starting"
                 break
             with contextlib.suppress(requests.RequestException), requests.Session() as session:
@@ -96,10 +130,10 @@ class LocalServer:
     def end(self) -> None:
         """Ask the server to end, and then end what is left of its group."""
         # Only the leader is asked: SGLang takes a worker that ends on its own for a crash to be diagnosed.
-        if not self._has_ended():
+        if not self.has_ended():
             self.process.terminate()
         deadline = time.monotonic() + END_TIMEOUT
-        while not self._has_ended() and time.monotonic() < deadline:
+        while not self.has_ended() and time.monotonic() < deadline:
             time.sleep(_POLL)
         self.kill()
 
@@ -110,7 +144,7 @@ class LocalServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def _has_ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the leader has ended, which stays unreaped: its id must name this group until the group is killed."""
         if self.process.returncode is not None:
             return True
@@ -146,7 +180,7 @@ def _end_with_signal(number: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="run a command beside a teacher server")
+    parser = argparse.ArgumentParser(description="run a command beside a server")
     parser.add_argument("--server", required=True, metavar="COMMAND", help="the server; {port} is replaced")
     parser.add_argument("--log", required=True, metavar="FILE", help="the server's output")
     parser.add_argument("--port", type=int, help="port of the server (default: a free one)")

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.teacher.local_server import local_server
+from opd_megatron.servers import local_server
 
 HEALTHY = """
 import http.server, pathlib, subprocess, sys
@@ -54,6 +54,26 @@ def test_the_server_answers_in_the_block_and_all_its_processes_end_with_it(tmp_p
     assert wait_until_gone(worker)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such order to the kernel")
+def test_a_server_goes_with_a_job_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(HEALTHY)
+    program = (
+        "import sys, time\n"
+        "from opd_megatron.servers import local_server\n"
+        "with local_server([sys.executable, sys.argv[1], '{port}', sys.argv[2]], log_path=sys.argv[3]) as server:\n"
+        "    print(server.process.pid, flush=True)\n"
+        "    time.sleep(600)"
+    )
+    arguments = [str(tmp_path / name) for name in ("server.py", "worker", "log")]
+    job = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    server = int(job.stdout.readline())
+    job.kill()
+    job.communicate()
+    assert wait_until_gone(server)
+    os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)  # SGLang's own processes go with their parent
+
+
 def test_a_server_that_ends_while_starting_is_reported_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -88,7 +108,7 @@ def test_a_missing_program_is_the_users_error(tmp_path: Path) -> None:
 def beside(tmp_path: Path, *command: str) -> subprocess.Popen[str]:
     (tmp_path / "server.py").write_text(HEALTHY)
     server = f"{sys.executable} {tmp_path / 'server.py'} {{port}} {tmp_path / 'worker'}"
-    program = [sys.executable, "-m", "opd_megatron.teacher.local_server", "--log", str(tmp_path / "log")]
+    program = [sys.executable, "-m", "opd_megatron.servers", "--log", str(tmp_path / "log")]
     return subprocess.Popen(
         [*program, "--server", server, "--", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

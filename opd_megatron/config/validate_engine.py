@@ -1,0 +1,49 @@
+"""Combinations of options of the rollout engine that cannot work, or have no effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from opd_megatron.config.options import EngineOptions, Options
+
+_STARTED_ONLY = (
+    "rollout_num_engines",
+    "rollout_num_gpus_per_engine",
+    "sglang_python",
+    "sglang_mem_fraction_static",
+    "sglang_base_gpu_id",
+    "sglang_server_args",
+)
+"""How servers are started, which those of ``--rollout-engine-url`` are already."""
+
+MAX_STOP_STRINGS = 32
+"""Stop strings that SGLang takes in one request."""
+
+
+def engine_faults(options: Options) -> Iterator[str]:
+    """Every fault of the engine's options among themselves and with those of the rollout."""
+    given = options.given
+    if options.engine.rollout_engine == "local":
+        names = [item.name for item in dataclasses.fields(EngineOptions) if item.name != "rollout_engine"]
+        for name in (name for name in names if name in given):
+            yield f"{_flag(name)} goes with --rollout-engine sglang only"
+        return
+    if "rollout_engine_batch_size" in given:
+        yield (
+            "--rollout-engine-batch-size is for the local engine: leave it out "
+            "(a server's batches are sized by --sglang-server-args='--max-running-requests N')"
+        )
+    if options.engine.rollout_engine_url:
+        for name in (name for name in _STARTED_ONLY if name in given):
+            yield f"{_flag(name)} has no effect on the servers of --rollout-engine-url: leave one of them out"
+    if options.rollout.load_debug_rollout_data is not None:
+        yield "--rollout-engine sglang has nothing to sample with --load-debug-rollout-data: leave it out"
+    elif options.objective.loss_type == "sft_loss" and not options.evaluation.eval_prompt_data:
+        yield "--rollout-engine sglang has nothing to sample with --loss-type sft_loss and no evaluation: leave it out"
+    if len(options.rollout.rollout_stop) > MAX_STOP_STRINGS:
+        yield f"--rollout-stop takes at most {MAX_STOP_STRINGS} strings with --rollout-engine sglang"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

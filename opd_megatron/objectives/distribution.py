@@ -1,0 +1,106 @@
+"""Which divergence ``--opd-loss distribution`` minimises, as the options and the number of the rollout say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from opd_megatron.config.options import OpdOptions
+from opd_megatron.objectives.catalogue import Catalogue
+from opd_megatron.objectives.divergences import (
+    Divergence,
+    alpha_divergence,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    weighted_sum,
+)
+
+MakeDivergence: TypeAlias = Callable[[OpdOptions], Divergence]
+
+DIVERGENCES: Catalogue[MakeDivergence] = Catalogue("Divergences", "--opd-divergence")
+_PROOF = "test_divergences.py::test_the_terms_add_up_to_the_definitions"
+
+DIVERGENCES.register(
+    "reverse_kl",
+    lambda opd: reverse_kl,
+    title="reverse KL",
+    formula=r"$\mathrm{KL}(S \Vert T)$",
+    source="MiniLLM, arXiv 2306.08543",
+    proof=_PROOF,
+)
+DIVERGENCES.register(
+    "forward_kl",
+    lambda opd: forward_kl,
+    title="forward KL",
+    formula=r"$\mathrm{KL}(T \Vert S)$",
+    source="arXiv 1503.02531",
+    proof=_PROOF,
+)
+DIVERGENCES.register(
+    "jsd",
+    lambda opd: jensen_shannon(opd.opd_jsd_beta, scaled=opd.opd_jsd_scaled),
+    title="generalised Jensen-Shannon",
+    formula=r"$\beta\, \mathrm{KL}(T \Vert m) + (1-\beta)\, \mathrm{KL}(S \Vert m),\ m = \beta T + (1-\beta) S$",
+    source="GKD, arXiv 2306.13649",
+    proof=_PROOF,
+    more_flags="--opd-jsd-beta B [--opd-jsd-scaled]",
+)
+DIVERGENCES.register(
+    "skew_kl",
+    lambda opd: skew_kl(opd.opd_skew),
+    title="skew KL",
+    formula=r"$\mathrm{KL}(T \Vert \lambda T + (1-\lambda) S)$",
+    source="DistiLLM, arXiv 2402.03898",
+    proof=_PROOF,
+    more_flags="--opd-skew L",
+)
+DIVERGENCES.register(
+    "skew_reverse_kl",
+    lambda opd: skew_reverse_kl(opd.opd_skew),
+    title="skew reverse KL",
+    formula=r"$\mathrm{KL}(S \Vert (1-\lambda) T + \lambda S)$",
+    source="DistiLLM, arXiv 2402.03898",
+    proof=_PROOF,
+    more_flags="--opd-skew L",
+)
+DIVERGENCES.register(
+    "alpha",
+    lambda opd: alpha_divergence(opd.opd_alpha),
+    title="alpha divergence",
+    formula=r"$\frac{\sum T^\alpha S^{1-\alpha} - 1}{\alpha(\alpha-1)}$",
+    source="Amari, Differential-Geometrical Methods in Statistics, 1985",
+    proof=_PROOF,
+    more_flags="--opd-alpha A",
+)
+
+
+def chosen_divergence(opd: OpdOptions, rollout_id: int) -> Divergence:
+    """``(1 - w) D1 + w D2`` with ``w`` of :func:`mixing_weight`; ``D1`` alone without ``--opd-divergence-to``."""
+    first = DIVERGENCES[opd.opd_divergence](opd)
+    if opd.opd_divergence_to is None:
+        return first
+    weight = mixing_weight(opd, rollout_id)
+    return weighted_sum([(1.0 - weight, first), (weight, DIVERGENCES[opd.opd_divergence_to](opd))])
+
+
+def mixing_weight(opd: OpdOptions, rollout_id: int) -> float:
+    """Weight of ``--opd-divergence-to`` in rollout ``rollout_id`` (from 0).
+
+    ``--opd-divergence-mix`` (default 1), which ``--opd-divergence-schedule START:END`` reaches by a straight line.
+    """
+    final = 1.0 if opd.opd_divergence_mix is None else opd.opd_divergence_mix
+    if opd.opd_divergence_schedule is None:
+        return final
+    start, end = map(int, opd.opd_divergence_schedule.split(":"))
+    return final * min(max((rollout_id - start) / (end - start), 0.0), 1.0)
+
+
+def opd_coefficient(opd: OpdOptions, rollout_id: int) -> float:
+    """``--opd-kl-coef``, or where the line from it to ``--opd-kl-coef-end`` is in rollout ``rollout_id`` (from 0)."""
+    if opd.opd_kl_coef_end is None or opd.opd_kl_coef_rollouts is None:
+        return opd.opd_kl_coef
+    way = min(rollout_id / opd.opd_kl_coef_rollouts, 1.0)
+    return opd.opd_kl_coef + way * (opd.opd_kl_coef_end - opd.opd_kl_coef)

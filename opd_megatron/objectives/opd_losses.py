@@ -1,0 +1,146 @@
+"""The choices of ``--opd-loss``: what the teacher's scores of a position do to its advantage or its loss.
+
+Shape legend: ``N`` response positions of the micro-batch. Every form is without its coefficient: ``--opd-kl-coef`` and
+the weights of tokens are applied by its caller (:func:`~opd_megatron.objectives.losses.policy_objective`), so they
+mean the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from opd_megatron.config.options import OpdOptions
+from opd_megatron.objectives.catalogue import Catalogue
+from opd_megatron.objectives.kl import kl_loss
+from opd_megatron.objectives.log_probs import log_ratio
+from opd_megatron.objectives.opd import importance_weighted_term, sampled_term
+
+
+@dataclass(frozen=True)
+class OpdTerms:
+    """What a form of the distillation term sees; all ``[N]``.
+
+    ``log_probs_N`` carry the gradient; ``old_log_probs_N`` are detached, those of the weights that sampled.
+    ``scored_N`` (bool) says where the loss mask is 1 and the teacher's scores are valid: other positions may hold
+    anything. ``divergence_N`` carries a gradient and is there for ``distribution`` alone.
+    """
+
+    log_probs_N: Tensor
+    old_log_probs_N: Tensor
+    teacher_log_probs_N: Tensor
+    scored_N: Tensor
+    options: OpdOptions
+    baseline_N: Tensor | None = None
+    future_N: Tensor | None = None
+    divergence_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OpdEffect:
+    """What is added to the advantage (detached) or to the loss, ``[N]``, and metrics of the same shape."""
+
+    advantage_N: Tensor | None = None
+    loss_N: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+OpdLoss: TypeAlias = Callable[[OpdTerms], OpdEffect]
+
+OPD_LOSSES: Catalogue[OpdLoss] = Catalogue("Distillation terms", "--opd-loss")
+
+
+def sampled(terms: OpdTerms) -> OpdEffect:
+    """``-d`` of the sampled token in the advantage, with what ``--opd-kl-discount`` and ``--opd-baseline`` make of it.
+
+    See :func:`~opd_megatron.objectives.opd.sampled_term`. With ``--opd-importance`` it is a loss of its own instead:
+    :func:`~opd_megatron.objectives.opd.importance_weighted_term`.
+    """
+    limit = terms.options.opd_log_ratio_clip
+    metrics = {}
+    if limit is not None:
+        distance_N = log_ratio(terms.old_log_probs_N, terms.teacher_log_probs_N)
+        metrics["train/opd_clipfrac"] = torch.where(terms.scored_N, (distance_N.abs() > limit).float(), 0.0)
+    if terms.options.opd_importance:
+        loss_N = importance_weighted_term(
+            terms.log_probs_N, terms.old_log_probs_N, terms.teacher_log_probs_N, terms.scored_N, limit=limit
+        )
+        return OpdEffect(loss_N=loss_N, metrics=metrics)
+    advantage_N = sampled_term(
+        terms.old_log_probs_N,
+        terms.teacher_log_probs_N,
+        terms.scored_N,
+        baseline_N=terms.baseline_N,
+        limit=limit,
+        future_N=terms.future_N,
+    )
+    return OpdEffect(advantage_N=advantage_N, metrics=metrics)
+
+
+def distribution(terms: OpdTerms) -> OpdEffect:
+    """The divergence of the whole distributions at the position, as a loss with its own gradient.
+
+    No sampled token enters it, so it has no variance at a given prefix; the prefixes are held fixed. Raises
+    ``ValueError`` without ``divergence_N``.
+    """
+    if terms.divergence_N is None:
+        raise ValueError("--opd-loss distribution needs a divergence at each position")
+    loss_N = torch.where(terms.scored_N, terms.divergence_N, 0.0)
+    return OpdEffect(loss_N=loss_N, metrics={"train/opd_divergence": loss_N})
+
+
+def kl_estimator(terms: OpdTerms) -> OpdEffect:
+    """``--opd-kl-loss-type`` k1, k2 or k3 against the teacher as a loss, in the form whose gradient is KL(S||T)'s.
+
+    See :func:`~opd_megatron.objectives.kl.kl_loss`: as they stand, k1 would have expected gradient 0 and k3 that of
+    KL(T||S).
+    """
+    kept_N, old_N, teacher_N = (
+        torch.where(terms.scored_N, values_N, 0.0)
+        for values_N in (terms.log_probs_N, terms.old_log_probs_N, terms.teacher_log_probs_N)
+    )
+    return OpdEffect(loss_N=kl_loss(terms.options.opd_kl_loss_type, kept_N, teacher_N, old_N))
+
+
+OPD_LOSSES.register(
+    "sampled",
+    sampled,
+    title="OPD, sampled",
+    formula=r"$A \leftarrow A - c\,(d_t - b_t + \sum_{u>t} \gamma^{u-t} d_u)$",
+    source="arXiv 2306.13649; on-policy distillation, Thinking Machines Lab 2025",
+    proof="test_exact_gradients.py::test_opd_gradient_is_that_of_the_per_token_reverse_kl",
+)
+OPD_LOSSES.describe(
+    "OPD, discounted",
+    "--opd-kl-discount G",
+    formula=r"$\gamma = 1:\ \nabla\, \mathrm{KL}(S \Vert T) \text{ of whole responses}$",
+    source="policy gradient theorem",
+    proof="test_exact_gradients.py::test_future_distances_lead_from_the_per_token_kl_to_that_of_whole_responses",
+)
+OPD_LOSSES.describe(
+    "OPD, importance-weighted",
+    "--opd-importance",
+    formula=r"$\frac{S}{S_{\mathrm{old}}}\, \mathrm{sg}(\log S - \log T)$",
+    source="score-function estimator",
+    proof="test_exact_gradients.py::test_the_importance_weighted_term_has_the_gradient_of_the_current_students_kl",
+)
+OPD_LOSSES.register(
+    "distribution",
+    distribution,
+    title="OPD, whole distributions",
+    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$",
+    source="GKD, arXiv 2306.13649",
+    proof="test_opd_losses.py::test_the_distribution_form_has_the_expected_gradient_of_the_sampled_one",
+)
+OPD_LOSSES.register(
+    "kl_loss",
+    kl_estimator,
+    title="OPD, estimator as a loss",
+    formula=r"$c\, r\, k_1,\quad c\, \mathrm{sg}(r)\, k_2,\quad c\, r\, k_3$",
+    source="Schulman, Approximating KL divergence, 2020",
+    proof="test_opd_losses.py::test_the_estimators_have_the_gradient_of_the_reverse_kl",
+)

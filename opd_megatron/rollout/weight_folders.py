@@ -1,0 +1,45 @@
+"""Weights on their way to an engine: Hugging Face folders, of which the newest is kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+WriteFolder = Callable[[NamedTensors, Path], None]
+"""Writes a Hugging Face folder, which appears whole or not at all."""
+
+
+class WeightFolders:
+    """Folders ``weights_000001``, ... under ``root``, written by ``write``.
+
+    The newest one stays until the next is complete: an engine that is started again loads it.
+    """
+
+    def __init__(self, root: Path, write: WriteFolder) -> None:
+        self._root = root.resolve()
+        self._write = write
+        self._count = 0
+        self.newest: Path | None = None
+
+    def write(self, named_tensors: NamedTensors) -> Path:
+        """Write the next folder; what an earlier process left under its name goes."""
+        self._count += 1
+        folder = self._root / f"weights_{self._count:06d}"
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._write(named_tensors, folder)
+        before, self.newest = self.newest, folder
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
+        return folder
+
+    def remove(self) -> None:
+        """Remove the newest folder, too, and the root if it is empty."""
+        if self.newest is not None:
+            shutil.rmtree(self.newest, ignore_errors=True)
+            self.newest = None
+        if self._root.is_dir() and not any(self._root.iterdir()):
+            self._root.rmdir()

@@ -1,0 +1,57 @@
+"""The teachers behind servers that a run's options name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from opd_megatron.config.errors import refuse
+from opd_megatron.config.options import Options
+from opd_megatron.config.teachers_file import TeacherEntry, read_teachers
+from opd_megatron.teacher.routing import RoutedTeachers, check_routes
+from opd_megatron.teacher.sglang import SGLangTeacher
+
+
+def connect_teachers(options: Options, vocab_size: int) -> SGLangTeacher | RoutedTeachers:
+    """The teacher of ``--opd-teacher-url``, or those of ``--opd-teachers``; nothing is sent yet.
+
+    ``vocab_size`` is the student's. Raises :class:`UserError` where an address, a key or the file does not fit.
+    """
+    opd = options.opd
+
+    def connect(urls: tuple[str, ...], api_key_env: str | None, name: str | None = None) -> SGLangTeacher:
+        return SGLangTeacher(
+            urls,
+            name=name,
+            vocab_size=vocab_size,
+            max_in_flight=opd.opd_teacher_max_in_flight,
+            timeout=opd.opd_teacher_timeout,
+            max_retries=opd.opd_teacher_max_retries,
+            top_k=opd.opd_top_k or 0,
+            max_union_ids=opd.opd_max_union_ids,
+            api_key_env=api_key_env,
+        )
+
+    if opd.opd_teachers is None:
+        return connect(opd.opd_teacher_url, opd.opd_teacher_api_key_env)
+    teachers = {entry.name: connect(entry.urls, entry.api_key_env, entry.name) for entry in _entries(opd.opd_teachers)}
+    return RoutedTeachers(teachers, opd.opd_teacher_route_key)
+
+
+def check_prompt_routes(options: Options, metadata: Iterable[Mapping[str, Any]]) -> None:
+    """Raise :class:`UserError` if a prompt's ``metadata`` names no teacher of ``--opd-teachers``."""
+    opd = options.opd
+    if opd.opd_teachers is not None:
+        names = [entry.name for entry in _entries(opd.opd_teachers)]
+        check_routes(metadata, opd.opd_teacher_route_key, names, f"--prompt-data {options.data.prompt_data}")
+
+
+def servers_of(teacher: SGLangTeacher | RoutedTeachers) -> list[SGLangTeacher]:
+    """Each teacher alone, for questions that are asked of every one."""
+    return [teacher] if isinstance(teacher, SGLangTeacher) else list(teacher.teachers.values())
+
+
+def _entries(path: str) -> list[TeacherEntry]:
+    entries, faults = read_teachers(path)
+    refuse(faults)
+    return entries

@@ -1,0 +1,203 @@
+"""Servers of one teacher: which is asked next, which is left out for a while, which serves other weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from opd_megatron.http_client import MAX_PAUSE, HttpClient, HttpError, HttpFault, RetryPolicy
+from opd_megatron.teacher.in_flight import AdaptiveLimit
+from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Replica:
+    """One server and what is known about it."""
+
+    client: HttpClient
+    limit: AdaptiveLimit
+    in_flight: int = 0
+    """Samples that it has been asked for."""
+    failures: int = 0
+    """Attempts in a row, one after the other, in which it could not be reached."""
+    out_since: float = -float("inf")
+    out_until: float = -float("inf")
+    proven: bool = True
+    """Whether it is known to serve the teacher's weights; if not, it is asked before anything else is sent."""
+    refused: str | None = None
+    """Why it is not asked any more."""
+
+    @property
+    def largest_batch(self) -> int:
+        """Half the limit, so that the server works on one batch while the answer to another is sent and read."""
+        return max(1, (self.limit.value + 1) // 2)
+
+    def room(self, wanted: int) -> int:
+        """How many of ``wanted`` samples it may be sent at once, 0 for none at this moment."""
+        wanted = min(wanted, self.largest_batch)
+        if self.in_flight == 0:
+            return wanted
+        if self.failures or not self.proven:
+            return 0  # a single request finds out how it is
+        # Not less than wanted: a trickle of small requests would keep a long queue from forming large ones.
+        return wanted if self.in_flight + wanted <= self.limit.value else 0
+
+
+Proof = Callable[[Replica], Awaitable[None]]
+
+
+@dataclass(eq=False)
+class Replicas:
+    """Shares requests out among the servers of one teacher, within one event loop.
+
+    The server with the least in flight is asked first. One that cannot be reached is left out for a pause that doubles
+    with each attempt, and then tried with a single request. When the last one has been tried ``policy.max_retries``
+    times more without success, whoever waits fails with the last reason. ``prove`` is awaited before the first request
+    to a server whose weights are in doubt and raises :class:`TeacherFailure` if they are not the teacher's.
+    """
+
+    all: Sequence[Replica]
+    policy: RetryPolicy
+    prove: Proof
+    _last_error: HttpError | None = None
+    _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    _repeating: int = 0
+    saturated: bool = False
+
+    async def acquire_again(self, count: int) -> Replica:
+        """Like :meth:`acquire` for a request of ``count`` samples that is repeated; it goes before all that is new."""
+        self._repeating += 1
+        try:
+            return (await self._acquire(count, repeated=True))[0]
+        finally:
+            self._repeating -= 1
+            self._wake()
+
+    async def acquire(self, wanted: int) -> tuple[Replica, int]:
+        """Wait for a server with room, and reserve room there for as many of ``wanted`` samples as it may be sent.
+
+        Raises :class:`HttpError` if no server can be reached, and :class:`TeacherFailure` if none serves the teacher's
+        weights.
+        """
+        return await self._acquire(wanted, repeated=False)
+
+    async def _acquire(self, wanted: int, *, repeated: bool) -> tuple[Replica, int]:
+        while True:
+            usable = [replica for replica in self.all if replica.refused is None]
+            if not usable:
+                raise TeacherFailure(str(self.all[0].refused), FailureKind.CHANGED_MODEL)
+            now = time.monotonic()
+            waiting = [replica for replica in usable if now < replica.out_until]
+            if len(waiting) == len(usable) and self._is_dead(usable):
+                raise self._gone()
+            ready = [replica for replica in usable if now >= replica.out_until and replica.room(wanted)]
+            if ready and (repeated or not self._repeating):
+                chosen = min(ready, key=lambda replica: replica.in_flight / replica.limit.value)
+                count = wanted if repeated else chosen.room(wanted)
+                chosen.in_flight += count
+                return chosen, count
+            self.saturated = True
+            pause = min((replica.out_until - now for replica in waiting), default=None)
+            await self._change(pause)
+
+    def extend(self, replica: Replica, count: int) -> None:
+        """Change a reservation by ``count`` samples."""
+        replica.in_flight += count
+        if count < 0:
+            self._wake()
+
+    async def ask(self, replica: Replica, count: int, tokens: int, payload: Any, subject: str) -> Any:
+        """The answer to one attempt, whose reservation of ``count`` samples ends with it.
+
+        Raises :class:`HttpError`; it is transient where another server may do better.
+        """
+        sent_at = time.monotonic()
+        try:
+            if not replica.proven:
+                await self._prove(replica, subject)
+            sent_at = time.monotonic()
+            answer = await replica.client.attempt("POST", "/generate", payload, subject)
+        except HttpError as error:
+            if error.busy or error.fault is HttpFault.TIMEOUT:
+                replica.limit.overloaded(sent_at)
+            if error.fault in (HttpFault.CONNECTION, HttpFault.TIMEOUT):
+                self._leave_out(replica, sent_at, error)
+            raise
+        else:
+            replica.failures = 0
+            replica.limit.answered(count, tokens, full=self.saturated)
+            self.saturated = False
+            return answer
+        finally:
+            self.extend(replica, -count)
+
+    def refuse(self, replica: Replica, reason: str) -> None:
+        """Ask ``replica`` no more."""
+        if replica.refused is None:
+            logger.warning("%s; it is not asked any more", reason)
+        replica.refused = reason
+        self._wake()
+
+    async def _prove(self, replica: Replica, subject: str) -> None:
+        try:
+            await self.prove(replica)
+        except TeacherFailure as failure:
+            if failure.kind is FailureKind.CHANGED_MODEL:
+                self.refuse(replica, str(failure))
+            raise HttpError(
+                replica.client.server,
+                subject,
+                f"not sent, because of the known text before it: {failure}",
+                HttpFault.MALFORMED,
+                transient=True,
+                delivered=False,
+            ) from None
+        replica.proven = True
+        self._wake()
+
+    def _leave_out(self, replica: Replica, sent_at: float, error: HttpError) -> None:
+        self._last_error = error
+        if sent_at < replica.out_since:
+            return  # under way together with the failure that has been counted
+        replica.failures += 1
+        replica.proven = False
+        replica.out_since = time.monotonic()
+        pause = min(self.policy.backoff * 2.0 ** min(replica.failures - 1, 30), MAX_PAUSE)
+        replica.out_until = replica.out_since + pause
+        if len(self.all) > 1:
+            logger.warning("%s; left out for %.1f s", error, pause)
+
+    def _gone(self) -> HttpError:
+        """The last failure to reach a server, as one that another attempt does not mend."""
+        last = self._last_error
+        assert last is not None
+        reason = f"{last.reason} ({self.policy.max_retries + 1} attempts)"
+        return HttpError(last.server, last.subject, reason, last.fault, delivered=False)
+
+    def _is_dead(self, usable: Sequence[Replica]) -> bool:
+        return all(replica.failures > self.policy.max_retries for replica in usable)
+
+    async def _change(self, seconds: float | None) -> None:
+        """Wait until something may have become free, at most ``seconds``."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout(seconds):
+                await waiter
+        except TimeoutError:
+            pass
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)

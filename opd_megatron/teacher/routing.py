@@ -1,0 +1,101 @@
+"""Several teachers in one run: each sample goes to the one that its prompt's metadata names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.config.flags import spoken, suggestion
+from opd_megatron.http_client import blocking
+from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
+from opd_megatron.teacher.sglang import SGLangTeacher
+
+SHOWN = 3
+"""Unknown routes that a message names."""
+
+
+def check_routes(metadata: Iterable[Mapping[str, Any]], key: str, names: Sequence[str], source: str) -> None:
+    """Raise :class:`UserError` unless each prompt's ``metadata`` names one of the teachers ``names`` under ``key``.
+
+    ``source`` says in the message where the prompts come from.
+    """
+    unknown: dict[str, int] = {}
+    count = 0
+    for place, entry in enumerate(metadata, start=1):
+        route = entry.get(key)
+        if not isinstance(route, str) or route not in names:
+            unknown.setdefault("nothing" if route is None else repr(route), place)
+            count += 1
+    if unknown:
+        shown = ", ".join(f"{route} (prompt {place})" for route, place in list(unknown.items())[:SHOWN])
+        raise UserError(
+            f"{source}: the metadata field {key!r} of {count} prompts names none of the teachers {spoken(names)}: "
+            f"{shown}; correct the prompts, --opd-teachers or --opd-teacher-route-key"
+        )
+
+
+class RoutedTeachers:
+    """Teachers by name; the metadata field ``key`` of a sample names its own."""
+
+    def __init__(self, teachers: Mapping[str, SGLangTeacher], key: str) -> None:
+        self.teachers = dict(teachers)
+        self.name = ",".join(self.teachers)
+        self._key = key
+
+    def route(self, sample: Sample) -> SGLangTeacher:
+        """The teacher of ``sample``; raises :class:`TeacherFailure` where its metadata names none."""
+        route = sample.metadata.get(self._key)
+        teacher = self.teachers.get(route) if isinstance(route, str) else None
+        if teacher is None:
+            near = suggestion(str(route), self.teachers)
+            raise TeacherFailure(
+                f"sample {sample.index}: its metadata field {self._key!r} is {route!r}, which is no teacher "
+                f"of {spoken(self.teachers)}{near}",
+                FailureKind.UNSCORABLE,
+            )
+        return teacher
+
+    def score(self, samples: Sequence[Sample]) -> list[TeacherScores]:
+        """See :class:`~opd_megatron.teacher.protocol.Teacher`; an unknown route fails before anything is sent."""
+        for sample in samples:
+            self.route(sample).check(sample)
+
+        async def score_all() -> list[TeacherScores]:
+            tasks = [asyncio.ensure_future(self.score_one(sample)) for sample in samples]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self.aclose()
+
+        return blocking(score_all)
+
+    async def score_one(self, sample: Sample) -> TeacherScores:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        return await self.route(sample).score_one(sample)
+
+    def begin_step(self, deadline: float | None) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        for teacher in self.teachers.values():
+            teacher.begin_step(deadline)
+
+    def statistics(self) -> dict[str, float]:
+        """Sums over the teachers; see :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        total: Counter[str] = Counter()
+        for teacher in self.teachers.values():
+            total.update(teacher.statistics())
+        return {key: float(value) for key, value in total.items()}
+
+    def close(self) -> None:
+        """Nothing is open between calls from code that is not asynchronous; see :meth:`aclose`."""
+
+    async def aclose(self) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        for teacher in self.teachers.values():
+            await teacher.aclose()

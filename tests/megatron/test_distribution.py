@@ -1,0 +1,150 @@
+"""Distillation by whole distributions through the trainer: gradients against transformers in float64."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.sample import Sample, TeacherScores
+from tests.megatron.support import (
+    GRADIENT_FLAGS,
+    assert_same_tensors,
+    load_reference,
+    make_samples,
+    make_trainer,
+    reference_gradients,
+    reference_logits,
+    save_reference,
+    step_gradients,
+    tiny_config,
+)
+
+K = 5
+COEFFICIENT = 0.6
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config("llama", hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3)
+    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
+
+
+def distil(trainer: MegatronTrainer, samples: list[Sample]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and gradients of a step; which tokens the teacher scored stays as the samples say."""
+    scores = trainer.score("teacher", samples, keep_hidden=True)
+    for place, sample in enumerate(samples):
+        assert sample.teacher_scores is not None
+        sample.teacher_scores = TeacherScores(log_probs_T=scores[place], valid_T=sample.teacher_scores.valid_T)
+    return step_gradients(trainer, samples)
+
+
+def classes(student_TV: Tensor, teacher_TV: Tensor, support: str, tail: str) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the classes that are compared."""
+    if support == "full":
+        return student_TV, teacher_TV
+    ids_TK = (teacher_TV if support == "teacher_topk" else student_TV).topk(K).indices
+    found = []
+    for log_TV in (student_TV, teacher_TV):
+        listed_TK = log_TV.gather(1, ids_TK)
+        if tail == "renormalized":
+            found.append(listed_TK.log_softmax(-1))
+        else:
+            rest_TV = log_TV.scatter(1, ids_TK, -torch.inf)
+            found.append(torch.cat([listed_TK, rest_TV.logsumexp(-1, keepdim=True)], dim=1))
+    return found[0], found[1]
+
+
+def kl(left: Tensor, right: Tensor) -> Tensor:
+    return (left.exp() * (left - right)).sum(-1)
+
+
+def dense_loss(student: Any, teacher: Any, samples: list[Sample], flags: dict[str, Any]) -> Tensor:
+    """Reverse KL over the support, averaged over sequences of their token means, and the entropy-aware part."""
+    sequences = sum(bool(sample.loss_mask.any()) for sample in samples)
+    temperature = flags.get("opd_temperature", 1.0)
+    total = torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        if not sample.loss_mask.any() or sample.teacher_scores is None:
+            continue
+        student_TV = (reference_logits(student, sample).double() / temperature).log_softmax(-1)
+        with torch.no_grad():
+            teacher_TV = (reference_logits(teacher, sample).double() / temperature).log_softmax(-1)
+        pair = classes(student_TV, teacher_TV, flags.get("opd_support", "full"), flags.get("opd_tail", "bucket"))
+        value_T = kl(*pair)
+        if "opd_entropy_aware" in flags:
+            entropy_T = torch.special.entr(teacher_TV.exp()).sum(-1) / math.log(teacher_TV.shape[1])
+            value_T = value_T + flags["opd_entropy_aware"] * entropy_T * kl(pair[1], pair[0])
+        scored_T = torch.from_numpy(sample.loss_mask & sample.teacher_scores.valid_T)
+        total = total + COEFFICIENT * value_T[scored_T].sum() / (sequences * sample.loss_mask.sum())
+    return total
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"opd_temperature": 0.7},
+        {"opd_support": "teacher_topk", "opd_top_k": K},
+        {"opd_support": "teacher_topk", "opd_top_k": K, "opd_tail": "renormalized"},
+        {"opd_support": "student_topk", "opd_top_k": K},
+        {"opd_entropy_aware": 0.5},
+        {"opd_entropy_aware": 0.5, "opd_support": "student_topk", "opd_top_k": K},
+    ],
+    ids=lambda flags: " ".join(map(str, flags.values())) or "full",
+)
+def test_the_gradient_of_a_step_is_that_of_the_divergence(
+    folders: dict[str, Path], teacher_folder: Path, flags: dict[str, Any]
+) -> None:
+    trainer = make_trainer(
+        folders["qwen3"],
+        teacher=teacher_folder,
+        use_opd=True,
+        opd_loss="distribution",
+        opd_kl_coef=COEFFICIENT,
+        advantage_estimator="none",
+        **flags,
+        **GRADIENT_FLAGS,
+    )
+    samples = make_samples(3)
+    for sample in samples:
+        assert sample.advantages is not None
+        sample.advantages = 0 * sample.advantages
+    metrics, found = distil(trainer, samples)
+    student, teacher = load_reference(folders["qwen3"]), load_reference(teacher_folder)
+    loss = dense_loss(student, teacher, samples, flags)
+    expected = reference_gradients(student, loss)
+    assert metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same_tensors(found, {name: expected[name] for name in found}, 2e-5)
+
+
+def test_a_recorded_top_k_is_the_megatron_teacher_s(folders: dict[str, Path], teacher_folder: Path) -> None:
+    """What a server gives and what is made of the teacher's own hidden states have one gradient."""
+    flags: dict[str, Any] = {
+        "use_opd": True,
+        "opd_loss": "distribution",
+        "opd_support": "teacher_topk",
+        "opd_top_k": K,
+        **GRADIENT_FLAGS,
+    }
+    _, expected = distil(make_trainer(folders["qwen3"], teacher=teacher_folder, **flags), make_samples(3))
+    model, samples = load_reference(teacher_folder), make_samples(3)
+    for sample in samples:
+        assert sample.teacher_scores is not None
+        with torch.no_grad():
+            log_TV = reference_logits(model, sample).double().log_softmax(-1)
+        top = log_TV.topk(K)
+        sample.teacher_scores = TeacherScores(
+            log_probs_T=log_TV.gather(1, torch.from_numpy(sample.response_tokens)[:, None])[:, 0].numpy(),
+            valid_T=sample.teacher_scores.valid_T,
+            top_ids_TK=top.indices.numpy(),
+            top_log_probs_TK=top.values.numpy(),
+            tail_log_mass_T=log_TV.scatter(1, top.indices, -torch.inf).logsumexp(-1).numpy(),
+        )
+    _, found = step_gradients(make_trainer(folders["qwen3"], **flags), samples)
+    assert_same_tensors(found, expected, 2e-5)

@@ -1,0 +1,136 @@
+"""The forms of the distillation term by exact enumeration over a tiny vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd_megatron.config.options import OpdOptions
+from opd_megatron.objectives.distribution import DIVERGENCES, chosen_divergence, mixing_weight, opd_coefficient
+from opd_megatron.objectives.divergences import forward_kl, reverse_kl
+from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdTerms
+
+PREFIXES, V = 5, 6
+
+
+@pytest.fixture
+def logits_PV() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(PREFIXES, V, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+@pytest.fixture
+def teacher_PV() -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return (1.5 * torch.randn(PREFIXES, V, dtype=torch.float64, generator=generator)).log_softmax(-1)
+
+
+def reverse_kl_of(log_student_PV: Tensor, log_teacher_PV: Tensor) -> Tensor:
+    return (log_student_PV.exp() * (log_student_PV - log_teacher_PV)).sum()
+
+
+def expected_gradient(
+    logits_PV: Tensor, teacher_PV: Tensor, options: OpdOptions, old_PV: Tensor | None = None
+) -> Tensor:
+    """Gradient of the term's loss summed over every action of every prefix, weighted by the sampling law."""
+    log_PV = logits_PV.log_softmax(-1)
+    old_PV = log_PV.detach() if old_PV is None else old_PV
+    effect = OPD_LOSSES[options.opd_loss](
+        OpdTerms(
+            log_probs_N=log_PV.flatten(),
+            old_log_probs_N=old_PV.flatten(),
+            teacher_log_probs_N=teacher_PV.flatten(),
+            scored_N=torch.ones(PREFIXES * V, dtype=torch.bool),
+            options=options,
+        )
+    )
+    weights_N = old_PV.exp().flatten()
+    if effect.loss_N is None:
+        assert effect.advantage_N is not None
+        effect_N = -effect.advantage_N * (log_PV - old_PV).exp().flatten()
+    else:
+        effect_N = effect.loss_N
+    return torch.autograd.grad((weights_N * effect_N).sum(), logits_PV)[0]
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_estimators_have_the_gradient_of_the_reverse_kl(
+    logits_PV: Tensor, teacher_PV: Tensor, kind: str, on_policy: bool
+) -> None:
+    old_PV = None if on_policy else (logits_PV.detach() + 0.4 * torch.sin(torch.arange(V))).log_softmax(-1)
+    got = expected_gradient(logits_PV, teacher_PV, OpdOptions(opd_loss="kl_loss", opd_kl_loss_type=kind), old_PV)
+    exact = torch.autograd.grad(reverse_kl_of(logits_PV.log_softmax(-1), teacher_PV), logits_PV)[0]
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-12)
+
+
+def test_the_distribution_form_has_the_expected_gradient_of_the_sampled_one(
+    logits_PV: Tensor, teacher_PV: Tensor
+) -> None:
+    log_PV = logits_PV.log_softmax(-1)
+    terms = OpdTerms(
+        log_probs_N=log_PV[:, 0],
+        old_log_probs_N=log_PV[:, 0].detach(),
+        teacher_log_probs_N=teacher_PV[:, 0],
+        scored_N=torch.ones(PREFIXES, dtype=torch.bool),
+        options=OpdOptions(opd_loss="distribution"),
+        divergence_N=(log_PV.exp() * (log_PV - teacher_PV)).sum(-1),
+    )
+    loss_N = OPD_LOSSES["distribution"](terms).loss_N
+    assert loss_N is not None
+    (whole,) = torch.autograd.grad(loss_N.sum(), logits_PV)
+    sampled = expected_gradient(logits_PV, teacher_PV, OpdOptions())
+    torch.testing.assert_close(whole, sampled, rtol=0, atol=1e-12)
+
+
+def test_unscored_positions_of_a_distribution_are_nothing_even_where_they_are_nan() -> None:
+    divergence_N = torch.tensor([1.0, math.nan], requires_grad=True)
+    zeros_N = torch.zeros(2)
+    terms = OpdTerms(zeros_N, zeros_N, zeros_N, torch.tensor([True, False]), OpdOptions(), divergence_N=divergence_N)
+    loss_N = OPD_LOSSES["distribution"](terms).loss_N
+    assert loss_N is not None
+    assert loss_N.tolist() == [1.0, 0.0]
+    (gradient_N,) = torch.autograd.grad(loss_N.sum(), divergence_N)
+    assert gradient_N.tolist() == [1.0, 0.0]
+
+
+def test_the_clipped_share_is_reported() -> None:
+    log_probs_N, teacher_N = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-9.0, -1.5, -9.0])
+    scored_N = torch.tensor([True, True, False])
+    effect = OPD_LOSSES["sampled"](
+        OpdTerms(log_probs_N, log_probs_N, teacher_N, scored_N, OpdOptions(opd_log_ratio_clip=2.0))
+    )
+    assert effect.advantage_N is not None
+    assert effect.advantage_N.tolist() == [-2.0, -0.5, 0.0]
+    assert effect.metrics["train/opd_clipfrac"].tolist() == [1.0, 0.0, 0.0]
+
+
+def value(options: OpdOptions, rollout_id: int, student_PV: Tensor, teacher_PV: Tensor) -> Tensor:
+    return chosen_divergence(options, rollout_id)(student_PV, teacher_PV)[0].sum()
+
+
+def test_a_schedule_leads_from_one_divergence_to_the_other(logits_PV: Tensor, teacher_PV: Tensor) -> None:
+    student_PV = logits_PV.detach().log_softmax(-1)
+    forward, reverse = (kind(student_PV, teacher_PV)[0].sum() for kind in (forward_kl, reverse_kl))
+    options = OpdOptions(opd_divergence="forward_kl", opd_divergence_to="reverse_kl", opd_divergence_schedule="10:20")
+    assert [mixing_weight(options, rollout) for rollout in (0, 10, 15, 20, 99)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    for rollout, expected in ((0, forward), (15, (forward + reverse) / 2), (50, reverse)):
+        torch.testing.assert_close(value(options, rollout, student_PV, teacher_PV), expected)
+    mixed = OpdOptions(opd_divergence="forward_kl", opd_divergence_to="reverse_kl", opd_divergence_mix=0.25)
+    torch.testing.assert_close(value(mixed, 7, student_PV, teacher_PV), 0.75 * forward + 0.25 * reverse)
+
+
+def test_the_coefficient_moves_along_a_line() -> None:
+    options = OpdOptions(opd_kl_coef=2.0, opd_kl_coef_end=1.0, opd_kl_coef_rollouts=4)
+    assert [opd_coefficient(options, rollout) for rollout in (0, 1, 4, 9)] == [2.0, 1.75, 1.0, 1.0]
+    assert opd_coefficient(OpdOptions(opd_kl_coef=0.3), 5) == 0.3
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_every_divergence_can_be_chosen(name: str, logits_PV: Tensor, teacher_PV: Tensor) -> None:
+    found = value(OpdOptions(opd_divergence=name), 0, logits_PV.detach().log_softmax(-1), teacher_PV)
+    assert found > 0
+    assert value(OpdOptions(opd_divergence=name), 0, teacher_PV, teacher_PV).abs() < 1e-12

@@ -1,0 +1,52 @@
+"""The comparison of two scorers of one text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from opd_megatron.config.errors import RunError
+from opd_megatron.rollout.weight_check import PROBE_TOKENS, TOLERANCES, WeightCheck, probe_tokens
+
+GENERATOR = np.random.default_rng(3)
+FIRST = -GENERATOR.exponential(3.0, size=95)
+
+
+def moved(values: np.ndarray, size: float) -> np.ndarray:
+    return values + size * np.random.default_rng(4).standard_normal(len(values))
+
+
+def test_every_token_of_a_small_vocabulary_is_probed() -> None:
+    assert sorted(probe_tokens([], 18, 64).tolist()) == list(range(18))
+    tokens = probe_tokens([5] * 200, 1000, 4096)
+    assert tokens.tolist()[: PROBE_TOKENS // 2] == [5] * (PROBE_TOKENS // 2)
+    assert len(set(tokens.tolist()[PROBE_TOKENS // 2 :])) == len(tokens) - PROBE_TOKENS // 2 == PROBE_TOKENS // 2
+    assert len(probe_tokens([5, 6], 1000, 10)) == 10
+    assert probe_tokens([5000, 6], 1000, 10)[0] == 6
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_rounding_passes_and_the_step_after_it_too(dtype: str, noise: float) -> None:
+    check = WeightCheck(TOLERANCES[dtype])
+    for step in range(4):
+        trainer = moved(FIRST, 0.2 * step)
+        check.compare(moved(trainer, noise * (step - 1.5)), trainer, str(step), "server")
+    check.compare(moved(trainer, noise), trainer, "the same", "server")
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_an_engine_that_stands_still_is_found_below_the_tolerance(dtype: str, step: float) -> None:
+    check = WeightCheck(TOLERANCES[dtype])
+    check.compare(FIRST, FIRST, "1", "server")
+    check.compare(FIRST, moved(FIRST, 1e-3 * TOLERANCES[dtype].movement), "2", "server")
+    with pytest.raises(RunError, match=r"server: after the update to weights 3 it still speaks with weights 2"):
+        check.compare(FIRST, moved(FIRST, step), "3", "server")
+
+
+@pytest.mark.parametrize("value", [np.nan, -9.0])
+def test_a_gap_is_an_error_with_its_numbers(value: float) -> None:
+    engine = FIRST.copy()
+    engine[7] = value
+    pattern = "most at token 8" if np.isfinite(value) else "differ by nan"
+    with pytest.raises(RunError, match=pattern):
+        WeightCheck(TOLERANCES["float32"]).compare(engine, FIRST, "1", "server")

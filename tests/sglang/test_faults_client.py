@@ -1,0 +1,215 @@
+"""The teacher's client behind a proxy that misbehaves: the right scores, or a failure of the right kind and sample."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
+from opd_megatron.teacher.sglang import SGLangTeacher
+from tests.sglang import faults
+from tests.sglang.conftest import Served
+from tests.sglang.proxy import Fault, FaultProxy, Recording, always, at_random, in_turn, no_fault, whenever
+from tests.sglang.support import Outcome, assert_same_scores, mixed_samples, score_all
+
+pytestmark = pytest.mark.sglang
+Connect = Callable[..., SGLangTeacher]
+
+PASSING = [
+    faults.refused(),
+    faults.RESET,
+    faults.RESET_MIDWAY,
+    faults.CLOSED_MIDWAY,
+    faults.CUT,
+    faults.SILENT,
+    faults.SILENT_MIDWAY,
+    faults.UNAVAILABLE,
+    faults.BUSY,
+    faults.BUSY_FOR_A_WHILE,
+    *faults.ERROR_FORMS,
+]
+"""Faults that another attempt can find gone."""
+LASTING = [
+    (faults.RESET, FailureKind.CONNECTION),
+    (faults.CLOSED_MIDWAY, FailureKind.CONNECTION),
+    (faults.SILENT, FailureKind.TIMEOUT),
+    (faults.ERROR_FORMS[0], FailureKind.STATUS),
+    (faults.BUSY, FailureKind.STATUS),
+    (faults.status(400, {"error": {"message": "not so"}}), FailureKind.STATUS),
+    (faults.CUT, FailureKind.MALFORMED),
+]
+"""Faults of whole requests, and the kind of failure when they do not pass."""
+WITHIN = [
+    (faults.OTHER_ID, FailureKind.WRONG_IDS),
+    (faults.OTHER_FIRST_ID, FailureKind.WRONG_IDS),
+    (faults.SHORTER, FailureKind.WRONG_LENGTH),
+    (faults.LONGER, FailureKind.WRONG_LENGTH),
+    (faults.NAN, FailureKind.NOT_FINITE),
+    (faults.INFINITE, FailureKind.NOT_FINITE),
+    (faults.POSITIVE, FailureKind.NOT_FINITE),
+    (faults.NULL, FailureKind.NOT_FINITE),
+    (faults.TEXT, FailureKind.MALFORMED),
+    (faults.ABORTED, FailureKind.ABORTED),
+]
+"""Faults of one sample's part of an answer."""
+
+
+def named(value: object) -> str | None:
+    return value.name if isinstance(value, Fault) else None
+
+
+class Scorer:
+    """Scores the same samples through a proxy, from recorded answers; ``expected`` are the scores without faults."""
+
+    def __init__(self, served: Served, connect: Connect, **settings: Any) -> None:
+        self._served, self._connect, self._settings = served, connect, settings
+        self.samples = mixed_samples(served, 24)
+        self.recording = Recording()
+        self.expected = self.through(FaultProxy(served.server.url, recording=self.recording))
+
+    def through(self, proxy: FaultProxy, known: np.ndarray | None = None, **settings: Any) -> list[Outcome]:
+        """Scores of all samples, by a teacher that is held to its word about the tokens ``known``."""
+        with proxy:
+            teacher = self._connect(self._served, proxy.url, **self._settings, **settings)
+            if known is not None:
+                teacher.pin(known)
+            return score_all(teacher, self.samples)
+
+    def proxy(self, plan: Any) -> FaultProxy:
+        return FaultProxy(self._served.server.url, plan, self.recording)
+
+
+@pytest.fixture(scope="module")
+def make_scorer(qwen: Served) -> Callable[..., Scorer]:
+    def connect(served: Served, url: str, **settings: Any) -> SGLangTeacher:
+        defaults = {"vocab_size": served.vocab_size, "max_retries": 4, "backoff": 0.05, "timeout": 20.0}
+        return SGLangTeacher(url, **{**defaults, **settings})
+
+    return functools.cache(lambda **settings: Scorer(qwen, connect, **settings))
+
+
+@pytest.fixture(scope="module")
+def scorer(make_scorer: Callable[..., Scorer]) -> Scorer:
+    return make_scorer()
+
+
+def test_the_scores_without_faults_are_the_models(qwen: Served, scorer: Scorer) -> None:
+    for sample, scores in zip(scorer.samples, scorer.expected, strict=True):
+        assert isinstance(scores, TeacherScores)
+        expected = qwen.log_probs(sample.tokens)[len(sample.tokens) - 1 - sample.response_length :]
+        np.testing.assert_allclose(scores.log_probs_T, expected, atol=1e-4)
+        assert scores.valid_T.all()
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=named)
+def test_a_passing_fault_leaves_no_trace_in_the_scores(scorer: Scorer, fault: Fault) -> None:
+    proxy = scorer.proxy(in_turn(fault, None, fault))
+    silent = fault in (faults.SILENT, faults.SILENT_MIDWAY)
+    found = scorer.through(proxy, **({"timeout": 1.0} if silent else {}))
+    assert_same_scores(found, scorer.expected)
+    assert proxy.injected[fault.name] >= 1
+    assert scorer.recording.misses == sum(sample.response_length > 0 for sample in scorer.samples)
+
+
+@pytest.mark.parametrize(("fault", "kind"), LASTING, ids=named)
+def test_a_lasting_fault_fails_every_sample_that_was_asked_for(scorer: Scorer, fault: Fault, kind: FailureKind) -> None:
+    proxy = scorer.proxy(always(fault))
+    found = scorer.through(proxy, max_retries=1, timeout=0.5)
+    for sample, outcome in zip(scorer.samples, found, strict=True):
+        if sample.response_length:
+            assert isinstance(outcome, TeacherFailure)
+            assert outcome.kind == kind
+            assert proxy.url in str(outcome)
+            assert f"sample {sample.index} " in str(outcome)
+        else:
+            assert isinstance(outcome, TeacherScores)
+        assert sample.teacher_scores is None
+
+
+def victim(scorer: Scorer) -> Sample:
+    return max(scorer.samples, key=lambda sample: sample.response_length)
+
+
+def is_victim(scorer: Scorer) -> Callable[[dict[str, Any]], bool]:
+    tokens = victim(scorer).tokens.tolist()
+    return lambda element: bool(element["input_ids"] == tokens)
+
+
+def assert_only_the_victim_failed(scorer: Scorer, found: list[Outcome], kind: FailureKind) -> None:
+    place = scorer.samples.index(victim(scorer))
+    failure = found[place]
+    assert isinstance(failure, TeacherFailure)
+    assert failure.kind == kind
+    assert f"sample {victim(scorer).index} " in str(failure)
+    others = [index for index in range(len(found)) if index != place]
+    assert_same_scores([found[index] for index in others], [scorer.expected[index] for index in others])
+
+
+@pytest.mark.parametrize(("fault", "kind"), WITHIN, ids=named)
+def test_a_wrong_part_of_an_answer_is_repeated_or_fails_its_sample_alone(
+    scorer: Scorer, fault: Fault, kind: FailureKind
+) -> None:
+    lasting = faults.only_for(fault, is_victim(scorer))
+    found = scorer.through(scorer.proxy(always(lasting)))
+    assert_only_the_victim_failed(scorer, found, kind)
+
+
+@pytest.mark.parametrize("fault", [fault for fault, _ in WITHIN], ids=named)
+def test_a_wrong_answer_to_one_sample_is_asked_for_again(scorer: Scorer, fault: faults.Altered) -> None:
+    proxy = scorer.proxy(in_turn(fault, fault))
+    assert_same_scores(scorer.through(proxy, max_in_flight=1), scorer.expected)
+    assert proxy.injected[fault.name] == 2
+
+
+@pytest.mark.parametrize(("fault", "kind"), [LASTING[0], LASTING[3], LASTING[5], LASTING[6]], ids=named)
+def test_a_sample_that_spoils_its_requests_takes_no_neighbour_with_it(
+    scorer: Scorer, fault: Fault, kind: FailureKind
+) -> None:
+    found = scorer.through(scorer.proxy(whenever(is_victim(scorer), fault)), max_retries=1)
+    assert_only_the_victim_failed(scorer, found, kind)
+
+
+@pytest.mark.parametrize("fault", [faults.SWAPPED, faults.LOST], ids=named)
+def test_an_answer_with_other_samples_than_asked_for_is_never_taken(scorer: Scorer, fault: Fault) -> None:
+    for outcome, expected in zip(
+        scorer.through(scorer.proxy(always(fault)), max_retries=0), scorer.expected, strict=True
+    ):
+        if isinstance(outcome, TeacherScores):
+            assert_same_scores([outcome], [expected])
+        else:
+            assert outcome.kind in (FailureKind.WRONG_IDS, FailureKind.WRONG_LENGTH, FailureKind.MALFORMED)
+    assert_same_scores(scorer.through(scorer.proxy(no_fault)), scorer.expected)
+
+
+@pytest.mark.parametrize("fault", faults.TOP_K_FAULTS, ids=named)
+def test_a_wrong_top_k_list_fails_its_sample_alone(make_scorer: Callable[..., Scorer], fault: Fault) -> None:
+    scorer = make_scorer(top_k=4)
+    lasting = faults.only_for(fault, is_victim(scorer))
+    outcome = scorer.through(scorer.proxy(always(lasting)))[scorer.samples.index(victim(scorer))]
+    assert isinstance(outcome, TeacherFailure)
+    assert_only_the_victim_failed(scorer, scorer.through(scorer.proxy(always(lasting))), outcome.kind)
+    assert outcome.kind in (FailureKind.TOP_K, FailureKind.WRONG_LENGTH, FailureKind.NOT_FINITE)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_under_random_faults_every_sample_is_scored_and_rightly(make_scorer: Callable[..., Scorer], seed: int) -> None:
+    scorer = make_scorer(top_k=4)
+    plan = at_random([fault for fault in PASSING if "silent" not in fault.name], 0.3, seed)
+    proxy = scorer.proxy(plan)
+    assert_same_scores(scorer.through(proxy, max_retries=12, timeout=2.0, max_in_flight=4), scorer.expected)
+
+
+def test_another_weight_version_ends_the_trust_in_the_server(scorer: Scorer) -> None:
+    plan = always(faults.only_for(faults.OTHER_VERSION, is_victim(scorer)))
+    found = scorer.through(scorer.proxy(plan), known=np.arange(8))
+    for index, outcome in enumerate(found):
+        if isinstance(outcome, TeacherFailure):
+            assert outcome.kind == FailureKind.CHANGED_MODEL
+        else:
+            assert scorer.samples[index] is not victim(scorer)
+            assert_same_scores([outcome], [scorer.expected[index]])

@@ -1,0 +1,72 @@
+"""Which teacher a sample goes to, before anything is sent."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opd_megatron.config.errors import UserError
+from opd_megatron.sample import Sample
+from opd_megatron.system import free_port
+from opd_megatron.teacher.protocol import FailureKind, StreamingTeacher, TeacherFailure
+from opd_megatron.teacher.routing import RoutedTeachers, check_routes
+from opd_megatron.teacher.sglang import SGLangTeacher
+
+
+def sample(index: int, length: int = 2, **metadata: Any) -> Sample:
+    tokens = np.ones(length, dtype=np.int64)
+    return Sample(index, 0, "", prompt_tokens=np.array([1]), response_tokens=tokens, metadata=metadata)
+
+
+@pytest.fixture
+def routed() -> RoutedTeachers:
+    """Two teachers whose servers do not exist, of vocabularies of 5 and 10 tokens."""
+    sizes = {"math": 5, "code": 10}
+    url = f"http://127.0.0.1:{free_port()}"
+    teachers = {name: SGLangTeacher(url, name=name, vocab_size=size, max_retries=0) for name, size in sizes.items()}
+    return RoutedTeachers(teachers, "teacher")
+
+
+def test_the_metadata_names_the_teacher(routed: RoutedTeachers) -> None:
+    empty = [sample(0, 0, teacher="code"), sample(1, 0, teacher="math")]
+    assert [scores.teacher for scores in routed.score(empty)] == ["code", "math"]
+
+
+@pytest.mark.parametrize("metadata", [{}, {"teacher": "maths"}, {"teacher": ["math"]}, {"other": "math"}])
+def test_an_unknown_route_fails_before_anything_is_sent(routed: RoutedTeachers, metadata: dict[str, Any]) -> None:
+    with pytest.raises(
+        TeacherFailure, match=r"sample 1: its metadata field 'teacher' is .*, which is no teacher of"
+    ) as one:
+        routed.score([sample(0, teacher="math"), sample(1, **metadata)])
+    assert one.value.kind == FailureKind.UNSCORABLE
+    assert routed.statistics()["requests"] == 0
+
+    streaming: StreamingTeacher = routed
+    with pytest.raises(TeacherFailure, match="which is no teacher of math or code"):
+        asyncio.run(streaming.score_one(sample(1, **metadata)))
+
+
+def test_failures_name_the_teacher_and_are_counted(routed: RoutedTeachers) -> None:
+    async def ask() -> list[Any]:
+        both = [sample(0, teacher="math"), sample(1, teacher="code")]
+        found = await asyncio.gather(*map(routed.score_one, both), return_exceptions=True)
+        await routed.aclose()
+        return found
+
+    assert [failure.kind for failure in asyncio.run(ask())] == [FailureKind.CONNECTION] * 2
+    counted = routed.statistics()
+    assert (counted["samples"], counted["requests"], counted["failed_connection"]) == (2, 2, 2)
+
+
+def test_prompts_of_an_unknown_route_are_refused_with_their_places() -> None:
+    check_routes([{"teacher": "math"}, {"teacher": "code"}], "teacher", ["math", "code"], "--prompt-data p")
+    metadata: list[dict[str, Any]] = [{"teacher": "math"}, {}, {"teacher": "maths"}, {}, {"teacher": 7}]
+    with pytest.raises(UserError) as caught:
+        check_routes(metadata, "teacher", ["math", "code"], "--prompt-data p")
+    assert str(caught.value).startswith(
+        "--prompt-data p: the metadata field 'teacher' of 4 prompts names none of the teachers math or code: "
+        "nothing (prompt 2), 'maths' (prompt 3), 7 (prompt 5); "
+    )
