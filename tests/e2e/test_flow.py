@@ -98,7 +98,12 @@ def test_recorded_failures_train_as_they_did(student: Path, teacher: Path, promp
     rows[0]["teacher_scores"] |= {"log_probs_T": [float("nan")] * length, "valid_T": [False] * length}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (line,) = run_training(
-        student, prompts, tmp_path / "two", **common, prompt_data=None, load_debug_rollout_data=pattern
+        student,
+        prompts,
+        tmp_path / "two",
+        **(common | {"opd_teacher_load": None}),
+        prompt_data=None,
+        load_debug_rollout_data=pattern,
     )
     assert line["opd/teacher_failed_frac"] == 1 / 8
     assert 0 < line["opd/scored_frac"] < 1

@@ -10,6 +10,7 @@ from opd_megatron.config.options import ObjectiveOptions
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.opd import clip_distance, reverse_kl_statistics, sampled_term
+from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.objectives.weights import scored_opd_weights, token_loss_weights
 
 KEYS = {
@@ -145,6 +146,10 @@ def test_lengths_are_checked() -> None:
         reverse_kl_statistics([two, two], [two], [two, two])
 
 
+def sequences_of_lengths(lengths: list[int]) -> Sequences:
+    return Sequences(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), len(lengths))
+
+
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_a_masked_term_is_the_scored_sum_times_n_over_n_scored(per_token: bool, micro_batch: int) -> None:
@@ -168,6 +173,7 @@ def test_a_masked_term_is_the_scored_sum_times_n_over_n_scored(per_token: bool, 
             advantages_N=torch.zeros_like(log_probs_N),
             loss_weights_N=torch.cat(weights[here]).double(),
             loss_mask_N=torch.cat(masks[here]),
+            sequences=sequences_of_lengths(lengths[here]),
             teacher_log_probs_N=torch.cat(answers),
             teacher_valid_N=torch.cat(valid),
             opd_weights_N=torch.cat(opd_weights[here]).double(),
