@@ -2,8 +2,8 @@
 
     python benchmarks/flow_overhead.py --prompts 256 --copies 8
 
-Prints the fastest and the median of the repetitions for the ways a rollout can take, on the clock and in CPU time, which
-depends less on what else the machine does.
+Prints the fastest and the median of the repetitions for the ways a rollout can take, on the clock and in CPU time,
+which depends less on what else the machine does.
 """
 
 from __future__ import annotations
