@@ -3,8 +3,8 @@
     python -m benchmarks.teacher_client --sglang-python .venv-sglang/bin/python     # 4 minutes
 
 The script posts the same samples in batches and turns each answer into arrays; it knows neither faults nor retries.
-Several numbers of posts and of threads are tried, and the fastest takes turns with the client. The server's prefix cache
-is emptied before each turn. Prints requests per second of both, the median of the turns' ratios, and the largest
+Several numbers of posts and of threads are tried, and the fastest takes turns with the client. The server's prefix
+cache is emptied before each turn. Prints requests per second of both, the median of the turns' ratios, and the largest
 difference of the scores from transformers. A short run of the training loop, whose student samples more slowly than the
 teacher scores, then gives the share of a step that waits for the teacher alone.
 """
