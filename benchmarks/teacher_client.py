@@ -3,10 +3,10 @@
     python -m benchmarks.teacher_client --sglang-python .venv-sglang/bin/python     # 4 minutes
 
 The script posts the same samples in batches and turns each answer into arrays; it knows neither faults nor retries.
-Several sizes, forms of the answer and numbers of threads are tried, and the fastest takes turns with the client. The
-server's prefix cache is emptied before each turn. Prints requests per second of both, the median of the turns' ratios,
-and the largest difference of the scores from transformers. A short run of the training loop then gives the share of a
-step in which the loop waits for the teacher alone.
+Several numbers of posts and of threads are tried, and the fastest takes turns with the client. The server's prefix
+cache is emptied before each turn. Prints requests per second of both, the median of the turns' ratios, and the largest
+difference of the scores from transformers. A short run of the training loop, whose student samples more slowly than the
+teacher scores, then gives the share of a step that waits for the teacher alone.
 """
 
 from __future__ import annotations
@@ -42,13 +42,7 @@ from tests.sglang.served import make_model, served
 
 REPOSITORY = Path(__file__).parents[1]
 TIMEOUT = 120.0
-FORMS: dict[str, dict[str, bool]] = {
-    "nested": {},
-    "flat": {"return_flat_raw_top_logprobs": True},
-    "flat base64": {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True},
-}
-"""The forms in which the server gives its most probable tokens."""
-WAYS = [(1, 1), (2, 1), (2, 2), (4, 2)]
+WAYS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2)]
 """Numbers of posts and of threads that are tried for the script."""
 
 
@@ -57,11 +51,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sglang-python", default=".venv-sglang/bin/python", help="interpreter of SGLang's environment"
     )
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=256, help="of each sample, a quarter of them its prompt")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--top-k", type=int, nargs="+", default=[0, 64])
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--rollouts", type=int, default=6, help="of the training loop (0: leave it out)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     return parser.parse_args(argv)
@@ -84,13 +78,11 @@ class Script:
 
     url: str
     top_k: int
-    form: str
     parts: int
     threads: int
 
     def __str__(self) -> str:
-        form = f", {self.form} top-{self.top_k}" if self.top_k else ""
-        return f"{self.parts} posts from {self.threads} threads{form}"
+        return f"{self.parts} posts from {self.threads} threads"
 
     def run(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         chunks = [list(chunk) for chunk in np.array_split(np.arange(len(samples)), self.parts)]
@@ -109,9 +101,10 @@ class Script:
             "sampling_params": {"temperature": 0, "max_new_tokens": 0},
             "return_logprob": True,
             "logprob_start_len": [len(sample.prompt_tokens) - 1 for sample in samples],
-            "top_logprobs_num": self.top_k,
-            **FORMS[self.form],
         }
+        if self.top_k:
+            payload |= {"top_logprobs_num": self.top_k}
+            payload |= dict.fromkeys(("return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64"), True)
         response = session.post(self.url + "/generate", data=orjson.dumps(payload), timeout=TIMEOUT)
         response.raise_for_status()
         found = []
@@ -119,31 +112,18 @@ class Script:
             meta = answer["meta_info"]
             found.append(np.array([entry[0] for entry in meta["input_token_logprobs"][1:]], dtype=np.float32))
             if self.top_k:
-                read_top_k(meta, self.form)
+                read_top_k(meta)
         return found
 
 
-def read_top_k(meta: dict[str, Any], form: str) -> tuple[np.ndarray, np.ndarray]:
-    """The top-k log-probabilities and ids ``[T, K]`` of one answer."""
-    if form == "nested":
-        rows = meta["input_top_logprobs"][1:]
-        return (
-            np.array([[item[0] for item in row] for row in rows], dtype=np.float32),
-            np.array([[item[1] for item in row] for row in rows], dtype=np.int32),
-        )
-    shape = meta["input_top_logprobs_shape"]
+def read_top_k(meta: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The top-k log-probabilities and ids ``[T, K]`` of one answer, in the form that is read fastest."""
     values, ids = (
-        meta[f"input_top_logprobs_{name}_flat" + ("_b64" if "64" in form else "")] for name in ("val", "idx")
+        np.frombuffer(binascii.a2b_base64(meta[f"input_top_logprobs_{name}_flat_b64"]), dtype)
+        for name, dtype in (("val", "<f4"), ("idx", "<i4"))
     )
-    if form == "flat":
-        return np.array(values, np.float32).reshape(shape), np.array(ids, np.int32).reshape(shape)
-    values, ids = (np.frombuffer(binascii.a2b_base64(text), dtype) for text, dtype in ((values, "<f4"), (ids, "<i4")))
+    shape = meta["input_top_logprobs_shape"]
     return values.reshape(shape), ids.reshape(shape)
-
-
-def candidates(url: str, top_k: int) -> list[Script]:
-    forms = list(FORMS) if top_k else ["nested"]
-    return [Script(url, top_k, form, parts, threads) for form in forms for parts, threads in WAYS]
 
 
 class Client:
@@ -179,7 +159,7 @@ def compare(url: str, model: Any, arguments: argparse.Namespace, top_k: int) -> 
     def samples(seed: int) -> list[Sample]:
         return make_samples(arguments.samples, arguments.tokens, vocab_size, seed)
 
-    tried = candidates(url, top_k)
+    tried = [Script(url, top_k, parts, threads) for parts, threads in WAYS]
     tried[0].run(samples(0))
     seconds = {script: min(timed(url, script.run, samples(seed))[0] for seed in (1, 2)) for script in tried}
     script = min(seconds, key=lambda candidate: seconds[candidate])
@@ -223,15 +203,15 @@ def largest_difference(model: Any, samples: Sequence[Sample], scores: Sequence[T
 
 def waiting_share(url: str, folder: Path, rollouts: int) -> dict[str, float]:
     """Share of the step that the loop waits for the teacher; the first step, which opens connections, is left out."""
-    student = make_model(folder / "student", vocab_size=0, hidden=96, layers=2, seed=1)
+    student = make_model(folder / "student", vocab_size=0, hidden=256, layers=8, seed=1)
     prompts = folder / "prompts.jsonl"
     problems = sample_problems(256, 3, held_out=False)
     rows = [json.dumps({"prompt": problem.prompt(), "label": problem.answer()}) for problem in problems]
     prompts.write_text("\n".join(rows) + "\n", encoding="utf-8")
     argv = ["--use-opd", "--opd-type", "sglang", "--opd-teacher-url", url, "--advantage-estimator", "none"]
     argv += ["--hf-checkpoint", str(student), "--prompt-data", str(prompts), "--run-dir", str(folder / "run")]
-    argv += ["--rollout-batch-size", "128", "--n-samples-per-prompt", "1", "--micro-batch-size", "128"]
-    argv += ["--rollout-max-response-len", "44", "--num-rollout", str(rollouts), "--rm-type", "zero", "--lr", "1e-3"]
+    argv += ["--rollout-batch-size", "64", "--n-samples-per-prompt", "1", "--micro-batch-size", "64"]
+    argv += ["--rollout-max-response-len", "128", "--num-rollout", str(rollouts), "--rm-type", "zero", "--lr", "1e-3"]
     train.main([*argv, "--no-tensorboard"])
     lines = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if line["step"] > 1]
     return {

@@ -64,8 +64,8 @@ def sequences_of(samples: Iterable[int]) -> Sequences:
 def select(inputs: PolicyInputs, samples: list[int]) -> PolicyInputs:
     """The micro-batch of these samples."""
     positions_N = positions_of(samples)
-    tensors = [item.name for item in fields(inputs) if item.name != "sequences"]
-    chosen = {name: getattr(inputs, name)[positions_N] for name in tensors}
+    given_ones = {item.name: getattr(inputs, item.name) for item in fields(inputs) if item.name != "sequences"}
+    chosen = {name: values_N[positions_N] for name, values_N in given_ones.items() if values_N is not None}
     return replace(inputs, sequences=sequences_of(samples), **chosen)
 
 

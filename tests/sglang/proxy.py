@@ -143,13 +143,7 @@ class Exchange:
         await response.write(answer.body[: len(answer.body) // 2])
 
     async def reset(self) -> web.StreamResponse:
-        """Break the connection as a dying machine does: with a TCP reset, whatever is still on its way."""
-        transport = self.request.transport
-        assert transport is not None
-        connection = transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()
-        return await self.never()
+        return await reset(self.request)
 
     async def hang_up(self) -> web.StreamResponse:
         """Close the connection after what has been sent."""
@@ -158,9 +152,23 @@ class Exchange:
         return await self.never()
 
     async def never(self) -> web.StreamResponse:
-        """Wait until the client or the proxy is gone, which cancels this."""
-        await asyncio.Event().wait()
-        raise AssertionError
+        return await never()
+
+
+async def reset(request: web.Request) -> web.StreamResponse:
+    """Break the connection as a dying machine does: with a TCP reset, whatever is still on its way."""
+    transport = request.transport
+    if transport is not None:
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        transport.abort()
+    return await never()
+
+
+async def never() -> web.StreamResponse:
+    """Wait until the client or the proxy is gone, which cancels this."""
+    await asyncio.Event().wait()
+    raise AssertionError
 
 
 @dataclass
@@ -274,6 +282,12 @@ class FaultProxy:
         await self._session.close()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return await self._respond(request)
+        except aiohttp.ClientError:
+            return await reset(request)
+
+    async def _respond(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         if request.path != GENERATE:
             answer = await self.answer(request, None)
@@ -291,8 +305,6 @@ class FaultProxy:
                 return exchange.send(await exchange.answer())
             self.injected[fault.name] += 1
             return await fault.run(exchange)
-        except aiohttp.ClientError:
-            return await exchange.reset()
         finally:
             self.open_requests -= 1
             self._open_samples -= len(asked.elements)

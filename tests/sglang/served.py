@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +42,11 @@ def make_model(folder: Path, *, vocab_size: int, hidden: int, layers: int, seed:
 
 @contextlib.contextmanager
 def served(python: str, model: Path, log: Path) -> Iterator[str]:
-    """The address of a server of ``model``, started by the interpreter of the SGLang environment."""
+    """The address of a server of ``model``, started by the interpreter of the SGLang environment.
+
+    It ends with the block, also when this process is told to stop.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     command = [python, str(LAUNCHER), "--model-path", str(model), "--port", "{port}"]
     with local_server(command, log_path=log) as server:
         yield server.url

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from opd_megatron.sample import Sample, TeacherScores
-from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
+from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 from tests.sglang import faults
 from tests.sglang.conftest import Served
@@ -253,3 +253,17 @@ def test_no_more_is_in_flight_than_allowed(scorer: Scorer) -> None:
         found = score_all(scorer.connect(proxy.url, max_in_flight=6), scorer.samples)
         assert proxy.most_open_samples <= 6
     assert_same_scores(found, scorer.expected, atol=1e-4)
+
+
+def test_scoring_in_one_call_stops_at_the_first_failure(scorer: Scorer) -> None:
+    samples = [sample for sample in mixed_samples(scorer.served, 240) if sample.response_length]
+    spoilt = samples[5].tokens.tolist()
+    not_so = faults.status(400, {"error": {"message": "not so"}})
+    plan = whenever(lambda element: bool(element["input_ids"] == spoilt), not_so)
+    with FaultProxy(scorer.served.server.url, plan) as proxy:
+        teacher = scorer.connect(proxy.url, max_in_flight=4)
+        with pytest.raises(TeacherError, match=rf"sample {samples[5].index} .*HTTP 400: not so"):
+            teacher.score(samples)
+        wait_until(lambda: proxy.open_requests == 0)
+        assert sum(len(asked.elements) for asked in proxy.asked) < len(samples) / 2
+        assert len(teacher.score(samples[:2])) == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import concurrent.futures
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.sample import TeacherScores
 from opd_megatron.servers import LocalServer, start_server
 from opd_megatron.system import free_port
+from opd_megatron.teacher.preflight import Student
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
@@ -33,16 +34,25 @@ class Second(Served):
     def __init__(self, folder: Path) -> None:
         tokenizer = make_qwen(folder, seed=5)
         self._folder, self._port = folder, free_port()
-        super().__init__(self._start(), folder, tokenizer)
+        # A server dies with the thread that started it: this one lives until the end.
+        self._starter = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="second server")
+        super().__init__(self._starter.submit(self._start).result(), folder, tokenizer)
         self.server.wait_until_healthy(START_LIMIT)
 
     def _start(self) -> LocalServer:
         return start_server(server_command(self._folder), log_path=self._folder / "server.log", port=self._port)
 
-    def restart(self) -> None:
-        """Kill every process of the server and start another, without waiting for it."""
+    def _replace(self) -> None:
         self.server.kill()
         self.server = self._start()
+
+    def restart(self) -> None:
+        """Kill every process of the server and start another, without waiting for either."""
+        self._starter.submit(self._replace)
+
+    def end(self) -> None:
+        self._starter.submit(lambda: self.server.end()).result()
+        self._starter.shutdown()
 
     def load(self, folder: Path, **label: str) -> None:
         answer = requests.post(
@@ -55,13 +65,13 @@ class Second(Served):
 def second(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Second]:
     served = Second(tmp_path_factory.mktemp("second"))
     yield served
-    served.server.end()
+    served.end()
 
 
 def test_a_replica_with_other_weights_is_refused(qwen: Served, second: Second, connect: Connect) -> None:
     teacher = connect(qwen, [qwen.server.url, second.server.url])
     with pytest.raises(UserError, match="weights") as caught:
-        preflight_sglang(teacher, qwen.tokenizer)
+        preflight_sglang(teacher, Student(qwen.tokenizer))
     assert qwen.server.url in str(caught.value)
     assert second.server.url in str(caught.value)
 
@@ -90,7 +100,7 @@ def test_a_replica_that_dies_is_left_out_and_one_that_returns_is_used(qwen: Serv
 def test_other_weights_in_the_middle_fail_what_comes_after(qwen: Served, second: Second, connect: Connect) -> None:
     samples = mixed_samples(second, 12)
     teacher = connect(second)
-    preflight_sglang(teacher, second.tokenizer)
+    preflight_sglang(teacher, Student(second.tokenizer))
     before = score_all(teacher, samples)
     second.load(qwen.folder, weight_version="2")
     try:
@@ -128,7 +138,7 @@ def test_a_run_outlives_a_server_that_is_killed_and_comes_back(second: Second, t
             before = len(seen)
             note(asked)
             if before < half <= len(seen):
-                threading.Thread(target=second.restart).start()
+                second.restart()
 
         proxy.plan = kill_in_the_middle
         found = losses("disturbed", proxy.url)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,6 @@ RANDOM_FAULTS = [
 SPOILT = faults.status(500, {"error": {"message": "this one cannot be scored"}})
 
 
-def is_spoilt(element: dict[str, Any]) -> bool:
-    """One sample of a rollout in about six, always the same ones, and none of the preflight's texts."""
-    ids = element["input_ids"]
-    return element["logprob_start_len"] == PROMPT - 1 and sum(ids) % 6 == 1
-
-
 class Training:
     """Runs of the same student behind proxies; teacher answers are recorded, so that all of them hear the same."""
 
@@ -45,6 +41,23 @@ class Training:
         self.student = make_model(folder / "student", seed=1)
         self.prompts = write_prompts(folder / "prompts.jsonl", 60, seed=3)
         self.recording = Recording()
+        rows = [json.loads(line) for line in self.prompts.read_text(encoding="utf-8").splitlines()]
+        self._prompts = {tuple(served.tokenizer(row["prompt"]).input_ids) for row in rows}
+
+    def is_of_a_rollout(self, element: dict[str, Any]) -> bool:
+        """Whether a sample of this payload begins with a prompt; the preflight's do not."""
+        return tuple(element["input_ids"][: element["logprob_start_len"] + 1]) in self._prompts
+
+    def is_spoilt(self, element: dict[str, Any]) -> bool:
+        """True for one sample of the rollouts in about six, always the same ones."""
+        return self.is_of_a_rollout(element) and sum(element["input_ids"]) % 6 == 1
+
+    def spoilt(self, samples: list[Sample]) -> list[Sample]:
+        payloads = [
+            {"input_ids": sample.tokens.tolist(), "logprob_start_len": len(sample.prompt_tokens) - 1}
+            for sample in samples
+        ]
+        return [sample for sample, payload in zip(samples, payloads, strict=True) if self.is_spoilt(payload)]
 
     def options(self, url: str, **more: Any) -> dict[str, Any]:
         return {
@@ -62,19 +75,20 @@ class Training:
         }
 
     def run(self, name: str, plan: Plan = no_fault, recorded: bool = True, **more: Any) -> list[dict[str, Any]]:
-        """The metrics of a run that ends well."""
+        """The metrics of a run that ends well and leaves neither a request nor a process behind."""
+        before = children()
         with FaultProxy(self.served.server.url, plan, self.recording if recorded else None) as proxy:
             more["save_debug_rollout_data"] = self.folder / (name + "_{rollout_id}.jsonl")
             metrics = run_training(self.student, self.prompts, self.folder / name, **self.options(proxy.url, **more))
             assert proxy.open_requests == 0
         assert plan is no_fault or proxy.injected
+        assert children() <= before
         return metrics
 
     def at_random(self, probability: float, seed: int) -> Plan:
-        """Random faults of the requests that the undisturbed run's rollouts made; the preflight has none."""
-        asked = {tuple(sample.tokens) for rollout in self.samples("undisturbed") for sample in rollout}
+        """Random faults of the rollouts' requests; the preflight, which the user sees, has none."""
         plan = at_random(RANDOM_FAULTS, probability, seed)
-        return lambda request: plan(request) if tuple(request.elements[0]["input_ids"]) in asked else None
+        return lambda asked: plan(asked) if self.is_of_a_rollout(asked.elements[0]) else None
 
     def samples(self, name: str) -> list[list[Sample]]:
         return [list(read_samples(self.folder / f"{name}_{number}.jsonl")) for number in range(ROLLOUTS)]
@@ -118,14 +132,14 @@ def test_with_new_answers_the_loss_is_the_same_within_rounding(
 def test_masked_samples_keep_their_reward_and_leave_the_distillation(training: Training) -> None:
     metrics = training.run(
         "masked",
-        whenever(is_spoilt, SPOILT),
+        whenever(training.is_spoilt, SPOILT),
         opd_on_teacher_failure="mask",
         opd_max_failed_frac=0.6,
         opd_teacher_max_retries=0,
     )
     failed = 0
     for line, samples in zip(metrics, training.samples("masked"), strict=True):
-        masked = [sample for sample in samples if is_spoilt({"input_ids": sample.tokens.tolist()})]
+        masked = training.spoilt(samples)
         failed += len(masked)
         for sample in samples:
             assert sample.reward is not None
@@ -141,14 +155,14 @@ def test_masked_samples_keep_their_reward_and_leave_the_distillation(training: T
 def test_dropped_samples_are_replaced(training: Training) -> None:
     metrics = training.run(
         "dropped",
-        whenever(is_spoilt, SPOILT),
+        whenever(training.is_spoilt, SPOILT),
         opd_on_teacher_failure="drop",
         opd_max_failed_frac=1.0,
         opd_teacher_max_retries=0,
     )
     for samples in training.samples("dropped"):
         assert len(samples) == SAMPLES
-        assert not any(is_spoilt({"input_ids": sample.tokens.tolist()}) for sample in samples)
+        assert not training.spoilt(samples)
         assert all(sample.teacher_scores is not None and sample.teacher_scores.valid_T.all() for sample in samples)
     assert sum(line["opd/teacher_failed_frac"] for line in metrics) > 0
 
@@ -167,7 +181,7 @@ def test_what_cannot_go_on_is_saved_and_ends_with_one_line(
     """The teacher fails in the second rollout; what the first one learned is in the checkpoint."""
     folder = training.folder / f"stopped by {len(policy)}"
     first = {tuple(sample.tokens) for sample in training.samples("undisturbed")[0]}
-    plan = whenever(lambda element: is_spoilt(element) and tuple(element["input_ids"]) not in first, SPOILT)
+    plan = whenever(lambda element: training.is_spoilt(element) and tuple(element["input_ids"]) not in first, SPOILT)
     with FaultProxy(training.served.server.url, plan, training.recording) as proxy:
         options = training.options(proxy.url, **policy, opd_teacher_max_retries=0)
         assert run_cli(train.main, base_arguments(training.student, training.prompts, folder, **options)) == 1
@@ -180,13 +194,10 @@ def test_what_cannot_go_on_is_saved_and_ends_with_one_line(
     assert saved == [line["step"] for line in read_metrics(folder / "metrics.jsonl")][-1:]
 
 
-def test_the_runs_leave_no_process_behind(training: Training, undisturbed: list[dict[str, Any]]) -> None:
-    before = children()
-    training.run("again", training.at_random(0.3, seed=4))
-    assert children() <= before
-
-
 def children() -> set[int]:
     """Processes that this one started and that still are."""
-    tasks = Path(f"/proc/{os.getpid()}/task")
-    return {int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
