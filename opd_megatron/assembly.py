@@ -239,12 +239,17 @@ def _teacher(
 def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None) -> bool:
     if not isinstance(teacher, MegatronTeacher):
         return False
-    possible = teacher_architecture(options).vocab_size == student_architecture(options).vocab_size
+    sizes = teacher_architecture(options).vocab_size, student_architecture(options).vocab_size
+    possible = sizes[0] == sizes[1]
+    if (options.opd.opd_top_k or 0) > min(sizes):
+        raise UserError(f"--opd-top-k {options.opd.opd_top_k} is more than the {min(sizes)} tokens of the vocabulary")
     if not possible and needs_teacher_hidden(options):
         flag = f"--opd-baseline {options.opd.opd_baseline}"
         if options.opd.opd_loss == "distribution":
             flag = "--opd-loss distribution"
-        raise UserError(f"{flag} needs a teacher with the student's vocabulary size")
+        raise UserError(
+            f"{flag} needs a teacher with the student's vocabulary size: it has {sizes[0]}, the student {sizes[1]}"
+        )
     if not possible and options.opd.opd_exact_kl_interval:
         logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
     return possible

@@ -274,7 +274,7 @@ class HttpClient:
             raise failure(reason, HttpFault.STATUS, status=status, transient=transient, pause=pause)
         try:
             return _loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise failure(f"the answer is not JSON ({error})", HttpFault.MALFORMED, transient=True) from None
 
     async def aclose(self) -> None:

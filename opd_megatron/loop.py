@@ -12,12 +12,13 @@ from typing import Any
 
 from opd_megatron import steps
 from opd_megatron.assembly import Parts, assemble, preflight
+from opd_megatron.cluster.group import TrainerError
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.dump import dump_yaml
-from opd_megatron.config.errors import refuse
+from opd_megatron.config.errors import RunError, refuse
 from opd_megatron.config.options import Options
 from opd_megatron.config.validate_paths import earlier_run_faults
-from opd_megatron.flow import FilterError, scores_later
+from opd_megatron.flow import scores_later
 from opd_megatron.flow.clock import teacher_wait
 from opd_megatron.interrupt import Interrupt, resume_command, unwinding_at_sigterm
 from opd_megatron.observe.log import configure_logging
@@ -25,10 +26,8 @@ from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
 from opd_megatron.observe.progress import Progress
 from opd_megatron.observe.run_folder import RunFolder
-from opd_megatron.reward import RewardError
 from opd_megatron.run_lock import run_lock
 from opd_megatron.sample import Sample
-from opd_megatron.teacher.protocol import TeacherError
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +88,7 @@ def train(
             with progress.phase("rollout"):
                 samples = steps.make_samples(parts, rollout_id, found)
                 steps.compare_greedily(parts, samples, rollout_id, found)
+                steps.rest_engine(parts, found)
             if scores_later(parts.teacher):
                 with progress.phase("teacher"):
                     steps.teach(parts, samples, rollout_id)
@@ -130,8 +130,8 @@ def saved_before(parts: Parts, rollouts: int) -> Iterator[None]:
     position = parts.prompts.state_dict() if parts.prompts is not None else None
     try:
         yield
-    except (FilterError, RewardError, TeacherError):
-        if rollouts > 0:
+    except RunError as error:
+        if rollouts > 0 and not isinstance(error, TrainerError):
             if parts.prompts is not None and position is not None:
                 parts.prompts.load_state_dict(position)
             if rollouts not in inspect_checkpoint(parts.options.save_folder).steps:

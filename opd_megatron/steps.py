@@ -66,8 +66,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         sync_weights(parts, str(rollout_id))
         rollout = parts.flow.make(rollout_id)
         samples = rollout.samples
-        metrics |= rollout.metrics | parts.engine.metrics()
-        parts.engine.rest()
+        metrics |= rollout.metrics
     metrics |= rollout_metrics(samples)
     if options.objective.loss_type != "sft_loss":
         metrics |= _reward_metrics(samples)
@@ -118,6 +117,9 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
     scored = scores.log_probs_T[scores.valid_T]
     if np.isnan(scored).any() or (scored > 1e-3).any():
         return "the teacher's scores are no log-probabilities"
+    top = scores.top_ids_TK
+    if options.opd.opd_loss == "distribution" and (top is None or top.shape[1] != options.opd.opd_top_k):
+        return f"the teacher's scores do not hold the {options.opd.opd_top_k} most probable tokens of each position"
     wanted = options.rollout.rollout_temperature
     if scores.temperature != wanted and not options.opd.opd_allow_sampling_mismatch:
         return f"the teacher scored at temperature {scores.temperature:g}, --rollout-temperature is {wanted:g}"
@@ -155,6 +157,13 @@ def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, m
         for sample in samples:
             sample.greedy_reward = rewards[sample.group_index]
     metrics["reward/greedy_mean"] = float(np.mean([sample.greedy_reward for sample in samples]))
+
+
+def rest_engine(parts: Parts, metrics: dict[str, float]) -> None:
+    """Let the engine give its memory back until it is needed again, and report on it."""
+    if parts.flow is not None and parts.engine is not None:
+        metrics |= parts.engine.metrics()
+        parts.engine.rest()
 
 
 def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:

@@ -9,11 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from opd_megatron.config.errors import RunError
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.frozen import ModelName
 from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec, TrainResult, peak_memory_bytes
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.sample import Sample
+
+
+class TrainerError(RunError):
+    """A rank of the trainer failed; the message names it and its error."""
 
 
 class TrainerGroup(Protocol):

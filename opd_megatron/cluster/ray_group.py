@@ -13,8 +13,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from opd_megatron.cluster.group import merge_arrays, merge_results
-from opd_megatron.config.errors import RunError, UserError
+from opd_megatron.cluster.group import TrainerError, merge_arrays, merge_results
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.distributed import Rendezvous
@@ -25,10 +25,6 @@ from opd_megatron.sample import Sample
 from opd_megatron.system import free_port
 
 PLACEMENT_SECONDS = 120.0
-
-
-class TrainerError(RunError):
-    """A rank of the trainer failed; the message names it and its error."""
 
 
 class Place(NamedTuple):

@@ -77,6 +77,10 @@ def _load_yaml(text: str) -> tuple[Mapping[str, Any], str]:
 
     try:
         content = yaml.load(text, Loader=Loader)
+    except yaml.MarkedYAMLError as error:  # its own text quotes the line, which may hold a password
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        return {}, f"is not YAML ({' '.join(str(error.problem).split())}{where})"
     except (yaml.YAMLError, ValueError) as error:
         return {}, f"is not YAML ({' '.join(str(error).split())})"
     if content is None:

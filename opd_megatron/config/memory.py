@@ -18,6 +18,7 @@ from opd_megatron.config.resolve import (
     has_megatron_teacher,
     has_own_layout,
     needs_reference,
+    needs_teacher_hidden,
     teacher_folder,
     teacher_parallel,
 )
@@ -234,9 +235,9 @@ def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
 
 
 def keeps_hidden_rows(options: Options) -> bool:
-    """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the baseline."""
-    opd = options.opd
-    return has_megatron_teacher(options) and (opd.opd_exact_kl_interval > 0 or opd.opd_baseline != "none")
+    """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the term itself."""
+    measured = has_megatron_teacher(options) and options.opd.opd_exact_kl_interval > 0
+    return measured or needs_teacher_hidden(options)
 
 
 def rollout_bytes(options: Options, student: ModelArchitecture) -> int:

@@ -67,9 +67,7 @@ def needs_old_log_probs(options: Options) -> bool:
 def needs_teacher_hidden(options: Options) -> bool:
     """Whether every rollout is trained with the hidden states of a Megatron teacher."""
     opd = options.opd
-    if not opd.use_opd or opd.opd_type != "megatron":
-        return False
-    return opd.opd_baseline != "none" or opd.opd_loss == "distribution"
+    return has_megatron_teacher(options) and (opd.opd_baseline != "none" or opd.opd_loss == "distribution")
 
 
 def reference_folder(options: Options) -> Path | None:

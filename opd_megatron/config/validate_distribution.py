@@ -18,6 +18,7 @@ _OF_FORM = {
         "opd_skew",
         "opd_alpha",
         "opd_support",
+        "opd_top_k",
         "opd_tail",
         "opd_temperature",
         "opd_entropy_aware",
@@ -95,6 +96,8 @@ def _support_faults(options: Options, opd: OpdOptions) -> Iterator[str]:
             yield "--opd-tail has no effect with --opd-support full, which leaves no token out"
     elif opd.opd_top_k is None:
         yield f"--opd-support {opd.opd_support} needs --opd-top-k: say how many tokens"
+    elif opd.opd_top_k == 1 and opd.opd_tail == "renormalized":
+        yield "--opd-tail renormalized needs an --opd-top-k of at least 2: one token has probability 1 on both sides"
     if opd.opd_support == "student_topk" and opd.opd_type == "sglang":
         yield "--opd-support student_topk needs --opd-type megatron: use teacher_topk with a server"
     if opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is not None:

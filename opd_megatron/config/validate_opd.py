@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from opd_megatron.config.options import OpdOptions, Options
-from opd_megatron.config.resolve import has_megatron_teacher
+from opd_megatron.config.resolve import has_megatron_teacher, needs_teacher_hidden
 from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_distribution import distribution_faults
 
@@ -97,7 +97,8 @@ def _megatron_faults(options: Options) -> list[str]:
     baseline = options.opd.opd_baseline
     if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
         faults.append(f"--opd-baseline {baseline} needs the teacher itself: recorded rollouts hold its scores only")
-    if "opd_teacher_hidden_dtype" in options.given and baseline == "none" and not options.opd.opd_exact_kl_interval:
+    unused = not needs_teacher_hidden(options) and not options.opd.opd_exact_kl_interval
+    if "opd_teacher_hidden_dtype" in options.given and unused:
         faults.append(
             "--opd-teacher-hidden-dtype has no effect: --opd-exact-kl-interval 0 and --opd-baseline none keep no "
             "hidden states: leave it out"

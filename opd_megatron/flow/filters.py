@@ -17,7 +17,7 @@ GroupFilter = Callable[[Sequence[Sample]], bool]
 
 
 class FilterError(RunError):
-    """A dynamic filter dropped more groups than the run allows."""
+    """A dynamic filter dropped more groups than the run allows, or failed."""
 
 
 def unequal_rewards(samples: Sequence[Sample]) -> bool:
@@ -41,9 +41,12 @@ def build_filter(options: RolloutOptions) -> GroupFilter | None:
         raise UserError(f"--dynamic-filter-path {path}: an async function cannot be a filter: make it a plain one")
 
     def keep(samples: Sequence[Sample]) -> bool:
-        verdict = function(list(samples))
+        try:
+            verdict = function(list(samples))
+        except Exception as error:
+            raise FilterError(f"--dynamic-filter-path {path}: {type(error).__name__}: {error}") from error
         if not isinstance(verdict, (bool, np.bool_)):
-            raise UserError(f"--dynamic-filter-path {path}: returned {verdict!r}, not True (keep) or False (drop)")
+            raise FilterError(f"--dynamic-filter-path {path}: returned {verdict!r}, not True (keep) or False (drop)")
         return bool(verdict)
 
     return keep

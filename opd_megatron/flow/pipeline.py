@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from opd_megatron.config.errors import RunError
 from opd_megatron.flow.clock import StageClock
 from opd_megatron.flow.failures import FailureCount, FailurePolicy
 from opd_megatron.flow.filters import FilterError, GroupFilter
@@ -140,12 +141,24 @@ class _Making:
             raise first from first.__cause__
         finally:
             watch.cancel()
+        self._check_complete()
         samples = [sample for group in self._kept() for sample in sorted(group.ready, key=lambda sample: sample.index)]
         complete_masked(samples)
         metrics = {"rollout/filtered_groups": float(self.filtered), **self.clock.metrics()}
         if self.stages.teacher is not None:
             metrics |= self.failures.metrics()
         return Rollout(samples, metrics)
+
+    def _check_complete(self) -> None:
+        """Raise ``RunError`` if a stage let a sample go: a task that is cancelled from within ends without an error."""
+        scored = self.stages.teacher is not None
+        for group in self._kept():
+            unscored = scored and any(sample.teacher_scores is None for sample in group.ready)
+            if len(group.ready) != self.stages.copies or unscored:
+                raise RunError(
+                    f"rollout {self.rollout_id} lost a sample: a reward, a teacher or a generate function was "
+                    "cancelled from within"
+                )
 
     def _kept(self) -> list[_Group]:
         return [group for group in self.groups if not group.dropped]

@@ -40,9 +40,12 @@ class Record(NamedTuple):
         """Only some of the tokens."""
         return Record(*(values.index_select(0, places_M) for values in self))
 
-    def entropy(self) -> Tensor:
-        """``[N]`` in nats, of the K+1 classes."""
-        logs_NX = torch.cat([self.log_probs_NK, self.tail_log_mass_N[:, None]], dim=1)
+    def entropy(self, *, renormalized: bool) -> Tensor:
+        """``[N]`` in nats, of the K+1 classes, or of the K alone, rescaled."""
+        if renormalized:
+            logs_NX = self.log_probs_NK.log_softmax(-1)
+        else:
+            logs_NX = torch.cat([self.log_probs_NK, self.tail_log_mass_N[:, None]], dim=1)
         return torch.special.entr(logs_NX.exp()).sum(-1)
 
 
@@ -94,6 +97,6 @@ class DistributionTerm:
     def _teacher_entropy(self, teacher: Side | Record) -> Tensor:
         """``[M]`` in nats; of a record that of its classes."""
         if isinstance(teacher, Record):
-            return teacher.entropy()
+            return teacher.entropy(renormalized=self.options.opd_tail == "renormalized")
         no_ids_M0 = torch.zeros((len(teacher.rows_Nh), 0), dtype=torch.int64, device=teacher.rows_Nh.device)
         return selected_log_probs(*teacher, no_ids_M0, **self.head)[2]

@@ -200,8 +200,10 @@ class LossInputs:
         )
 
     def exact_statistics(self) -> Statistics:
-        """``opd/reverse_kl_exact``, the mean over trained tokens, where the teacher's hidden rows were kept."""
-        if self.exact_moments is None:
+        """``opd/reverse_kl_exact``, the mean over trained tokens, in the rollouts that measure it."""
+        opd = self.options.opd
+        due = opd.opd_exact_kl_interval > 0 and self.rollout_id % opd.opd_exact_kl_interval == 0
+        if not (due or opd.opd_baseline != "none") or self.exact_moments is None:
             return {}
         exact_kl_N, mask_N = self.exact_moments[0], self.loss_mask_N
         return {"opd/reverse_kl_exact": torch.stack([exact_kl_N[mask_N].double().sum(), mask_N.sum().double()])}

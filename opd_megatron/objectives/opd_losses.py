@@ -140,7 +140,7 @@ OPD_LOSSES.register(
     "kl_loss",
     kl_estimator,
     title="OPD, estimator as a loss",
-    formula=r"$c\, r\, k_1,\quad c\, \mathrm{sg}(r)\, k_2,\quad c\, r\, k_3$",
+    formula=r"$c\, \rho\, k_1,\quad c\, \mathrm{sg}(\rho)\, k_2,\quad c\, \rho\, k_3$",
     source="Schulman, Approximating KL divergence, 2020",
     proof="test_opd_losses.py::test_the_estimators_have_the_gradient_of_the_reverse_kl",
 )

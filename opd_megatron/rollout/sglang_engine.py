@@ -248,6 +248,13 @@ class SGLangEngine:
         try:
             await server.load(self._folders.newest, self._label)
         except HttpError as error:
+            if server.lost:
+                return  # still gone; it is tried again with the next weights
+            if not server.is_ours:
+                server.lost = True
+                logger.error("%s does not answer any more and is left out: %s", server.name, error)
+                self._least_busy()
+                return
             if not server.has_ended:
                 raise
             await self._mend(server, server.epoch, error)
@@ -255,6 +262,8 @@ class SGLangEngine:
 
     async def _prove(self, server: SGLangServer, version: str) -> None:
         assert self._expected is not None
+        if server.lost:
+            return
         scores = await server.score(self._probe, self._next_id(), self._model.vocab_size)
         server.check.compare(scores, self._expected, version, server.name)
 

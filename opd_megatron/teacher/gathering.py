@@ -119,6 +119,10 @@ class Gatherer:
 
         def ended(task: asyncio.Task[None]) -> None:
             self._requests.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                for question in batch:  # whoever waits must hear of a fault that nobody foresaw
+                    if not question.answer.done():
+                        question.answer.set_exception(error)
             if held:  # cancelled before it began
                 self.replicas.extend(held.pop(), -len(batch))
 

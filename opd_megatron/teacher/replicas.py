@@ -158,6 +158,10 @@ class Replicas:
     async def _prove(self, replica: Replica, subject: str) -> None:
         try:
             await self.prove(replica)
+        except HttpError as error:
+            failed = error.about(subject)
+            failed.delivered = False  # the known text is no sample's fault
+            raise failed from None
         except TeacherFailure as failure:
             if failure.kind is FailureKind.CHANGED_MODEL:
                 self.refuse(replica, str(failure))

@@ -124,13 +124,13 @@ def _log_probs(values: np.ndarray, key: str) -> np.ndarray:
     """``values`` (objects of any shape) as float64; raises :class:`AnswerError` unless they are log-probabilities."""
     try:
         log_probs = values.astype(np.float64)
-        if values.size and np.array(values.tolist()).dtype.kind not in "fi":
+        if not set(map(type, values.flat)) <= {int, float}:
             raise ValueError("not all are numbers")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if any(value is None for value in values.flat):
             raise AnswerError(FailureKind.NOT_FINITE, f"None is not a log-probability ({key})") from None
         raise AnswerError(FailureKind.MALFORMED, f"{key} is not a list of [log_prob, id, text] ({error})") from None
-    bad = ~(log_probs <= LARGEST_LOG_PROB) | np.isneginf(log_probs)
+    bad = ~(log_probs <= LARGEST_LOG_PROB) | (log_probs < np.finfo(np.float32).min)
     if bad.any():
         raise AnswerError(FailureKind.NOT_FINITE, f"{values[bad][0]} is not a log-probability ({key})")
     return log_probs
