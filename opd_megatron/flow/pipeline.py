@@ -64,7 +64,7 @@ class Stages:
     most_open: int = MOST_OPEN
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # asyncio prints a task's result when it restores Ctrl-C's handler
 class Rollout:
     """The samples in the trainer's order, and metrics of how they were made."""
 

@@ -31,7 +31,7 @@ class Prompts:
 
 @dataclass
 class Source:
-    """Finishes the samples in the order of their delays, in turns of the event loop."""
+    """Finishes the samples in the order of their delays; those of one delay in a burst."""
 
     copies: int
     delay: Delay = lambda sample: 0.0
@@ -49,7 +49,8 @@ class Source:
         try:
             clock = 0.0
             for sample in sorted(samples, key=lambda sample: (self.delay(sample), sample.index)):
-                await asyncio.sleep(self.delay(sample) - clock)
+                if self.delay(sample) > clock:
+                    await asyncio.sleep(self.delay(sample) - clock)
                 clock = self.delay(sample)
                 length = 1 + sample.index % 3
                 sample.response_tokens = np.full(length, 3)
