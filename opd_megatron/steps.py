@@ -14,6 +14,7 @@ from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
+    measures_exact_kl,
     needs_old_log_probs,
     needs_reference,
     needs_teacher_hidden,
@@ -170,8 +171,7 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
     """Attach the scores of a teacher that takes whole rollouts. Evaluation never comes here."""
     assert parts.teacher is not None
     if isinstance(parts.teacher, MegatronTeacher):
-        opd = parts.options.opd
-        measured = opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
+        measured = measures_exact_kl(parts.options.opd, rollout_id)
         parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
     for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
         sample.teacher_scores = scores

@@ -17,7 +17,7 @@ from opd_megatron.config.architecture import (
 )
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint, resolve_step
 from opd_megatron.config.errors import UserError
-from opd_megatron.config.options import Options, ParallelOptions
+from opd_megatron.config.options import OpdOptions, Options, ParallelOptions
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ def needs_old_log_probs(options: Options) -> bool:
     """
     discounted = options.opd.use_opd and options.opd.opd_kl_discount > 0
     return options.steps_per_rollout > 1 or options.objective.kl_coef > 0 or discounted
+
+
+def measures_exact_kl(opd: OpdOptions, rollout_id: int) -> bool:
+    """Whether ``--opd-exact-kl-interval`` names rollout ``rollout_id`` (from 0)."""
+    return opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
 
 
 def needs_teacher_hidden(options: Options) -> bool:

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import measures_exact_kl
 from opd_megatron.megatron.distribution import DistributionTerm, Record, Side
 from opd_megatron.megatron.forward import head_log_probs
 from opd_megatron.megatron.micro_batch import MicroBatch
@@ -129,7 +130,7 @@ class LossInputs:
             return None
         return _required(self._of_teacher(lambda scores: scores.log_probs_T), "teacher scores")
 
-    @property
+    @cached_property
     def teacher_valid_N(self) -> Tensor | None:
         if not self.options.opd.use_opd:
             return None
@@ -165,9 +166,14 @@ class LossInputs:
         scored_N = self.loss_mask_N if self.teacher_valid_N is None else self.loss_mask_N & self.teacher_valid_N
         return term(Side(self.rows_Nh, self.student.head_weight()), self._teacher_side(), scored_N)
 
+    @cached_property
+    def _teacher_hidden(self) -> Side | None:
+        """Hidden rows and output weight of the teacher on the device; None where they were not kept."""
+        return None if self._step.teacher_rows is None else Side(*self._step.teacher_rows.of(self.batch))
+
     def _teacher_side(self) -> Side | Record:
-        if self._step.teacher_rows is not None:
-            return Side(*self._step.teacher_rows.of(self.batch))
+        if self._teacher_hidden is not None:
+            return self._teacher_hidden
         record = [
             self._of_teacher(read)
             for read in (lambda s: s.top_ids_TK, lambda s: s.top_log_probs_TK, lambda s: s.tail_log_mass_T)
@@ -186,14 +192,12 @@ class LossInputs:
 
         None where the teacher's hidden rows were not kept.
         """
-        if self._step.teacher_rows is None:
+        if self._teacher_hidden is None:
             return None
-        teacher_rows_Nh, teacher_weight = self._step.teacher_rows.of(self.batch)
         return kl_and_baseline(
             self.rows_Nh.detach(),
             self.student.head_weight(),
-            teacher_rows_Nh,
-            teacher_weight,
+            *self._teacher_hidden,
             temperature=self.options.rollout.rollout_temperature,
             vocab_size=self.student.architecture.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
@@ -201,9 +205,8 @@ class LossInputs:
 
     def exact_statistics(self) -> Statistics:
         """``opd/reverse_kl_exact``, the mean over trained tokens, in the rollouts that measure it."""
-        opd = self.options.opd
-        due = opd.opd_exact_kl_interval > 0 and self.rollout_id % opd.opd_exact_kl_interval == 0
-        if not (due or opd.opd_baseline != "none") or self.exact_moments is None:
+        due = measures_exact_kl(self.options.opd, self.rollout_id) or self.options.opd.opd_baseline != "none"
+        if not due or self.exact_moments is None:
             return {}
         exact_kl_N, mask_N = self.exact_moments[0], self.loss_mask_N
         return {"opd/reverse_kl_exact": torch.stack([exact_kl_N[mask_N].double().sum(), mask_N.sum().double()])}

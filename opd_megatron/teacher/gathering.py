@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from opd_megatron.http_client import HttpError, HttpFault, retried
+from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.replicas import Replica, Replicas
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading
@@ -236,3 +237,16 @@ def _fail(
         else:
             kind, message = error.kind, f"{question.subject}: {error}"
         question.answer.set_exception(TeacherFailure(message, kind))
+
+
+async def score_together(
+    score_one: Callable[[Sample], Coroutine[Any, Any, TeacherScores]], samples: Sequence[Sample]
+) -> list[TeacherScores]:
+    """Scores of all samples, asked for at the same time; the first failure abandons the others and is raised."""
+    tasks = [asyncio.ensure_future(score_one(sample)) for sample in samples]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

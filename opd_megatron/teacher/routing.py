@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.flags import spoken, suggestion
 from opd_megatron.http_client import blocking
 from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.teacher.gathering import score_together
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 
@@ -65,13 +65,9 @@ class RoutedTeachers:
             self.route(sample).check(sample)
 
         async def score_all() -> list[TeacherScores]:
-            tasks = [asyncio.ensure_future(self.score_one(sample)) for sample in samples]
             try:
-                return list(await asyncio.gather(*tasks))
+                return await score_together(self.score_one, samples)
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
                 await self.aclose()
 
         return blocking(score_all)

@@ -20,7 +20,7 @@ import numpy as np
 from opd_megatron.config.errors import UserError
 from opd_megatron.http_client import HttpClient, HttpError, RetryPolicy, blocking
 from opd_megatron.sample import Sample, TeacherScores
-from opd_megatron.teacher.gathering import Gatherer, Question
+from opd_megatron.teacher.gathering import Gatherer, Question, score_together
 from opd_megatron.teacher.in_flight import AdaptiveLimit
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.replicas import Replica, Replicas
@@ -138,16 +138,7 @@ class SGLangTeacher:
         for sample in samples:
             self.check(sample)
 
-        async def score_all() -> list[TeacherScores]:
-            tasks = [asyncio.ensure_future(self.score_one(sample)) for sample in samples]
-            try:
-                return list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-
-        return self._blocking(score_all)
+        return self._blocking(lambda: score_together(self.score_one, samples))
 
     async def score_one(self, sample: Sample) -> TeacherScores:
         """Scores of one sample; see :class:`~opd_megatron.teacher.protocol.StreamingTeacher`.
