@@ -17,11 +17,11 @@ from opd_megatron.config.parameters import Parameters, rank_parameters, total_pa
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
     has_own_layout,
-    needs_reference,
     needs_teacher_hidden,
     teacher_folder,
     teacher_parallel,
 )
+from opd_megatron.config.targets import kept_beside_teacher, loads_reference, named_architectures
 from opd_megatron.config.vocab_chunks import (
     BLOCK_ELEMENTS,
     CHUNK_ELEMENTS,
@@ -36,16 +36,31 @@ STATISTICS_BYTES = 64
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run; ``teacher`` is that of ``--opd-teacher-load``."""
+    """The models of a run; ``teacher`` is that of ``--opd-teacher-load``.
+
+    ``further`` are those of ``config.targets.named_models`` by name, which run as the teacher does.
+    """
 
     student: ModelArchitecture
     teacher: ModelArchitecture | None = None
     has_reference: bool = False
+    further: Mapping[str, ModelArchitecture] = dataclasses.field(default_factory=dict)
+
+    @property
+    def as_teacher(self) -> list[ModelArchitecture]:
+        """Those that run in the teacher's layout and precision."""
+        return [*([self.teacher] if self.teacher else []), *self.further.values()]
+
+    def keeping_rows(self, options: Options) -> list[ModelArchitecture]:
+        """Those whose hidden rows of a rollout are kept on the host."""
+        beside = [self.further.get(name, self.student) for name in kept_beside_teacher(options)]
+        return [*([self.teacher] if self.teacher and keeps_hidden_rows(options) else []), *beside]
 
     @classmethod
     def of(cls, options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None) -> Models:
         """``teacher`` is left out where the options give it nothing to do."""
-        return cls(student, teacher if teacher_folder(options) else None, needs_reference(options))
+        own = teacher if teacher_folder(options) else None
+        return cls(student, own, loads_reference(options), named_architectures(options))
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,7 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
     held = _parameters(options, student, options.parallel, stage)
     is_last = stage == options.parallel.pipeline_model_parallel_size - 1
     activations, recomputed = activation_bytes(options, student, stage, device)
+    frozen = [_teacher_bytes(options, model, stage) for model in models.as_teacher]
     parts = {
         "weights": number * held.total,
         "gradients": gradient_number_bytes(settings) * held.total,
@@ -102,20 +118,24 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
         "activations": activations,
         "recomputed": recomputed,
         "head": head_bytes(options, models, device) if is_last else 0,
-        "teacher": _teacher_bytes(options, models, stage),
+        "teacher": sum(frozen),
         "reference": number * held.total if models.has_reference else 0,
         "rollout": rollout_bytes(options, student) if stage == 0 else 0,
     }
     host = sum(parts[name] for name in _kept_on_host(options))
-    if models.teacher is not None and keeps_hidden_rows(options) and is_last:
+    for model in models.keeping_rows(options) if is_last else []:
         rows = Work.of(options, student).rollout_rows
-        host += rows * models.teacher.hidden_size * teacher_number_bytes(options, hidden=True)
-        host += teacher_head_bytes(options, models.teacher) if has_own_layout(options) else 0
-    return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts), **parts)
+        host += rows * model.hidden_size * teacher_number_bytes(options, hidden=True)
+        host += teacher_head_bytes(options, model) if has_own_layout(options) else 0
+    total = _most_at_once(options, parts, max([*frozen, parts["reference"]]))
+    return RankMemory(stage=stage, host=host, total=total, **parts)
 
 
-def _most_at_once(options: Options, parts: Mapping[str, int]) -> int:
-    """The largest of the phases: forward and backward, the optimizer's step, and scoring by a frozen model."""
+def _most_at_once(options: Options, parts: Mapping[str, int], largest: int) -> int:
+    """The largest of the phases: forward and backward, the optimizer's step, and scoring by a frozen model.
+
+    ``largest`` is what the largest of those takes.
+    """
     offload = options.offload
     frozen = parts["teacher"] + parts["reference"]
     standing = 0 if offload.offload_teacher else frozen
@@ -123,7 +143,7 @@ def _most_at_once(options: Options, parts: Mapping[str, int]) -> int:
     working = parts["activations"] + parts["recomputed"] + parts["head"]
     passes = trained + working + standing + (0 if offload.offload_optimizer else state)
     step = trained + state + standing
-    scoring = max(parts["teacher"], parts["reference"]) if offload.offload_teacher else frozen
+    scoring = largest if offload.offload_teacher else frozen
     if not offload.offload_train:
         scoring += trained + (0 if offload.offload_optimizer else state)
     return parts["rollout"] + max(passes, step, scoring)
@@ -137,16 +157,12 @@ def _kept_on_host(options: Options) -> set[str]:
     return teacher | optimizer | ({"weights"} if offload.offload_train else set())
 
 
-def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
-    """Weights of the teacher in its own layout and precision; of its largest stage where its pipeline is another."""
-    if models.teacher is None:
-        return 0
-    parallel = teacher_parallel(options, models.teacher)
+def _teacher_bytes(options: Options, model: ModelArchitecture, stage: int) -> int:
+    """Weights of a teacher in its own layout and precision; of its largest stage where its pipeline is another."""
+    parallel = teacher_parallel(options, model)
     pipeline = parallel.pipeline_model_parallel_size
     stages = [stage] if pipeline == options.parallel.pipeline_model_parallel_size else range(pipeline)
-    return teacher_number_bytes(options) * max(
-        _parameters(options, models.teacher, parallel, one).total for one in stages
-    )
+    return teacher_number_bytes(options) * max(_parameters(options, model, parallel, one).total for one in stages)
 
 
 def teacher_number_bytes(options: Options, hidden: bool = False) -> int:
@@ -217,13 +233,14 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
     product = number * max(chunk * student.hidden_size, min(logits, weight) // 4)
     temporary = max(short * logits + product, short * weight)
     backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
-    exact = 0
-    if models.teacher is not None and keeps_hidden_rows(options):
+    exact, kept = 0, models.keeping_rows(options)
+    if kept:
         teacher_short = teacher_number_bytes(options) if teacher_number_bytes(options) < 4 else 0
         exact = 8 * logits + max(8 * block, teacher_short * logits)
-        exact += teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
+    for model in kept:
+        exact += teacher_number_bytes(options, hidden=True) * rows * model.hidden_size
         if options.offload.offload_teacher or has_own_layout(options):
-            exact += teacher_head_bytes(options, models.teacher)
+            exact += teacher_head_bytes(options, model)
     return max(forward, backward, exact) + STATISTICS_BYTES * rows
 
 

@@ -105,7 +105,7 @@ class MegatronTrainer:
             self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
             if self.options.offload.offload_teacher:
                 self.memory.add(name, Part(partial(weights_of, [self.frozen[name].model]), store, constant=True))
-        self._teacher_rows: TeacherRows | None = None
+        self._kept_rows: dict[ModelName, TeacherRows] = {}
 
     def _let_leave(self, store: HostStore) -> None:
         """Tell the memory which parts of the training may leave, as the ``--offload-*`` options want it."""
@@ -164,8 +164,8 @@ class MegatronTrainer:
     ) -> dict[int, np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the teacher's
-        hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the
+        frozen model's hidden rows stay on the host for the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
         temperature = self.temperature if temperature is None else temperature
@@ -174,8 +174,7 @@ class MegatronTrainer:
             micro_batches = [places for step in self._share(samples) for places in step]
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
-        if name == "teacher":
-            self._teacher_rows = None
+        self._kept_rows.pop(name, None)
         frozen = self.frozen[name]
         steps = frozen.steps(samples)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
@@ -186,7 +185,7 @@ class MegatronTrainer:
                 rows.take_weight(frozen.head_weight(), leaves=leaves)
         if rows:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
-            self._teacher_rows = rows
+            self._kept_rows[name] = rows
         return found
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
@@ -215,13 +214,13 @@ class MegatronTrainer:
                 objective.loss_length_divisor,
             )
             by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
-            loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
+            loss = StepLoss(self.options, self.student, samples, by_place, self._kept_rows, rollout_id)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
             if any(weight.any() for weight in weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
-        self._teacher_rows = None
+        self._kept_rows = {}
         return TrainResult(_mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
     @property

@@ -17,10 +17,12 @@ from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS
 from opd_megatron.objectives.kl import KL_LOSSES
 from opd_megatron.objectives.opd_losses import OPD_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
+from opd_megatron.objectives.targets import TARGETS
 from opd_megatron.objectives.weights import AGGREGATIONS
 
 CATALOGUES: tuple[Catalogue[Any], ...] = (
     OPD_LOSSES,
+    TARGETS,
     DIVERGENCES,
     ADVANTAGE_ESTIMATORS,
     POLICY_LOSSES,

@@ -83,14 +83,7 @@ def preflight_megatron(
     Raises :class:`UserError` if its tokenizer is not the student's or its scores are not those of a language model.
     """
     name = f"teacher {teacher.name}"
-    if vocab_size <= student.highest_id:
-        raise UserError(
-            f"{name} has a vocabulary of {vocab_size} tokens, the student's tokenizer has ids to {student.highest_id}"
-        )
-    findings = [
-        Finding("vocabulary", f"of {vocab_size} ids; the student's tokenizer uses ids up to {student.highest_id}"),
-        *_check_tokenizer(student, teacher_tokenizer, name),
-    ]
+    findings = check_vocabulary(name, student, teacher_tokenizer, vocab_size=vocab_size)
 
     def score(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [scores.log_probs_T for scores in teacher.score(text_samples(texts))]
@@ -105,6 +98,20 @@ def preflight_megatron(
         own = None if student.log_probs is None else student.log_probs(texts)
         findings.append(plausibility(score(texts), own, vocab_size, name))
     return findings
+
+
+def check_vocabulary(
+    name: str, student: Student, theirs: PreTrainedTokenizerBase | None, *, vocab_size: int
+) -> list[Finding]:
+    """Whether a frozen model of ``vocab_size`` ids means the same by them; raises :class:`UserError` if it does not."""
+    if vocab_size <= student.highest_id:
+        raise UserError(
+            f"{name} has a vocabulary of {vocab_size} tokens, the student's tokenizer has ids to {student.highest_id}"
+        )
+    return [
+        Finding("vocabulary", f"of {vocab_size} ids; the student's tokenizer uses ids up to {student.highest_id}"),
+        *_check_tokenizer(student, theirs, name),
+    ]
 
 
 def _check_tokenizer(student: Student, theirs: PreTrainedTokenizerBase | None, name: str) -> list[Finding]:

@@ -96,6 +96,34 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--use-opd --opd-type megatron",
         ("--opd-type megatron needs --opd-teacher-load",),
     ),
+    "extrapolated top tokens": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-loss distribution --opd-support teacher_topk --opd-top-k 4",
+        ("--opd-reward-scale 1.25 with --opd-loss distribution needs --opd-support full",),
+    ),
+    "extrapolated baseline": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-baseline kl",
+        ("--opd-reward-scale 1.25 does not go with --opd-baseline",),
+    ),
+    "extrapolated and entropy-aware": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-loss distribution --opd-entropy-aware 0.5",
+        ("--opd-reward-scale 1.25 does not go with --opd-entropy-aware",),
+    ),
+    "a reference for nothing": (
+        MEGATRON + "--opd-ref-load $teacher",
+        ("--opd-ref-load has no effect with --opd-reward-scale 1",),
+    ),
+    "a reference that is not there": (
+        SGLANG + "--opd-reward-scale 2 --opd-ref-load nowhere",
+        ("--opd-ref-load nowhere does not exist",),
+    ),
+    "a reference without weights": (
+        SGLANG + "--opd-reward-scale 2 --opd-ref-load $config_only",
+        ("--opd-ref-load", "config_only holds no complete checkpoint"),
+    ),
+    "extrapolation without a reference": (
+        SGLANG.replace("$hf", "$config_only") + "--opd-reward-scale 2",
+        ("--opd-reward-scale needs a reference: give --ref-load",),
+    ),
     "sglang with load": (
         SGLANG + "--opd-teacher-load $teacher",
         ("--opd-teacher-load goes with --opd-type megatron only",),

@@ -25,7 +25,7 @@ OF_SGLANG_ENGINE = {
 }
 """Metrics of runs that sample through servers; tests/sglang look at those."""
 
-OF_OTHER_TERMS = {"train/opd_clipfrac", "train/opd_loss", "train/opd_divergence"}
+OF_OTHER_TERMS = {"train/opd_clipfrac", "train/opd_loss", "train/opd_divergence", "opd/implicit_reward"}
 """Metrics of other forms of the distillation term; tests/e2e/test_distillation_forms.py looks at those."""
 
 
