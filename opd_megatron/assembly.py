@@ -27,11 +27,18 @@ from opd_megatron.config.resolve import (
     teacher_architecture,
 )
 from opd_megatron.config.targets import loads_reference, named_architectures, named_models
+from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, stages_of
-from opd_megatron.flow.target_checks import carried_tokenizer, check_references, compares_distributions
+from opd_megatron.flow.target_models import (
+    check_megatron,
+    check_references,
+    combination,
+    compares_distributions,
+    megatron_teacher,
+)
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
@@ -45,7 +52,7 @@ from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
-from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
+from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
 from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
@@ -229,13 +236,9 @@ def _teacher(
     if not opd.use_opd:
         return None
     if has_megatron_teacher(options):
-        return MegatronTeacher(
-            trainer,
-            str(opd.opd_teacher_load),
-            temperature=options.rollout.rollout_temperature,
-            vocab_size=teacher_architecture(options).vocab_size,
-        )
-    return connect_teachers(options, student_architecture(options).vocab_size)
+        return megatron_teacher(options, trainer)
+    combine = combination(options, len(read_teachers(opd.opd_teachers)[0]) if opd.opd_teachers else 1)
+    return connect_teachers(options, student_architecture(options).vocab_size, combine)
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
@@ -306,9 +309,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
     )
     if isinstance(teacher, MegatronTeacher):
-        tokenizer, size = carried_tokenizer(str(options.opd.opd_teacher_load)), teacher_architecture(options).vocab_size
-        found = preflight_megatron(teacher, student, tokenizer, vocab_size=size)
-        return [*found, *check_references(options, student)]
+        return check_megatron(teacher, student) + check_references(options, student)
     prompts = [len(record.prompt_tokens) for record in records]
     sizes = RunSizes(
         samples=options.samples_per_rollout,

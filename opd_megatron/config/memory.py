@@ -21,7 +21,7 @@ from opd_megatron.config.resolve import (
     teacher_folder,
     teacher_parallel,
 )
-from opd_megatron.config.targets import kept_beside_teacher, loads_reference, named_architectures
+from opd_megatron.config.targets import OPD_REFERENCE, kept_reference, loads_reference, named_architectures
 from opd_megatron.config.vocab_chunks import (
     BLOCK_ELEMENTS,
     CHUNK_ELEMENTS,
@@ -53,8 +53,10 @@ class Models:
 
     def keeping_rows(self, options: Options) -> list[ModelArchitecture]:
         """Those whose hidden rows of a rollout are kept on the host."""
-        beside = [self.further.get(name, self.student) for name in kept_beside_teacher(options)]
-        return [*([self.teacher] if self.teacher and keeps_hidden_rows(options) else []), *beside]
+        reference = kept_reference(options)
+        models = [model for name, model in self.further.items() if name != OPD_REFERENCE]
+        models = [self.teacher, *models] if self.teacher and keeps_hidden_rows(options) else []
+        return models if reference is None else [*models, self.further.get(reference, self.student)]
 
     @classmethod
     def of(cls, options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None) -> Models:

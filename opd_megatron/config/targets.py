@@ -9,7 +9,7 @@ from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint, resolve_step
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import checkpoint_architecture, needs_reference
+from opd_megatron.config.resolve import checkpoint_architecture, has_megatron_teacher, needs_reference
 
 REFERENCE = "reference"
 """The reference of the objective's own KL, which the target shares where it is the same folder."""
@@ -31,6 +31,18 @@ def opd_reference_name(options: Options) -> str | None:
     return REFERENCE if shared else OPD_REFERENCE
 
 
+def more_teachers(options: Options) -> dict[str, str]:
+    """Folder of each Megatron teacher beside ``--opd-teacher-load``, by its name in the trainer."""
+    folders = options.opd.opd_more_teachers if has_megatron_teacher(options) else ()
+    return {f"teacher_{number}": folder for number, folder in enumerate(folders, start=2)}
+
+
+def teacher_weights(options: Options, count: int) -> list[float]:
+    """``--opd-teacher-weights`` of ``count`` teachers, or equal ones, divided by their sum."""
+    weights = options.opd.opd_teacher_weights or (1.0,) * count
+    return [weight / sum(weights) for weight in weights]
+
+
 def loads_reference(options: Options) -> bool:
     """Whether the model of ``--ref-load`` (or ``--hf-checkpoint``) is loaded as :data:`REFERENCE`."""
     return needs_reference(options) or opd_reference_name(options) == REFERENCE
@@ -41,9 +53,10 @@ def named_models(options: Options) -> list[tuple[str, str, str]]:
 
     Their precision, layout and batches are those of ``--opd-teacher-*``.
     """
-    if opd_reference_name(options) != OPD_REFERENCE:
-        return []
-    return [(OPD_REFERENCE, "--opd-ref-load", str(options.opd.opd_ref_load))]
+    models = [(name, "--opd-more-teachers", folder) for name, folder in more_teachers(options).items()]
+    if opd_reference_name(options) == OPD_REFERENCE:
+        models.append((OPD_REFERENCE, "--opd-ref-load", str(options.opd.opd_ref_load)))
+    return models
 
 
 def named_architectures(options: Options) -> dict[str, ModelArchitecture]:
@@ -51,10 +64,9 @@ def named_architectures(options: Options) -> dict[str, ModelArchitecture]:
     return {name: checkpoint_architecture(folder, flag) for name, flag, folder in named_models(options)}
 
 
-def kept_beside_teacher(options: Options) -> tuple[str, ...]:
-    """Names of the frozen models whose hidden rows the term needs in training, beside the teacher's."""
-    name = opd_reference_name(options)
-    return (name,) if name is not None and options.opd.opd_loss == "distribution" else ()
+def kept_reference(options: Options) -> str | None:
+    """The reference whose hidden rows the term needs in training as it needs the teachers', if any."""
+    return opd_reference_name(options) if options.opd.opd_loss == "distribution" else None
 
 
 def named_folder_faults(options: Options) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference
-from opd_megatron.config.targets import REFERENCE, kept_beside_teacher, opd_reference_name
+from opd_megatron.config.targets import REFERENCE, kept_reference, opd_reference_name
 from opd_megatron.objectives.targets import extrapolated, implicit_reward_statistics
 from opd_megatron.sample import Sample
 
@@ -25,7 +25,7 @@ def score_references(options: Options, trainer: Scorer, samples: Sequence[Sample
     own = opd_reference_name(options)
     for name in dict.fromkeys([REFERENCE] * needs_reference(options) + [own] * (own is not None)):
         assert name is not None
-        scored = trainer.score(name, samples, keep_hidden=name in kept_beside_teacher(options))
+        scored = trainer.score(name, samples, keep_hidden=name == kept_reference(options))
         for sample, log_probs in zip(samples, scored, strict=True):
             if name == REFERENCE:
                 sample.ref_log_probs = log_probs

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import measures_exact_kl
-from opd_megatron.config.targets import opd_reference_name
+from opd_megatron.config.targets import more_teachers, opd_reference_name, teacher_weights
 from opd_megatron.megatron.distribution import DistributionTerm, Record
 from opd_megatron.megatron.forward import head_log_probs
 from opd_megatron.megatron.micro_batch import MicroBatch
@@ -169,9 +169,16 @@ class LossInputs:
 
     @cached_property
     def _teacher_hidden(self) -> Target | None:
-        """Hidden rows and output weight of the teacher on the device; None where they were not kept."""
-        rows = self._step.kept_rows.get("teacher")
-        return None if rows is None else rows.of(self.batch)
+        """The teacher, or the mixture of several, on the device; None where hidden rows were not kept."""
+        names = ["teacher", *more_teachers(self.options)]
+        if any(name not in self._step.kept_rows for name in names):
+            return None
+        sides = [self._step.kept_rows[name].of(self.batch) for name in names]
+        if len(sides) == 1:
+            return sides[0]
+        weights = teacher_weights(self.options, len(sides))
+        mixture = self.options.opd.opd_teacher_mixture
+        return Mixture(tuple(zip(weights, sides, strict=True)), arithmetic=mixture == "arithmetic")
 
     def _target(self) -> Target | Record:
         """What the divergence compares with: the teacher, or ``teacher^L reference^(1 - L)``."""

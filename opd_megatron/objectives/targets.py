@@ -1,4 +1,4 @@
-"""What the student is compared with where it is not one teacher: a teacher extrapolated away from a reference.
+"""What the student is compared with where it is not one teacher: several, or one extrapolated away from a reference.
 
 A target is a distribution ``q`` for each prefix. The sampled form of the term needs the log-probability of one token,
 and that only up to a number that does not depend on the token: ``E_S[c(s) grad log S] = 0``.
@@ -7,8 +7,10 @@ and that only up to a number that does not depend on the token: ``E_S[c(s) grad 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from opd_megatron.objectives.catalogue import Catalogue
@@ -47,7 +49,51 @@ def implicit_reward_statistics(
     return {"opd/implicit_reward": float(reward_N.mean()) if len(reward_N) else math.nan}
 
 
-TARGETS: Catalogue[None] = Catalogue("Targets of the distillation term", "")
+Mix: TypeAlias = Callable[[Sequence[TokenArray], Sequence[float]], Tensor]
+"""Log-probabilities ``[T]`` of a mixture from those of its models and their weights, which sum to 1."""
+
+TARGETS: Catalogue[Mix] = Catalogue("Targets of the distillation term", "--opd-teacher-mixture")
+
+
+def arithmetic_mixture(log_probs: Sequence[TokenArray], weights: Sequence[float]) -> Tensor:
+    """``log sum_i w_i p_i`` of each token, ``[T]`` float64: what a reader says who does not know which model speaks.
+
+    A distribution at every prefix, so that with discount 1 the term is the KL to the model that mixes token by token.
+    """
+    logs_MT = torch.stack([as_float64(log_probs_T) for log_probs_T in log_probs])
+    return torch.logsumexp(logs_MT + torch.tensor(weights, dtype=torch.float64).log()[:, None], dim=0)
+
+
+def geometric_mixture(log_probs: Sequence[TokenArray], weights: Sequence[float]) -> Tensor:
+    """``sum_i w_i log p_i`` of each token, ``[T]`` float64, floored: where all models agree that a token is likely.
+
+    The log-probability of ``q ~ prod_i p_i^(w_i)`` without its normaliser, a function of the prefix: at discount 0 the
+    expected gradient is that of the per-token KL(S||q), at discount 1 that of the KL to the mixture of whole responses,
+    whose one normaliser belongs to the prompt. The mean of ``log p_S`` minus it is no KL but exceeds one by minus the
+    log of the normaliser.
+    """
+    logs_MT = torch.stack([floor_log_probs(as_float64(log_probs_T)) for log_probs_T in log_probs])
+    return torch.tensor(weights, dtype=torch.float64) @ logs_MT
+
+
+TARGETS.register(
+    "arithmetic",
+    arithmetic_mixture,
+    title="several teachers, arithmetic",
+    formula=r"$T = \sum_i w_i T_i$",
+    source="Linear opinion pool, Stone 1961",
+    proof="test_targets.py::test_mixtures_have_the_gradient_of_the_kl_to_them",
+    more_flags="[--opd-teacher-weights W ...]",
+)
+TARGETS.register(
+    "geometric",
+    geometric_mixture,
+    title="several teachers, geometric",
+    formula=r"$T \propto \prod_i T_i^{w_i}$",
+    source="Products of experts, Hinton 2002",
+    proof="test_targets.py::test_mixtures_have_the_gradient_of_the_kl_to_them",
+    more_flags="[--opd-teacher-weights W ...]",
+)
 TARGETS.describe(
     "reward extrapolation, sampled",
     "--opd-reward-scale L",

@@ -15,6 +15,7 @@ MOVING = {"global_batch_size": 4, "lr": 3e-3}
 WHOLE: dict[str, Any] = {"opd_loss": "distribution"}
 OTHER = "OTHER"
 """Stands for a model of another size than student and teacher."""
+MIXED: dict[str, Any] = {"opd_more_teachers": OTHER}
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "clipped": ({"opd_log_ratio_clip": 0.1}, "train/opd_clipfrac"),
@@ -47,6 +48,19 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "extrapolated, whole": ({**WHOLE, "opd_reward_scale": 1.25, "offload_teacher": True}, "opd/implicit_reward"),
     "extrapolated from another, whole": (
         {**WHOLE, "opd_reward_scale": 1.25, "opd_ref_load": OTHER, "offload_teacher": True},
+        "opd/implicit_reward",
+    ),
+    "arithmetic mixture": (
+        {**MIXED, "opd_teacher_mixture": "arithmetic", "opd_teacher_weights": [1, 3], "opd_baseline": "kl"},
+        "opd/reverse_kl_exact",
+    ),
+    "geometric mixture": ({**MIXED, "opd_teacher_mixture": "geometric", "opd_kl_discount": 1}, "opd/reverse_kl_exact"),
+    "geometric mixture, whole": (
+        {**MIXED, **WHOLE, "opd_teacher_mixture": "geometric", "offload_teacher": True},
+        "train/opd_divergence",
+    ),
+    "arithmetic mixture, whole, extrapolated": (
+        {**MIXED, **WHOLE, "opd_teacher_mixture": "arithmetic", "opd_reward_scale": 1.25, "opd_divergence": "jsd"},
         "opd/implicit_reward",
     ),
     **{name: ({**WHOLE, "opd_divergence": name}, "train/opd_divergence") for name in DIVERGENCES},

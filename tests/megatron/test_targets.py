@@ -60,6 +60,21 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str], Definition]] = {
         {"teacher": "teacher", "opd_reference": "second"},
         lambda p: normalized(0.3 * p["teacher"] + 0.7 * p["second"]),
     ),
+    "arithmetic": (
+        {"opd_teacher_mixture": "arithmetic", "opd_teacher_weights": (1.0, 3.0)},
+        {"teacher": "teacher", "teacher_2": "second"},
+        lambda p: (0.25 * p["teacher"].exp() + 0.75 * p["second"].exp()).log(),
+    ),
+    "geometric": (
+        {"opd_teacher_mixture": "geometric", "opd_temperature": 1.3},
+        {"teacher": "teacher", "teacher_2": "second", "teacher_3": "third"},
+        lambda p: normalized((p["teacher"] + p["second"] + p["third"]) / 3),
+    ),
+    "arithmetic, extrapolated": (
+        {"opd_teacher_mixture": "arithmetic", "opd_reward_scale": 1.5},
+        {"teacher": "teacher", "teacher_2": "second", "reference": "student"},
+        lambda p: normalized(1.5 * (0.5 * p["teacher"].exp() + 0.5 * p["second"].exp()).log() - 0.5 * p["student"]),
+    ),
 }
 
 
@@ -70,13 +85,16 @@ def test_the_gradient_of_a_step_is_that_of_the_kl_to_the_target(
 ) -> None:
     flags, names, definition = CASES[case]
     frozen = {name: models[model] for name, model in names.items()}
+    teacher, reference = frozen.pop("teacher"), frozen.pop("reference", None)
     trainer = make_trainer(
         models["student"],
-        teacher=frozen.pop("teacher"),
-        reference=frozen.pop("reference", None),
+        teacher=teacher,
+        reference=reference,
         further=frozen,
         advantage_estimator="none",
         offload_teacher=offload,
+        opd_more_teachers=tuple(str(folder) for name, folder in frozen.items() if name.startswith("teacher_")),
+        opd_type="megatron",
         **{name: value if name != "opd_ref_load" else str(models["second"]) for name, value in flags.items()},
         **WHOLE,
         **GRADIENT_FLAGS,

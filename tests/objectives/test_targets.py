@@ -14,7 +14,7 @@ from torch import Tensor
 from opd_megatron.config.options import ObjectiveOptions, OpdOptions
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.sequences import Sequences
-from opd_megatron.objectives.targets import extrapolated, implicit_reward_statistics
+from opd_megatron.objectives.targets import TARGETS, extrapolated, implicit_reward_statistics
 from tests.objectives.enumeration import Language, Policy, relative_error
 
 LANGUAGE = Language(3, 3, end=2)
@@ -88,6 +88,58 @@ def test_both_forms_of_extrapolation_have_one_expected_gradient(scale: float) ->
         found = sampled_gradient(extrapolated_ST(scale), opd_loss="kl_loss", opd_kl_loss_type=kind)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert relative_error(expected, STUDENT.gradient(kl_to(TEACHER.all_log_probs_STV()))) > 0.1
+
+
+MIXTURE_WEIGHTS = (0.3, 0.7)
+
+
+def mixture_STV(kind: str) -> Tensor:
+    """The distribution at each prefix, by its definition."""
+    (first, second), (teacher, other) = MIXTURE_WEIGHTS, (p.all_log_probs_STV().detach() for p in (TEACHER, REFERENCE))
+    if kind == "arithmetic":
+        return (first * teacher.exp() + second * other.exp()).log()
+    return (first * teacher + second * other).log_softmax(-1)
+
+
+def mixed_ST(kind: str) -> Tensor:
+    logs = [policy.log_probs_ST().detach().flatten() for policy in (TEACHER, REFERENCE)]
+    return TARGETS[kind](logs, MIXTURE_WEIGHTS).view(LANGUAGE.mask_ST.shape)
+
+
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_mixtures_have_the_gradient_of_the_kl_to_them(kind: str) -> None:
+    """At discount 0 that of each token; at 1 that of whole responses, which a geometric mixture mixes as such."""
+    expected = STUDENT.gradient(kl_to(mixture_STV(kind)))
+    torch.testing.assert_close(sampled_gradient(mixed_ST(kind)), expected, rtol=0, atol=1e-12)
+    for alone in (TEACHER, REFERENCE):
+        assert relative_error(expected, STUDENT.gradient(kl_to(alone.all_log_probs_STV()))) > 0.1
+
+    target_ST = mixture_STV(kind).gather(-1, LANGUAGE.responses_ST[..., None])[..., 0]
+    of_response_S = torch.where(LANGUAGE.mask_ST, target_ST, 0.0).sum(1)
+    if kind == "geometric":
+        both_SM = torch.stack([policy.log_probs_ST().sum(1).detach() for policy in (TEACHER, REFERENCE)], dim=1)
+        of_response_S = (both_SM @ torch.tensor(MIXTURE_WEIGHTS, dtype=torch.float64)).log_softmax(0)
+    torch.testing.assert_close(of_response_S.exp().sum(), torch.tensor(1.0, dtype=torch.float64))
+    student_S = STUDENT.log_probs_ST().sum(1)
+    whole = STUDENT.gradient(COEFFICIENT * (student_S.exp() * (student_S - of_response_S)).sum())
+    future_ST = later(STUDENT.log_probs_ST() - mixed_ST(kind))
+    torch.testing.assert_close(sampled_gradient(mixed_ST(kind), future_ST), whole, rtol=0, atol=1e-12)
+
+
+def test_an_arithmetic_mixture_is_a_distribution_and_a_geometric_one_is_not() -> None:
+    logs = [policy.all_log_probs_STV().detach().flatten() for policy in (TEACHER, REFERENCE)]
+    sums = {
+        kind: mix(logs, MIXTURE_WEIGHTS).exp().view(-1, LANGUAGE.vocabulary).sum(-1) for kind, mix in TARGETS.items()
+    }
+    torch.testing.assert_close(sums["arithmetic"], torch.ones_like(sums["arithmetic"]))
+    assert (sums["geometric"] < 1).all()
+    assert sums["geometric"].min() < 0.9
+
+
+def test_a_teacher_may_rule_a_token_out_in_a_mixture() -> None:
+    impossible, likely = torch.tensor([-math.inf]), torch.tensor([math.log(0.5)])
+    assert TARGETS["arithmetic"]([impossible, likely], (0.5, 0.5)).exp().item() == pytest.approx(0.25)
+    assert torch.isfinite(TARGETS["geometric"]([impossible, likely], (0.5, 0.5))).all()
 
 
 def test_scale_one_is_the_teacher_and_zero_the_reference() -> None:

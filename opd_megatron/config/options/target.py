@@ -24,3 +24,20 @@ class TargetOptions:
         "--hf-checkpoint)",
         metavar="DIR",
     )
+    opd_more_teachers: tuple[str, ...] = option(
+        (),
+        "further Megatron teachers, mixed with --opd-teacher-load: torch_dist or Hugging Face folders",
+        metavar="DIR",
+    )
+    opd_teacher_mixture: str | None = option(
+        None,
+        "what several teachers say together: arithmetic, the weighted mean of their distributions; geometric, that of "
+        "their log-probabilities (with --opd-teachers in place of a route for each prompt)",
+        choices=("arithmetic", "geometric"),
+    )
+    opd_teacher_weights: tuple[float, ...] = option(
+        (),
+        "weights of --opd-teacher-mixture in the order of the teachers, divided by their sum (default: equal)",
+        metavar="W",
+        above=0.0,
+    )
