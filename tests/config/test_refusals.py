@@ -40,6 +40,26 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-coef -1 --entropy-coef nan --kl-loss-coef -1e-3 --eps-clip-c 1",
         ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
     ),
+    "a sum of one divergence": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-divergence-to jsd --opd-divergence-mix 0",
+        ("--opd-divergence-to jsd is the first divergence again", "--opd-divergence-mix 0 gives --opd-divergence-to"),
+    ),
+    "a policy loss of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-loss distribution --policy-loss gspo --use-tis --eps-clip 0.1",
+        (
+            "--policy-loss has no effect: with --advantage-estimator none and --opd-loss distribution",
+            "--use-tis has no effect: with",
+            "--eps-clip has no effect: with",
+        ),
+    ),
+    "whitening of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-importance --normalize-advantages",
+        ("--normalize-advantages has no effect: with --advantage-estimator none and --opd-importance",),
+    ),
+    "clipping of labels": (
+        BASE.replace("--rm-type exact", "") + "--loss-type sft_loss --label-key label --eps-clip-high 0.3 --gamma 0.9",
+        ("--eps-clip-high has no effect with --loss-type sft_loss", "--gamma has no effect with --loss-type sft_loss"),
+    ),
     "absurd numbers": (
         BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300 "
         "--lr 1e300",
