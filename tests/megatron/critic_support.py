@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_megatron.megatron.critic import Critic
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import Sample
-from tests.megatron.support import LINEAR_STEP, make_samples, stored_tensors
+from tests.megatron.support import LINEAR_STEP, VOCAB_SIZE, make_samples, stored_tensors
 
 
 def critic_of(trainer: MegatronTrainer) -> Critic:
@@ -47,6 +47,14 @@ def give_head(trainer: MegatronTrainer) -> None:
         model.value_head.bias.copy_(bias)
 
 
+def without_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with as many rows in vocabularies as there are tokens; layouts pad them differently."""
+    return {
+        name: tensor[:VOCAB_SIZE] if "word_embeddings" in name or "output_layer" in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def critic_gradients(
     trainer: MegatronTrainer, samples: Sequence[Sample], folder: Path, hf_folder: Path
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -59,6 +67,6 @@ def critic_gradients(
     trainer.save(folder, 2, hf_folder, {})
     if torch.distributed.get_rank() > 0:
         return metrics, {}
-    before, after = (stored_tensors(folder / f"iter_{step:07d}") for step in (1, 2))
+    before, after = (without_padding(stored_tensors(folder / f"iter_{step:07d}")) for step in (1, 2))
     names = [name for name in before if name.startswith("critic.") and ".optimizer." not in name]
     return metrics, {name: (before[name].double() - after[name].double()) / LINEAR_STEP for name in names}
