@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from opd_megatron.config.activations import Work, activation_bytes, number_bytes, share
 from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.critic import has_critic
 from opd_megatron.config.head_memory import head_bytes, keeps_hidden_rows, teacher_head_bytes, teacher_number_bytes
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
@@ -26,11 +27,13 @@ class Models:
     student: ModelArchitecture
     teacher: ModelArchitecture | None = None
     has_reference: bool = False
+    has_critic: bool = False
 
     @classmethod
     def of(cls, options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None) -> Models:
         """``teacher`` is left out where the options give it nothing to do."""
-        return cls(student, teacher if teacher_folder(options) else None, needs_reference(options))
+        has_teacher = teacher_folder(options) is not None
+        return cls(student, teacher if has_teacher else None, needs_reference(options), has_critic(options))
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class RankMemory:
 
     ``activations`` are kept between forward and backward, ``recomputed`` those of the layers that are made again at a
     time. ``head`` are the chunked vocabulary head's buffers and gradients, ``rollout`` the local engine with its cache
-    of keys and values, which only the controller's device has. ``host`` is what the rank keeps in the host's memory:
+    of keys and values, which only the controller's device has. ``critic`` are weights, gradients and optimizer of a
+    critic, whose activations are those of the student. ``host`` is what the rank keeps in the host's memory:
     the teacher's hidden rows, its output weight where that comes from another layout, and what is offloaded. ``total``
     is the most that the device has at once; the engine counts always, since the controller's process keeps the memory
     that it has freed.
@@ -54,6 +58,7 @@ class RankMemory:
     head: int
     teacher: int
     reference: int
+    critic: int
     rollout: int
     host: int
     total: int
@@ -80,6 +85,7 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
     held = _parameters(options, student, options.parallel, stage)
     is_last = stage == options.parallel.pipeline_model_parallel_size - 1
     activations, recomputed = activation_bytes(options, student, stage, device)
+    critic = critic_bytes(options, models, stage)
     parts = {
         "weights": number * held.total,
         "gradients": gradient_number_bytes(settings) * held.total,
@@ -89,29 +95,63 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
         "head": head_bytes(options, student, models.teacher, device) if is_last else 0,
         "teacher": _teacher_bytes(options, models, stage),
         "reference": number * held.total if models.has_reference else 0,
+        "critic": sum(critic),
         "rollout": rollout_bytes(options, student) if stage == 0 else 0,
     }
-    host = sum(parts[name] for name in _kept_on_host(options))
+    host = sum(parts[name] for name in _kept_on_host(options)) + _critic_on_host(options, *critic)
     if models.teacher is not None and keeps_hidden_rows(options) and is_last:
         rows = Work.of(options, student).rollout_rows
         host += rows * models.teacher.hidden_size * teacher_number_bytes(options, hidden=True)
         host += teacher_head_bytes(options, models.teacher) if has_own_layout(options) else 0
-    return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts), **parts)
+    return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts, *critic), **parts)
 
 
-def _most_at_once(options: Options, parts: Mapping[str, int]) -> int:
-    """The largest of the phases: forward and backward, the optimizer's step, and scoring by a frozen model."""
+def _most_at_once(options: Options, parts: Mapping[str, int], critic: int, critic_state: int) -> int:
+    """The largest of the phases: a model's passes, its optimizer's step, and scoring by a frozen model.
+
+    ``critic`` are the bytes of its weights and gradients, ``critic_state`` those of its optimizer.
+    """
     offload = options.offload
     frozen = parts["teacher"] + parts["reference"]
     standing = 0 if offload.offload_teacher else frozen
-    trained, state = parts["weights"] + parts["gradients"], parts["optimizer"]
-    working = parts["activations"] + parts["recomputed"] + parts["head"]
-    passes = trained + working + standing + (0 if offload.offload_optimizer else state)
-    step = trained + state + standing
+    layers = parts["activations"] + parts["recomputed"]
     scoring = max(parts["teacher"], parts["reference"]) if offload.offload_teacher else frozen
-    if not offload.offload_train:
-        scoring += trained + (0 if offload.offload_optimizer else state)
-    return parts["rollout"] + max(passes, step, scoring)
+
+    def at_rest(trained: int, state: int) -> int:
+        if offload.offload_train:
+            return 0
+        return trained + (0 if offload.offload_optimizer else state)
+
+    def at_work(trained: int, state: int, working: int) -> int:
+        passes = working + (0 if offload.offload_optimizer else state)
+        return trained + max(passes, state)
+
+    student = (parts["weights"] + parts["gradients"], parts["optimizer"])
+    phases = [
+        at_work(*student, layers + parts["head"]) + at_rest(critic, critic_state) + standing,
+        scoring + at_rest(*student) + at_rest(critic, critic_state),
+    ]
+    if critic:
+        phases.append(at_work(critic, critic_state, layers) + at_rest(*student) + standing)
+    return parts["rollout"] + max(phases)
+
+
+def critic_bytes(options: Options, models: Models, stage: int) -> tuple[int, int]:
+    """A critic's weights and gradients, and its optimizer."""
+    if not models.has_critic:
+        return 0, 0
+    settings = options.optimizer
+    held = _parameters(options, models.student, options.parallel, stage, is_critic=True)
+    return (number_bytes(settings) + gradient_number_bytes(settings)) * held.total, optimizer_bytes(options, held)
+
+
+def _critic_on_host(options: Options, trained: int, state: int) -> int:
+    """What has room on the host of a critic that leaves; gradients need none."""
+    number, settings = number_bytes(options.optimizer), options.optimizer
+    weights = trained * number // (number + gradient_number_bytes(settings))
+    offload = options.offload
+    kept = state if offload.offload_optimizer or offload.offload_train else 0
+    return kept + (weights if offload.offload_train else 0)
 
 
 def _kept_on_host(options: Options) -> set[str]:
@@ -134,9 +174,11 @@ def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
     )
 
 
-def _parameters(options: Options, model: ModelArchitecture, parallel: ParallelOptions, stage: int) -> Parameters:
+def _parameters(
+    options: Options, model: ModelArchitecture, parallel: ParallelOptions, stage: int, *, is_critic: bool = False
+) -> Parameters:
     divisible_by = options.model.make_vocab_size_divisible_by
-    return rank_parameters(model, parallel, stage, vocab_divisible_by=divisible_by)
+    return rank_parameters(model, parallel, stage, vocab_divisible_by=divisible_by, is_critic=is_critic)
 
 
 def gradient_number_bytes(settings: OptimizerOptions) -> int:

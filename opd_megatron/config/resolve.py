@@ -229,10 +229,12 @@ def check_optimizer_kind(options: Options, saved: Mapping[str, Any]) -> None:
 def schedule_steps(options: Options, num_rollouts: int) -> tuple[int, int]:
     """(decay, warm-up) of the learning rate in optimizer steps for a run of ``num_rollouts``.
 
-    Raises :class:`UserError` if the warm-up does not end before the decay does.
+    The rollouts of ``--num-critic-only-steps`` have none of these steps. Raises :class:`UserError` if the
+    warm-up does not end before the decay does.
     """
     settings = options.optimizer
-    decay = settings.lr_decay_iters or num_rollouts * options.steps_per_rollout
+    rollouts = max(1, num_rollouts - options.objective.num_critic_only_steps)
+    decay = settings.lr_decay_iters or rollouts * options.steps_per_rollout
     warmup = settings.lr_warmup_iters
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)

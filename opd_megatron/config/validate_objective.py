@@ -76,8 +76,8 @@ def _advantage_faults(options: Options) -> Iterator[str]:
         if objective.disable_grpo_std_normalization:
             yield "--disable-grpo-std-normalization belongs to --advantage-estimator grpo: leave it out"
         return
-    if "gamma" in given and objective.advantage_estimator != "reinforce_plus_plus":
-        yield "--gamma belongs to --advantage-estimator reinforce_plus_plus: leave it out"
+    if "gamma" in given and objective.advantage_estimator not in ("reinforce_plus_plus", "ppo"):
+        yield "--gamma belongs to --advantage-estimator reinforce_plus_plus or ppo: leave it out"
     if objective.disable_grpo_std_normalization and objective.advantage_estimator != "grpo":
         yield "--disable-grpo-std-normalization belongs to --advantage-estimator grpo: leave it out"
     if objective.advantage_estimator == "none" and objective.kl_coef > 0:

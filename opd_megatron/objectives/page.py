@@ -17,12 +17,14 @@ from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS
 from opd_megatron.objectives.kl import KL_LOSSES
 from opd_megatron.objectives.opd_losses import OPD_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
+from opd_megatron.objectives.values import VALUE_LOSSES
 from opd_megatron.objectives.weights import AGGREGATIONS
 
 CATALOGUES: tuple[Catalogue[Any], ...] = (
     OPD_LOSSES,
     DIVERGENCES,
     ADVANTAGE_ESTIMATORS,
+    VALUE_LOSSES,
     POLICY_LOSSES,
     CORRECTIONS,
     AGGREGATIONS,
