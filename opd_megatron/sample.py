@@ -86,7 +86,8 @@ class Sample:
     tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
     ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
     in the loss, multiplied by ``opd_weights`` (None: 1); ``opd_future`` is what its discount adds of the tokens that
-    follow, and ``opd_target`` takes the place of the teacher's log-probabilities in it (None: theirs).
+    follow, and ``opd_target`` takes the place of the teacher's log-probabilities in it (None: theirs). ``values`` are
+    what a critic expected before each token and ``returns`` what it is to learn; both are of the task alone.
     ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
     ``teacher_failure`` is the kind of failure for which the sample has no teacher scores, while the task still trains
     on it: its ``teacher_scores`` are valid nowhere. ``weight_version`` is that of the engine's weights that made the
@@ -107,6 +108,8 @@ class Sample:
     old_log_probs: np.ndarray | None = _per_token(np.float32)
     ref_log_probs: np.ndarray | None = _per_token(np.float32)
     advantages: np.ndarray | None = _per_token(np.float32)
+    values: np.ndarray | None = _per_token(np.float32)
+    returns: np.ndarray | None = _per_token(np.float32)
     opd_weights: np.ndarray | None = _per_token(np.float32)
     opd_future: np.ndarray | None = _per_token(np.float32)
     opd_target: np.ndarray | None = _per_token(np.float32)

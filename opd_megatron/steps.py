@@ -34,6 +34,7 @@ from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, read_samples, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
+from opd_megatron.valuing import add_values, value_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +204,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     options = parts.options
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
+        metrics |= value_metrics(samples)
     if options.opd.use_opd:
         leave_out_failed(options, samples)
         failed = sum(sample.teacher_failure is not None for sample in samples)
@@ -244,6 +246,7 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
         [sample.loss_mask for sample in samples],
         kls,
         [float(sample.greedy_reward) for sample in samples if sample.greedy_reward is not None] or None,
+        add_values(parts.trainer, objective, samples, kls),
     )
     if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
         _add_futures(parts.options.opd, samples)

@@ -75,6 +75,24 @@ def needs_teacher_hidden(options: Options) -> bool:
     return has_megatron_teacher(options) and (opd.opd_baseline != "none" or opd.opd_loss == "distribution")
 
 
+def has_advantages(options: Options) -> bool:
+    """Whether the policy loss has something to weigh: a task advantage, or a distillation term that is one."""
+    objective, opd = options.objective, options.opd
+    own = objective.custom_advantage_path is not None or objective.custom_loss_path is not None
+    tasked = own or objective.loss_type != "policy_loss" or objective.advantage_estimator != "none"
+    return tasked or not opd.use_opd or (opd.opd_loss == "sampled" and not opd.opd_importance)
+
+
+def sampled_tokens_learn(options: Options) -> bool:
+    """Whether the loss has a gradient through the log-probabilities of the sampled tokens, or through the entropy.
+
+    Pure distillation by whole distributions has none: its task advantages are 0.
+    """
+    objective = options.objective
+    regularised = objective.use_kl_loss or objective.entropy_coef > 0
+    return has_advantages(options) or regularised or options.opd.opd_loss == "kl_loss" or options.opd.opd_importance
+
+
 def reference_folder(options: Options) -> Path | None:
     """Weights of the reference model for ``--kl-coef`` and ``--use-kl-loss``; None if there are none.
 
@@ -211,10 +229,12 @@ def check_optimizer_kind(options: Options, saved: Mapping[str, Any]) -> None:
 def schedule_steps(options: Options, num_rollouts: int) -> tuple[int, int]:
     """(decay, warm-up) of the learning rate in optimizer steps for a run of ``num_rollouts``.
 
-    Raises :class:`UserError` if the warm-up does not end before the decay does.
+    The rollouts of ``--num-critic-only-steps`` have none of these steps. Raises :class:`UserError` if the
+    warm-up does not end before the decay does.
     """
     settings = options.optimizer
-    decay = settings.lr_decay_iters or num_rollouts * options.steps_per_rollout
+    rollouts = max(1, num_rollouts - options.objective.num_critic_only_steps)
+    decay = settings.lr_decay_iters or rollouts * options.steps_per_rollout
     warmup = settings.lr_warmup_iters
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)

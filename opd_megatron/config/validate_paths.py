@@ -230,5 +230,6 @@ def _folders_read(options: Options) -> list[tuple[str, str]]:
         ("--ref-load", options.checkpoint.ref_load),
         ("--opd-teacher-load", teacher_folder(options)),
         *((flag, folder) for _, flag, folder in named_models(options)),
+        ("--critic-load", options.objective.critic_load),
     )
     return [(flag, folder) for flag, folder in folders if folder is not None]

@@ -18,6 +18,7 @@ from opd_megatron.objectives.kl import KL_LOSSES
 from opd_megatron.objectives.opd_losses import OPD_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
 from opd_megatron.objectives.targets import TARGETS
+from opd_megatron.objectives.values import VALUE_LOSSES
 from opd_megatron.objectives.weights import AGGREGATIONS
 
 CATALOGUES: tuple[Catalogue[Any], ...] = (
@@ -25,6 +26,7 @@ CATALOGUES: tuple[Catalogue[Any], ...] = (
     TARGETS,
     DIVERGENCES,
     ADVANTAGE_ESTIMATORS,
+    VALUE_LOSSES,
     POLICY_LOSSES,
     CORRECTIONS,
     AGGREGATIONS,
