@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,34 @@ class Sample:
         record = dict(record)
         scores = record.pop("teacher_scores", None)
         return cls(**record, teacher_scores=None if scores is None else TeacherScores(**scores))
+
+
+def prompt_as_response(sample: Sample) -> Sample:
+    """``sample`` with all tokens but the first as its response; what is per token is 0 on those of the prompt.
+
+    Raises ``ValueError`` for an empty prompt.
+    """
+    count = len(sample.prompt_tokens) - 1
+    if count < 0:
+        raise ValueError(f"sample {sample.index} has an empty prompt")
+    tokens, scores = sample.tokens, sample.teacher_scores
+    return replace(
+        sample,
+        **_preceded(sample, count),
+        prompt_tokens=tokens[:1],
+        response_tokens=tokens[1:],
+        teacher_scores=None if scores is None else replace(scores, **_preceded(scores, count)),
+    )
+
+
+def _preceded(record: Any, count: int) -> dict[str, np.ndarray]:
+    """The per-token fields of a record with ``count`` zeros before them, but for the tokens themselves."""
+    found = {}
+    for name, _ in _per_token_fields(record.__class__):
+        values = getattr(record, name)
+        if values is not None and name != "response_tokens":
+            found[name] = np.concatenate([np.zeros((count, *values.shape[1:]), dtype=values.dtype), values])
+    return found
 
 
 def _to_json(record: Any) -> dict[str, Any]:

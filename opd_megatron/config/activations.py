@@ -57,7 +57,8 @@ def share(count: int, ranks: int) -> int:
 class Work:
     """Tokens: of a sample at its longest; of a micro-batch on one rank, and those of them that are of responses.
 
-    ``rollout_rows`` are the response tokens of a whole rollout on one rank.
+    ``rollout_rows`` are the response tokens of a whole rollout on one rank. With ``--opd-include-prompt`` the prompt's
+    tokens count as those of responses.
     """
 
     sample: int
@@ -71,7 +72,7 @@ class Work:
         context = options.parallel.context_parallel_size
         prompt = rollout.rollout_max_prompt_len or ASSUMED_PROMPT_TOKENS
         sample = min(prompt + rollout.rollout_max_response_len, student.max_position_embeddings)
-        response = min(rollout.rollout_max_response_len, sample)
+        response = sample if options.opd.opd_include_prompt else min(rollout.rollout_max_response_len, sample)
         if training.use_dynamic_batch_size and training.max_tokens_per_gpu is not None:
             tokens = max(training.max_tokens_per_gpu, share(sample, context))  # a longer one is alone
         else:

@@ -22,6 +22,13 @@ def target_faults(options: Options) -> Iterator[str]:
             yield f"{scale} does not go with --opd-baseline, the mean of the plain log-ratio: leave out one of them"
     elif "opd_ref_load" in options.given:
         yield "--opd-ref-load has no effect with --opd-reward-scale 1, which is the teacher: leave it out"
+    if opd.opd_include_prompt and opd.opd_loss != "distribution":
+        yield (
+            "--opd-include-prompt needs --opd-loss distribution: the prompt's tokens are not the student's samples, "
+            "over which the mean of a log-ratio is a KL"
+        )
+    elif opd.opd_include_prompt and opd.opd_type == "sglang":
+        yield "--opd-include-prompt needs --opd-type megatron: a server is asked about the response alone"
     if options.rollout.load_debug_rollout_data is None:
         yield from _mixture_faults(options, opd)
 

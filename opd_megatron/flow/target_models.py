@@ -72,32 +72,34 @@ def check_megatron(teacher: MegatronTeacher, student: Student) -> list[Finding]:
 
 
 def compares_distributions(options: Options) -> bool:
-    """Whether whole distributions of the student and its Megatron teacher can be compared.
+    """Whether whole distributions of the student and its Megatron teachers can be compared.
 
-    Raises ``UserError`` where that is needed and impossible.
+    Embeddings of one tokenizer may have other numbers of rows: then the tokens that all models have are compared, of
+    which the preflight makes sure that they are all that the tokenizer uses. Raises ``UserError`` where a comparison is
+    needed and impossible.
     """
     student, teacher = student_architecture(options).vocab_size, teacher_architecture(options).vocab_size
     if (options.opd.opd_top_k or 0) > min(student, teacher):
         raise UserError(
             f"--opd-top-k {options.opd.opd_top_k} is more than the {min(student, teacher)} tokens of the vocabulary"
         )
-    needed = needs_teacher_hidden(options)
     flag = f"--opd-baseline {options.opd.opd_baseline}"
     if options.opd.opd_loss == "distribution":
         flag = "--opd-loss distribution"
-    sizes = {"a teacher": teacher}
-    for name, model in named_architectures(options).items():
-        if name in (*more_teachers(options), kept_reference(options)):
-            sizes[name.replace("_", " ")] = model.vocab_size
-    for owner, size in sizes.items():
-        if size != student and needed:
-            raise UserError(
-                f"{flag} needs {owner} with the student's vocabulary size: it has {size}, the student {student}"
-            )
-    possible = all(size == student for size in sizes.values())
-    if not possible and options.opd.opd_exact_kl_interval:
-        logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
-    return possible
+    kept = (*more_teachers(options), kept_reference(options))
+    folders = {str(options.opd.opd_teacher_load): teacher}
+    architectures = named_architectures(options)
+    folders |= {folder: architectures[name].vocab_size for name, _, folder in named_models(options) if name in kept}
+    for folder, size in folders.items():
+        if size == student or carried_tokenizer(folder) is not None:
+            continue
+        why = f"{folder} has a vocabulary of {size} tokens, the student of {student}, and no tokenizer to compare"
+        if needs_teacher_hidden(options):
+            raise UserError(f"{flag} needs models of one tokenizer: {why}")
+        if options.opd.opd_exact_kl_interval:
+            logger.warning("opd/reverse_kl_exact is not measured: %s", why)
+        return False
+    return True
 
 
 def check_references(options: Options, student: Student) -> list[Finding]:

@@ -31,6 +31,7 @@ from opd_megatron.megatron.vocab_head import Mixture, Side, Target, target_momen
 from opd_megatron.objectives.distribution import chosen_divergence, opd_coefficient
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.sequences import Sequences
+from opd_megatron.objectives.statistics import weighted_statistic
 from opd_megatron.sample import Sample, TeacherScores
 
 Statistics = dict[str, Tensor]
@@ -58,10 +59,14 @@ class StepLoss:
     loss_weights: Sequence[np.ndarray]
     kept_rows: Mapping[str, TeacherRows] = field(default_factory=dict)
     rollout_id: int = 0
+    term_weights: Sequence[np.ndarray] | None = None
+    """Weights of the distillation term where it has places of its own, those of the prompt; else it has the loss's."""
 
     def __call__(self, batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, tuple[Statistics, dict[int, np.ndarray]]]:
         inputs = LossInputs(self, batch, rows_Nh)
         loss, statistics = LOSSES[self.options.objective.loss_type](inputs)
+        if self.term_weights is not None:
+            loss, statistics = _with_prompts(inputs, loss, statistics)
         return loss, (statistics | inputs.exact_statistics(), batch.split(inputs.log_probs_N))
 
 
@@ -148,15 +153,26 @@ class LossInputs:
 
     @property
     def opd_weights_N(self) -> Tensor | None:
-        """None where the teacher scored every sample of the rollout."""
-        return self._of_samples(lambda sample: sample.opd_weights)
+        """None where they are 1 everywhere."""
+        weights_N = self._of_samples(lambda sample: sample.opd_weights)
+        if self._step.term_weights is None:
+            return weights_N
+        share_N = self.batch.join(self._step.term_weights) / torch.where(self.loss_mask_N, self.loss_weights_N, 1.0)
+        return share_N if weights_N is None else share_N * weights_N
 
     @property
     def opd_future_N(self) -> Tensor | None:
         """What the discount adds of the tokens that follow; None without one."""
         return self._of_samples(lambda sample: sample.opd_future)
 
-    @property
+    @cached_property
+    def prompt_weights_N(self) -> Tensor | None:
+        """Weights of the distillation term at the prompt's tokens, 0 at all others; None where it has none there."""
+        if self._step.term_weights is None:
+            return None
+        return torch.where(self.loss_mask_N, 0.0, self.batch.join(self._step.term_weights))
+
+    @cached_property
     def opd_divergence_N(self) -> Tensor | None:
         """With a gradient; None where the distillation term is of sampled tokens."""
         opd = self.options.opd
@@ -164,11 +180,13 @@ class LossInputs:
             return None
         head = {
             "temperature": self._opd_temperature,
-            "vocab_size": self.student.architecture.vocab_size,
+            "vocab_size": self._shared_vocab_size,
             "group": parallel_state.get_tensor_model_parallel_group(),
         }
         term = DistributionTerm(opd, chosen_divergence(opd, self.rollout_id), head)
         scored_N = self.loss_mask_N if self.teacher_valid_N is None else self.loss_mask_N & self.teacher_valid_N
+        if self.prompt_weights_N is not None:
+            scored_N = scored_N | (self.prompt_weights_N > 0)
         return term(Side(self.rows_Nh, self.student.head_weight()), self._target(), scored_N)
 
     @cached_property
@@ -183,6 +201,12 @@ class LossInputs:
         weights = teacher_weights(self.options, len(sides))
         mixture = self.options.opd.opd_teacher_mixture
         return Mixture(tuple(zip(weights, sides, strict=True)), arithmetic=mixture == "arithmetic")
+
+    @property
+    def _shared_vocab_size(self) -> int:
+        """Tokens that all models know; the ids above are of none, as rows that pad an embedding are."""
+        others = [rows.vocab_size for rows in self._step.kept_rows.values()]
+        return min([self.student.architecture.vocab_size, *others])
 
     def _target(self) -> Target | Record:
         """What the divergence compares with: the teacher, or ``teacher^L reference^(1 - L)``."""
@@ -217,7 +241,7 @@ class LossInputs:
             self.student.head_weight(),
             self._teacher_hidden,
             temperature=self.options.rollout.rollout_temperature,
-            vocab_size=self.student.architecture.vocab_size,
+            vocab_size=self._shared_vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),
         )
 
@@ -253,6 +277,21 @@ def _policy_loss(inputs: LossInputs) -> tuple[Tensor, Statistics]:
     opd = inputs.options.opd
     coefficient = opd_coefficient(opd, inputs.rollout_id) if opd.use_opd else None
     return policy_objective(inputs.collect(PolicyInputs), inputs.options.objective, coefficient, opd)
+
+
+def _with_prompts(inputs: LossInputs, loss: Tensor, statistics: Statistics) -> tuple[Tensor, Statistics]:
+    """The loss with the divergence at the prompt's tokens, which is part of ``train/loss`` and ``train/opd_loss``."""
+    divergence_N, weights_N = inputs.opd_divergence_N, inputs.prompt_weights_N
+    assert divergence_N is not None
+    assert weights_N is not None
+    added = (weights_N * divergence_N).sum()
+    coefficient = opd_coefficient(inputs.options.opd, inputs.rollout_id)
+    of_prompts = weighted_statistic(divergence_N, weights_N)
+    found = statistics | {"train/opd_prompt_divergence": of_prompts}
+    for name, factor in (("train/loss", coefficient), ("train/opd_loss", 1.0)):
+        total, weight = statistics[name]
+        found[name] = torch.stack([total + factor * of_prompts[0], weight])
+    return loss + coefficient * added, found
 
 
 def _sft_loss(inputs: LossInputs) -> tuple[Tensor, Statistics]:

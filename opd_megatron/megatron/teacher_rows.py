@@ -22,9 +22,13 @@ Shares = Sequence[Sequence[MicroBatches]]
 
 
 class TeacherRows:
-    """Hidden rows of a frozen model by place of their sample, in ``dtype`` (None: that of the model)."""
+    """Hidden rows of a frozen model of ``vocab_size`` tokens by place of their sample.
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    They are in ``dtype`` (None: that of the model).
+    """
+
+    def __init__(self, dtype: torch.dtype | None, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self._dtype = dtype
         self._rows: dict[int, Tensor] = {}
         self._weight_Vh: Tensor | None = None

@@ -53,6 +53,7 @@ from opd_megatron.megatron.optimizer import (
     gather_weights,
     wrap_model,
 )
+from opd_megatron.megatron.prompts import PromptReading
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
@@ -175,8 +176,11 @@ class MegatronTrainer:
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
         self._kept_rows.pop(name, None)
         frozen = self.frozen[name]
+        reading = PromptReading.of(samples) if keep_hidden and self.options.opd.opd_include_prompt else None
+        samples = samples if reading is None else reading.read
         steps = frozen.steps(samples)
-        rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
+        dtype, size = DTYPES.get(self.options.opd.opd_teacher_hidden_dtype), frozen.spec.architecture.vocab_size
+        rows = TeacherRows(dtype, size) if keep_hidden else None
         with self.memory.holding(name):
             found = frozen.score(samples, steps, temperature, rows.keep if rows else None)
             if rows:
@@ -185,7 +189,7 @@ class MegatronTrainer:
         if rows:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
             self._kept_rows[name] = rows
-        return found
+        return found if reading is None else reading.cut(found)
 
     def values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         """What the critic expects before each response token, ``[T]`` float32 by place in ``samples``.
@@ -210,18 +214,22 @@ class MegatronTrainer:
             return TrainResult(of_critic if self._is_reporter else None, self.score("student", samples))
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
-            result = self._train(samples, rollout_id)
+            reading = PromptReading.of(samples) if self.options.opd.opd_include_prompt else None
+            result = self._train(samples if reading is None else reading.read, rollout_id, reading)
+            if reading is not None:
+                result = replace(result, log_probs=reading.cut(result.log_probs))
             if self.options.offload.offload_train:
                 gather_weights(self.wrapped)
         return result if result.metrics is None else replace(result, metrics=result.metrics | of_critic)
 
-    def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
+    def _train(self, samples: Sequence[Sample], rollout_id: int, reading: PromptReading | None) -> TrainResult:
         per_step: list[dict[str, float]] = []
         with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         for number, micro_batches in [*enumerate(self._share(samples))] * self.options.objective.ppo_epochs:
             weights, has_tokens = step_loss_weights(self.options, samples, number)
-            loss = StepLoss(self.options, self.student, samples, weights, self._kept_rows, rollout_id)
+            term_weights = None if reading is None else reading.step_weights(self.options, number)
+            loss = StepLoss(self.options, self.student, samples, weights, self._kept_rows, rollout_id, term_weights)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
             if has_tokens:

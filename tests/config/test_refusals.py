@@ -177,6 +177,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2",
         ("does not divide the teacher's 3 layers",),
     ),
+    "the prompt's sampled tokens": (
+        MEGATRON + "--opd-include-prompt",
+        ("--opd-include-prompt needs --opd-loss distribution: the prompt's tokens are not the student's samples",),
+    ),
+    "a server's prompts": (
+        SGLANG + "--opd-include-prompt --opd-loss distribution --opd-support teacher_topk --opd-top-k 4",
+        ("--opd-include-prompt needs --opd-type megatron",),
+    ),
     "a reference for nothing": (
         MEGATRON + "--opd-ref-load $teacher",
         ("--opd-ref-load has no effect with --opd-reward-scale 1",),

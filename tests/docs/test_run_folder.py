@@ -36,7 +36,13 @@ OF_CRITIC = {
 }
 """Metrics of PPO's critic; tests/e2e/test_ppo.py looks at those."""
 
-OF_OTHER_TERMS = {"train/opd_clipfrac", "train/opd_loss", "train/opd_divergence", "opd/implicit_reward"}
+OF_OTHER_TERMS = {
+    "train/opd_clipfrac",
+    "train/opd_loss",
+    "train/opd_divergence",
+    "train/opd_prompt_divergence",
+    "opd/implicit_reward",
+}
 """Metrics of other forms of the distillation term; tests/e2e/test_distillation_forms.py looks at those."""
 
 

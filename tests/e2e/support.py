@@ -25,15 +25,17 @@ def make_model(
     experts: int = 0,
     weights: bool = True,
     std: float = 0.3,
+    vocabulary: int = VOCABULARY,
 ) -> Path:
     """A random Qwen3 of the column-arithmetic vocabulary with its tokenizer as a Hugging Face folder.
 
-    With ``experts`` it is a mixture of so many, two for each token.
+    With ``experts`` it is a mixture of so many, two for each token. An embedding of a larger ``vocabulary`` than the
+    tokenizer's has rows that no token uses.
     """
     mixture = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
     config = (Qwen3MoeConfig if experts else Qwen3Config)(
         **(mixture if experts else {}),
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,

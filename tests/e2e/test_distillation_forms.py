@@ -50,6 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {**WHOLE, "opd_reward_scale": 1.25, "opd_ref_load": OTHER, "offload_teacher": True},
         "opd/implicit_reward",
     ),
+    "with prompts": ({**WHOLE, "opd_include_prompt": True, **MOVING}, "train/opd_prompt_divergence"),
     "arithmetic mixture": (
         {**MIXED, "opd_teacher_mixture": "arithmetic", "opd_teacher_weights": [1, 3], "opd_baseline": "kl"},
         "opd/reverse_kl_exact",

@@ -221,6 +221,20 @@ def test_teacher_with_another_tokenizer_is_refused(student: Path, prompts: Path,
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("form", [{"opd_baseline": "kl"}, {"opd_loss": "distribution", "opd_reward_scale": 1.25}])
+def test_an_embedding_of_another_size_behind_one_tokenizer(
+    student: Path, prompts: Path, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    """As the larger models of a family have; without the tokenizer nobody knows which rows are tokens."""
+    larger = make_model(tmp_path / "larger", seed=4, vocabulary=25)
+    metrics = run_training(student, prompts, tmp_path / "run", **opd(larger), **form)
+    assert all(line["opd/reverse_kl_exact"] > 0 for line in metrics)
+    for file in larger.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match="a vocabulary of 25 tokens, the student of 18, and no tokenizer to compare"):
+        run_training(student, prompts, tmp_path / "again", **opd(larger), **form)
+
+
 def test_a_run_is_never_written_over(student: Path, prompts: Path, tmp_path: Path) -> None:
     run_training(student, prompts, tmp_path / "run", num_rollout=1)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

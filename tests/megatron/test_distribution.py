@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.sample import Sample, TeacherScores, prompt_as_response
 from tests.megatron.support import (
     GRADIENT_FLAGS,
     assert_same_tensors,
@@ -83,6 +84,63 @@ def dense_loss(student: Any, teacher: Any, samples: list[Sample], flags: dict[st
         scored_T = torch.from_numpy(sample.loss_mask & sample.teacher_scores.valid_T)
         total = total + COEFFICIENT * value_T[scored_T].sum() / (sequences * sample.loss_mask.sum())
     return total
+
+
+PROMPT_FORMS: dict[str, dict[str, Any]] = {
+    "mean over sequences": {},
+    "mean over tokens": {"calculate_per_token_loss": True, "opd_support": "teacher_topk", "opd_top_k": K},
+    "constant divisor": {"loss_length_divisor": 7, "use_kl_loss": True, "kl_loss_coef": 0.3, "kl_loss_type": "k2"},
+}
+
+
+@pytest.mark.parametrize("form", PROMPT_FORMS)
+def test_prompts_are_compared_like_responses(folders: dict[str, Path], teacher_folder: Path, form: str) -> None:
+    """Every prompt token but the first weighs as a trained one; other terms do not see them."""
+    flags = PROMPT_FORMS[form]
+    trainer = make_trainer(
+        folders["qwen3"],
+        teacher=teacher_folder,
+        use_opd=True,
+        opd_loss="distribution",
+        opd_kl_coef=COEFFICIENT,
+        opd_include_prompt=True,
+        **flags,
+        **GRADIENT_FLAGS,
+    )
+    samples = make_samples(3)
+    for sample in samples:
+        assert sample.advantages is not None
+        sample.advantages = 0 * sample.advantages
+        sample.teacher_scores = TeacherScores(log_probs_T=np.zeros(sample.response_length))
+        sample.ref_log_probs = np.full(sample.response_length, -2.0)
+    metrics, found = distil(trainer, samples)
+    student, teacher = load_reference(folders["qwen3"]), load_reference(teacher_folder)
+    places = [len(sample.prompt_tokens) - 1 + int(sample.loss_mask.sum()) for sample in samples]
+    of_prompts = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample, count in zip(samples, places, strict=True):
+        divisor = len(samples) * flags.get("loss_length_divisor", 0) or sum(bool(n) for n in places) * max(count, 1)
+        if flags.get("calculate_per_token_loss"):
+            divisor = sum(places)
+        whole = prompt_as_response(sample)
+        student_TV = reference_logits(student, whole).double().log_softmax(-1)
+        with torch.no_grad():
+            teacher_TV = reference_logits(teacher, whole).double().log_softmax(-1)
+        value_T = COEFFICIENT * kl(*classes(student_TV, teacher_TV, flags.get("opd_support", "full"), "bucket"))
+        before = len(sample.prompt_tokens) - 1
+        of_prompts = of_prompts + value_T[:before].sum() / divisor
+        trained_T = torch.from_numpy(sample.loss_mask)
+        loss = loss + value_T[before:][trained_T].sum() / divisor
+        if "use_kl_loss" in flags:
+            tokens = torch.from_numpy(sample.response_tokens)[:, None]
+            log_ratio_T = student_TV[before:].gather(1, tokens)[:, 0] + 2.0
+            loss = loss + 0.3 * (log_ratio_T.square() / 2)[trained_T].sum() / divisor
+    expected = reference_gradients(student, loss + of_prompts)
+    if "use_kl_loss" not in flags:
+        assert metrics["train/loss"] == pytest.approx((loss + of_prompts).item(), rel=1e-5)
+        assert metrics["train/opd_loss"] == pytest.approx((loss + of_prompts).item() / COEFFICIENT, rel=1e-5)
+    assert metrics["train/opd_prompt_divergence"] > 0
+    assert_same_tensors(found, {name: expected[name] for name in found}, 2e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
+    VOCAB_SIZE,
     assert_same_tensors,
     load_reference,
     make_samples,
@@ -25,19 +26,32 @@ from tests.megatron.support import (
 )
 
 COEFFICIENT = 0.6
+SHARED = VOCAB_SIZE - 6
+"""Tokens that all models know, of which the samples are."""
 WHOLE: dict[str, Any] = {"use_opd": True, "opd_loss": "distribution", "opd_kl_coef": COEFFICIENT}
 
 
 @pytest.fixture(scope="module")
 def models(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The student and three frozen models, each of another size."""
+    """The student and frozen models, each of another size, some of another number of tokens."""
     root = tmp_path_factory.mktemp("models")
-    sizes = {"teacher": (48, 1, 6, 3), "second": (32, 2, 4, 2), "third": (24, 1, 2, 1)}
+    sizes = {
+        "teacher": (48, 1, 6, 3, VOCAB_SIZE),
+        "second": (32, 2, 4, 2, VOCAB_SIZE),
+        "third": (24, 1, 2, 1, VOCAB_SIZE),
+        "larger": (24, 1, 4, 2, VOCAB_SIZE + 11),
+        "smaller": (32, 1, 4, 2, SHARED),
+    }
     configs = {
         name: tiny_config(
-            "llama", hidden_size=size, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups
+            "llama",
+            hidden_size=size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            vocab_size=vocabulary,
         )
-        for name, (size, layers, heads, groups) in sizes.items()
+        for name, (size, layers, heads, groups, vocabulary) in sizes.items()
     }
     saved = {name: save_reference(root / name, config, seed=9 + i) for i, (name, config) in enumerate(configs.items())}
     return {"student": folders["qwen3"], **saved}
@@ -70,6 +84,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str], Definition]] = {
         {"teacher": "teacher", "teacher_2": "second", "teacher_3": "third"},
         lambda p: normalized((p["teacher"] + p["second"] + p["third"]) / 3),
     ),
+    "a teacher with rows that no token uses": ({}, {"teacher": "larger"}, lambda p: p["larger"]),
+    "a student with rows that no token uses": ({}, {"teacher": "smaller"}, lambda p: p["smaller"]),
+    "three vocabularies": (
+        {"opd_teacher_mixture": "geometric"},
+        {"teacher": "larger", "teacher_2": "smaller"},
+        lambda p: normalized((p["larger"] + p["smaller"]) / 2),
+    ),
     "arithmetic, extrapolated": (
         {"opd_teacher_mixture": "arithmetic", "opd_reward_scale": 1.5},
         {"teacher": "teacher", "teacher_2": "second", "reference": "student"},
@@ -99,7 +120,7 @@ def test_the_gradient_of_a_step_is_that_of_the_kl_to_the_target(
         **WHOLE,
         **GRADIENT_FLAGS,
     )
-    samples = make_samples(3)
+    samples = make_samples(3, vocab_size=SHARED)
     for name in names:
         scored = trainer.score(name, samples, keep_hidden=True)
     for place, sample in enumerate(samples):
@@ -108,14 +129,15 @@ def test_the_gradient_of_a_step_is_that_of_the_kl_to_the_target(
         sample.teacher_scores = TeacherScores(log_probs_T=scored[place])
     metrics, found = step_gradients(trainer, samples)
 
-    transformers = {name: load_reference(folder) for name, folder in models.items()}
+    transformers = {name: load_reference(models[name]) for name in {*names.values(), "student"}}
+    shared = min(model.config.vocab_size for model in transformers.values())
     student, temperature = load_reference(models["student"]), flags.get("opd_temperature", 1.0)
     trained = [sample for sample in samples if sample.loss_mask.any()]
     loss = torch.zeros((), dtype=torch.float64)
     for sample in trained:
 
         def log_probs(model: Any, sample: Any = sample) -> Tensor:
-            return (reference_logits(model, sample).double() / temperature).log_softmax(-1)
+            return (reference_logits(model, sample)[:, :shared].double() / temperature).log_softmax(-1)
 
         with torch.no_grad():
             target_TV = definition({name: log_probs(model) for name, model in transformers.items()})

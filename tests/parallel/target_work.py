@@ -16,6 +16,7 @@ from tests.parallel.work import _everywhere
 
 TARGETS: dict[str, dict[str, Any]] = {
     "geometric, extrapolated": {"opd_teacher_mixture": "geometric", "opd_reward_scale": 1.5},
+    "geometric with prompts": {"opd_teacher_mixture": "geometric", "opd_include_prompt": True},
     "arithmetic": {"opd_teacher_mixture": "arithmetic", "opd_teacher_weights": (1.0, 2.0), "opd_divergence": "jsd"},
 }
 

@@ -24,6 +24,9 @@ class TargetOptions:
         "--hf-checkpoint)",
         metavar="DIR",
     )
+    opd_include_prompt: bool = option(
+        False, "compare whole distributions at the tokens of the prompt, too (Megatron teacher)"
+    )
     opd_more_teachers: tuple[str, ...] = option(
         (),
         "further Megatron teachers, mixed with --opd-teacher-load: torch_dist or Hugging Face folders",

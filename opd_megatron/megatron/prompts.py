@@ -1,0 +1,50 @@
+"""``--opd-include-prompt``: the tokens of the prompt as places where whole distributions are compared, too.
+
+The trainer reads a sample as if its prompt were the first token alone, and masks what else was the prompt: the
+divergence sees it, nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd_megatron.config.options import Options
+from opd_megatron.objectives.weights import token_loss_weights
+from opd_megatron.sample import Sample, prompt_as_response
+
+
+@dataclass(frozen=True)
+class PromptReading:
+    """Samples in both forms: ``read`` has the prompt's tokens but the first before those of the response, masked."""
+
+    samples: Sequence[Sample]
+    read: Sequence[Sample]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> PromptReading:
+        return cls(samples, [prompt_as_response(sample) for sample in samples])
+
+    def cut(self, found: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Arrays by place, of the responses alone."""
+        return {place: values[self._before(place) :] for place, values in found.items()}
+
+    def step_weights(self, options: Options, number: int) -> list[np.ndarray]:
+        """Weights of the distillation term in optimizer step ``number``, by place as ``step_loss_weights`` gives them.
+
+        Those of the loss, where the prompt's tokens but the first count as trained ones do: in the mean over a
+        sequence, and in its divisor.
+        """
+        size, objective = options.global_batch_size, options.objective
+        first = number * size
+        masks = [
+            np.concatenate([np.ones(self._before(place), dtype=np.bool_), self.samples[place].loss_mask])
+            for place in range(first, min(first + size, len(self.samples)))
+        ]
+        weights = token_loss_weights(masks, objective.calculate_per_token_loss, objective.loss_length_divisor)
+        return [np.zeros(0, dtype=np.float32)] * first + [weights_T.numpy() for weights_T in weights]
+
+    def _before(self, place: int) -> int:
+        return len(self.samples[place].prompt_tokens) - 1
