@@ -187,7 +187,7 @@ def prompt_as_response(sample: Sample) -> Sample:
     )
 
 
-def _preceded(record: Any, count: int) -> dict[str, np.ndarray]:
+def _preceded(record: Any, count: int) -> dict[str, Any]:
     """The per-token fields of a record with ``count`` zeros before them, but for the tokens themselves."""
     found = {}
     for name, _ in _per_token_fields(record.__class__):
