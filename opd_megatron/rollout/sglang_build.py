@@ -10,7 +10,8 @@ import numpy as np
 from transformers import AutoConfig
 
 from opd_megatron.config.options import Options
-from opd_megatron.rollout.sglang_engine import SGLangEngine, SpokenModel
+from opd_megatron.rollout.sglang_engine import SGLangEngine
+from opd_megatron.rollout.sglang_fleet import SpokenModel
 from opd_megatron.rollout.sglang_launch import ServedModel, server_launches
 from opd_megatron.rollout.sglang_server import Launch
 from opd_megatron.rollout.stop import end_token_ids
@@ -52,4 +53,5 @@ def sglang_engine(
         timeout=options.engine.rollout_engine_timeout,
         max_in_flight=options.engine.rollout_engine_max_in_flight,
         free_memory=options.engine.sglang_free_memory,
+        api_key_env=options.engine.rollout_engine_api_key_env,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,15 @@ class SGLangServer:
     ``epoch`` counts how often it was: who met a fault looks whether another one has mended it meanwhile.
     """
 
-    def __init__(self, check: WeightCheck, timeout: float, *, launch: Launch | None = None, url: str = "") -> None:
+    def __init__(
+        self,
+        check: WeightCheck,
+        timeout: float,
+        *,
+        launch: Launch | None = None,
+        url: str = "",
+        api_key_env: str | None = None,
+    ) -> None:
         self.check = check
         self.lock = asyncio.Lock()
         self.epoch = 0
@@ -61,9 +70,13 @@ class SGLangServer:
         self._timeout = timeout
         self._launch = launch
         self._process: LocalServer | None = None
-        self._client = HttpClient(url, kind="rollout engine", timeout=timeout) if launch is None else None
+        self._label = ""
+        self._resting = False
+        self._client: HttpClient | None = None
         if launch is not None:
             self._start(launch)
+        else:
+            self._client = HttpClient(url, kind="rollout engine", timeout=timeout, api_key_env=api_key_env)
 
     def _start(self, launch: Launch) -> None:
         self._process = launch()
@@ -125,6 +138,7 @@ class SGLangServer:
         """End what is left of our process and start it anew, to health."""
         assert self._launch is not None
         await self.close()
+        self._resting = False
         self._start(self._launch)
         try:
             await self.wait_until_healthy()
@@ -180,8 +194,7 @@ class SGLangServer:
 
         Raises :class:`HttpError`, or :class:`RunError` where the server says that it has failed.
         """
-        await self._exchange("POST", "/pause_generation", {"mode": "abort"})
-        try:
+        async with self._paused():
             answer = await self._exchange(
                 "POST",
                 "/update_weights_from_disk",
@@ -192,10 +205,18 @@ class SGLangServer:
                     "flush_cache": True,
                 },
             )
-        finally:
-            await asyncio.shield(self._exchange("POST", "/continue_generation", {}))
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise RunError(f"{self.name}: the weights of {folder} were not loaded: {answer}")
+        self._label = label
+
+    @contextlib.asynccontextmanager
+    async def _paused(self) -> AsyncGenerator[None, None]:
+        """Abort what is being generated, and generate nothing in the block."""
+        await self._exchange("POST", "/pause_generation", {"mode": "abort"})
+        try:
+            yield
+        finally:
+            await asyncio.shield(self._exchange("POST", "/continue_generation", {}))
 
     async def score(self, tokens: np.ndarray, rid: str, vocab_size: int) -> np.ndarray:
         """Log-probabilities float32 of ``tokens[1:]`` at temperature 1; raises like :meth:`load`."""
@@ -208,10 +229,14 @@ class SGLangServer:
     async def release_memory(self) -> None:
         """Give the memory of weights and cache back; the server must be idle."""
         await self._exchange("POST", "/release_memory_occupation", {})
+        self._resting = True
 
     async def resume_memory(self) -> None:
-        """Take the memory again; the weights are undefined until they are loaded."""
-        await self._exchange("POST", "/resume_memory_occupation", {})
+        """Take the memory again where it was given back; the weights are undefined until they are loaded."""
+        # One that began anew meanwhile has its memory, and would end over the request.
+        if self._resting and (await self.model_info())["weight_version"] == self._label:
+            await self._exchange("POST", "/resume_memory_occupation", {})
+        self._resting = False
 
     async def _exchange(self, method: str, path: str, payload: Any, timeout: float | None = None) -> Any:
         return await self.client.attempt(method, path, payload, f"{method} {path}", timeout=timeout or self._timeout)

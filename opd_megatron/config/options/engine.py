@@ -28,6 +28,13 @@ class EngineOptions:
         check=checks.http_url,
         show=checks.mask_url,
     )
+    rollout_engine_api_key_env: str | None = option(
+        None,
+        "environment variable with the API key of --rollout-engine-url, sent as a bearer token and shown nowhere",
+        metavar="VARIABLE",
+        check=checks.variable_name,
+        show=checks.mask_unless_variable,
+    )
     rollout_engine_timeout: float = option(
         1800.0,
         "time limit of one response and of one update of the weights",
