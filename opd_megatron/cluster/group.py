@@ -37,6 +37,9 @@ class TrainerGroup(Protocol):
     ) -> list[np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response under a model, at the rollout temperature or another."""
 
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position."""
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
@@ -88,6 +91,9 @@ class LocalTrainerGroup:
     ) -> list[np.ndarray]:
         scored = self._trainer.score(name, samples, keep_hidden=keep_hidden, temperature=temperature)
         return merge_arrays([scored], len(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.top_ids(samples, k)], len(samples))
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results([self._trainer.train(samples, rollout_id)], len(samples))

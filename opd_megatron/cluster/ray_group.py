@@ -186,6 +186,9 @@ class RayTrainerGroup:
         scored = self._all("score", name, shared, keep_hidden=keep_hidden, temperature=temperature)
         return merge_arrays(scored, len(samples))
 
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        return merge_arrays(self._all("top_ids", ray.put(list(samples)), k), len(samples))
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results(self._all("train", ray.put(list(samples)), rollout_id), len(samples))
 

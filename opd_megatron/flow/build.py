@@ -21,6 +21,17 @@ def _streams(teacher: Teacher | StreamingTeacher | None) -> TypeGuard[StreamingT
     return hasattr(teacher, "score_one")
 
 
+def policy_of(options: Options) -> FailurePolicy:
+    """What these options do about samples that the teacher cannot score."""
+    opd = options.opd
+    return FailurePolicy(
+        on_failure=opd.opd_on_teacher_failure,
+        on_overlong=opd.opd_overlong,
+        max_failed_frac=opd.opd_max_failed_frac,
+        deadline=opd.opd_teacher_step_deadline,
+    )
+
+
 def stages_of(
     options: Options,
     source: SampleSource,
@@ -29,7 +40,7 @@ def stages_of(
     teacher: Teacher | StreamingTeacher | None,
 ) -> Stages:
     """What a rollout of these options goes through."""
-    rollout, opd = options.rollout, options.opd
+    rollout = options.rollout
     if rollout.rollout_batch_size is None:
         raise ValueError("rollout_batch_size is not set")
     return Stages(
@@ -41,12 +52,7 @@ def stages_of(
         keep=build_filter(rollout),
         max_refills=rollout.dynamic_filter_max_refills * rollout.rollout_batch_size,
         teacher=teacher if _streams(teacher) else None,
-        policy=FailurePolicy(
-            on_failure=opd.opd_on_teacher_failure,
-            on_overlong=opd.opd_overlong,
-            max_failed_frac=opd.opd_max_failed_frac,
-            deadline=opd.opd_teacher_step_deadline,
-        ),
+        policy=policy_of(options),
         # The rounding of the local engine depends on what it decodes together.
         refill_at_once=options.engine.rollout_engine != "local",
     )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from opd_megatron.config.errors import RunError
 from opd_megatron.flow.clock import StageClock
-from opd_megatron.flow.failures import FailureCount, FailurePolicy
+from opd_megatron.flow.failures import FailureCount, FailurePolicy, teacher_metrics
 from opd_megatron.flow.filters import FilterError, GroupFilter
 from opd_megatron.flow.gate import Gate
 from opd_megatron.flow.masking import complete_masked, mask
@@ -146,7 +146,7 @@ class _Making:
         complete_masked(samples)
         metrics = {"rollout/filtered_groups": float(self.filtered), **self.clock.metrics()}
         if self.stages.teacher is not None:
-            metrics |= self.failures.metrics()
+            metrics |= self.failures.metrics() | teacher_metrics(self.stages.teacher)
         return Rollout(samples, metrics)
 
     def _check_complete(self) -> None:

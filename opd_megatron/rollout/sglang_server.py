@@ -70,7 +70,8 @@ class SGLangServer:
         self._timeout = timeout
         self._launch = launch
         self._process: LocalServer | None = None
-        self._label = ""
+        self.label = ""
+        """What it was last given."""
         self._resting = False
         self._client: HttpClient | None = None
         if launch is not None:
@@ -168,8 +169,12 @@ class SGLangServer:
                         f"{self.name} has another model than --hf-checkpoint: {field} is {theirs[field]} there and "
                         f"{mine.get(field)} here"
                     )
-        longest = (await self._exchange("GET", "/server_info", None, timeout=ALIVE_TIMEOUT)).get("max_req_input_len")
-        return int(longest) - 1
+        return int((await self.server_info())["max_req_input_len"]) - 1
+
+    async def server_info(self) -> dict[str, Any]:
+        """What ``/server_info`` says; raises :class:`HttpError`."""
+        info: dict[str, Any] = await self._exchange("GET", "/server_info", None, timeout=ALIVE_TIMEOUT)
+        return info
 
     async def generate(self, body: dict[str, Any]) -> Any:
         """The answer to a request, which is aborted where it is given up."""
@@ -194,9 +199,8 @@ class SGLangServer:
 
         Raises :class:`HttpError`, or :class:`RunError` where the server says that it has failed.
         """
-        async with self._paused():
-            answer = await self._exchange(
-                "POST",
+        async with self.paused():
+            await self.tell(
                 "/update_weights_from_disk",
                 {
                     "model_path": str(folder),
@@ -205,12 +209,16 @@ class SGLangServer:
                     "flush_cache": True,
                 },
             )
+        self.label = label
+
+    async def tell(self, path: str, payload: Any) -> None:
+        """A request that the server answers with nothing but its success; raises like :meth:`load`."""
+        answer = await self._exchange("POST", path, payload)
         if not (isinstance(answer, dict) and answer.get("success") is True):
-            raise RunError(f"{self.name}: the weights of {folder} were not loaded: {answer}")
-        self._label = label
+            raise RunError(f"{self.name}: POST {path} did not succeed: {answer}")
 
     @contextlib.asynccontextmanager
-    async def _paused(self) -> AsyncGenerator[None, None]:
+    async def paused(self) -> AsyncGenerator[None, None]:
         """Abort what is being generated, and generate nothing in the block."""
         await self._exchange("POST", "/pause_generation", {"mode": "abort"})
         try:
@@ -234,7 +242,7 @@ class SGLangServer:
     async def resume_memory(self) -> None:
         """Take the memory again where it was given back; the weights are undefined until they are loaded."""
         # One that began anew meanwhile has its memory, and would end over the request.
-        if self._resting and (await self.model_info())["weight_version"] == self._label:
+        if self._resting and (await self.model_info())["weight_version"] == self.label:
             await self._exchange("POST", "/resume_memory_occupation", {})
         self._resting = False
 

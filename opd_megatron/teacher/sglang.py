@@ -24,7 +24,7 @@ from opd_megatron.teacher.gathering import Gatherer, Question, score_together
 from opd_megatron.teacher.in_flight import AdaptiveLimit
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.replicas import Replica, Replicas
-from opd_megatron.teacher.sglang_answer import AnswerError, Reading, read_answer
+from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer
 
 EXACT_TOLERANCE = 1e-3
 """Largest difference between the log-probabilities that two servers of the same float32 weights give a token."""
@@ -147,34 +147,17 @@ class SGLangTeacher:
         ``top_k`` the scores hold the most probable tokens and the tail, where a token is not valid all zeros.
         """
         reading, unscored = await self._read(sample, None)
-        length = sample.response_length
-
-        def padded(values_N: np.ndarray | None, *shape: int) -> np.ndarray:
-            """``values_N`` for the tokens that have a score, after zeros for those that have none."""
-            array = np.zeros((length, *shape), dtype=np.float32 if values_N is None else values_N.dtype)
-            if values_N is not None:
-                array[unscored:] = values_N
-            return array
-
-        top = None if reading is None else reading.top
-        scores = TeacherScores(
-            padded(None if reading is None else reading.log_probs_N),
-            np.arange(length) >= unscored,
-            teacher=self.name,
-            weight_version="" if reading is None else reading.weight_version,
-        )
+        scores = _scores(sample, reading, unscored, self.name)
         if self.top_k:
-            scores.top_ids_TK = padded(None if top is None else top.ids_NK, self.top_k).astype(np.int32)
-            scores.top_log_probs_TK = padded(None if top is None else top.log_probs_NK, self.top_k)
-            scores.tail_log_mass_T = padded(None if top is None else top.tail_log_mass_N)
+            top = None if reading is None else reading.top
+            _take_record(scores, unscored, self.top_k, top)
         return scores
 
-    async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> np.ndarray:
-        """The teacher's log-probabilities of ``ids_TK`` at each response token, float32 ``[T, K]``.
+    async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
+        """As :meth:`score_one`, with the teacher's values of ``ids_TK`` (int, distinct in a row) as the record.
 
         The server scores one list of ids at all positions, so that the cost is positions times the number of different
-        ids: more than ``max_union_ids`` are refused. Where a position has no score the values are NaN. Raises
-        :class:`TeacherFailure`.
+        ids: more than ``max_union_ids`` are refused. Raises :class:`TeacherFailure`.
         """
         ids_TK = np.asarray(ids_TK, dtype=np.int64)
         if ids_TK.ndim != 2 or len(ids_TK) != sample.response_length:
@@ -188,14 +171,16 @@ class SGLangTeacher:
             )
         if union.size and (union[0] < 0 or union[-1] >= self.vocab_size):
             raise self._unscorable(sample, f"an id to be scored is outside the vocabulary of {self.vocab_size}")
-        values_TK = np.full(ids_TK.shape, np.nan, dtype=np.float32)
-        if union.size:
-            reading, unscored = await self._read(sample, union)
-            if reading is not None:
-                assert reading.union_log_probs_NU is not None
-                places_NK = places_TK.reshape(ids_TK.shape)[unscored:]
-                values_TK[unscored:] = np.take_along_axis(reading.union_log_probs_NU, places_NK, axis=1)
-        return values_TK
+        reading, unscored = await self._read(sample, union)
+        top = None
+        if reading is not None:
+            assert reading.union_log_probs_NU is not None
+            places_NK = places_TK.reshape(ids_TK.shape)[unscored:]
+            log_probs_NK = np.take_along_axis(reading.union_log_probs_NU, places_NK, axis=1)
+            top = TopK.of(ids_TK[unscored:], log_probs_NK, self.vocab_size)
+        scores = _scores(sample, reading, unscored, self.name)
+        _take_record(scores, unscored, ids_TK.shape[1], top)
+        return scores
 
     def pin(self, tokens: np.ndarray) -> np.ndarray:
         """Score a known text on every server and hold all of them to the first one's answer from then on.
@@ -236,7 +221,10 @@ class SGLangTeacher:
         counts = {key: float(value) for key, value in self._counts.items()}
         self._counts.clear()
         seconds, self._wait_seconds = self._wait_seconds, 0.0
-        return dict.fromkeys(("requests", "retries", "samples"), 0.0) | counts | {"wait_seconds": seconds}
+        gatherers = list(self._gatherers.values())
+        limit = sum(replica.limit.value for gatherer in gatherers[-1:] for replica in gatherer.replicas.all)
+        found = {"wait_seconds": seconds, "in_flight_limit": float(limit)}
+        return dict.fromkeys(("requests", "retries", "samples"), 0.0) | counts | found
 
     def close(self) -> None:
         """Nothing is open between calls from code that is not asynchronous; see :meth:`aclose`."""
@@ -375,3 +363,30 @@ def _failure(error: HttpError) -> TeacherFailure:
 
 def _subject(sample: Sample) -> str:
     return f"sample {sample.index} ({len(sample.prompt_tokens)} prompt + {sample.response_length} response tokens)"
+
+
+def _scores(sample: Sample, reading: Reading | None, unscored: int, teacher: str) -> TeacherScores:
+    """What ``reading`` says of the response tokens but the first ``unscored``, which are not valid."""
+    length = sample.response_length
+    return TeacherScores(
+        _padded(length, unscored, None if reading is None else reading.log_probs_N),
+        np.arange(length) >= unscored,
+        teacher=teacher,
+        weight_version="" if reading is None else reading.weight_version,
+    )
+
+
+def _take_record(scores: TeacherScores, unscored: int, k: int, top: TopK | None) -> None:
+    """Give the scores a record of ``k`` tokens for each position, all zeros where there is no score."""
+    length = len(scores.log_probs_T)
+    scores.top_ids_TK = _padded(length, unscored, None if top is None else top.ids_NK, k).astype(np.int32)
+    scores.top_log_probs_TK = _padded(length, unscored, None if top is None else top.log_probs_NK, k)
+    scores.tail_log_mass_T = _padded(length, unscored, None if top is None else top.tail_log_mass_N)
+
+
+def _padded(length: int, unscored: int, values_N: np.ndarray | None, *shape: int) -> np.ndarray:
+    """``values_N`` for the tokens that have a score, after zeros for those that have none."""
+    array = np.zeros((length, *shape), dtype=np.float32 if values_N is None else values_N.dtype)
+    if values_N is not None:
+        array[unscored:] = values_N
+    return array

@@ -417,8 +417,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-loss distribution over the whole vocabulary needs --opd-type megatron",),
     ),
     "a server at the student's tokens": (
-        SGLANG + "--opd-loss distribution --opd-support student_topk --opd-top-k 4",
-        ("--opd-support student_topk needs --opd-type megatron",),
+        SGLANG
+        + "--opd-loss distribution --opd-support student_topk --opd-top-k 40 --opd-max-union-ids 32 --opd-overlong drop",
+        (
+            "--opd-top-k 40 asks a server for more than --opd-max-union-ids 32 ids",
+            "--opd-overlong drop does not go with",
+        ),
     ),
     "a server's tail at another temperature": (
         SGLANG + "--opd-loss distribution --opd-support teacher_topk --opd-top-k 4 --opd-temperature 2",

@@ -84,10 +84,11 @@ class Speaker:
             options = EngineOptions(sglang_python=sglang_python())
             servers = server_launches(options, self.served, log_folder, on_cpu=True)
         ends = end_token_ids(self.tokenizer, self.config, self.folder)
+        folders = WeightFolders(log_folder / "weights", settings.pop("write", write_weights))
         return SGLangEngine(
             SpokenModel(self.folder, self.tokenizer, self.config.vocab_size, POSITIONS, ends, "float32"),
             servers,
-            WeightFolders(log_folder / "weights", settings.pop("write", write_weights)),
+            settings.pop("weights", None) or folders,
             probe=probe_tokens([], self.config.vocab_size, POSITIONS),
             reference=settings.pop("reference", self.log_probs),
             **{"timeout": 120.0, **settings},

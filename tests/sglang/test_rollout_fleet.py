@@ -51,6 +51,7 @@ def test_a_run_over_two_servers_survives_the_death_of_one(speaker: Speaker, tmp_
         tmp_path / "run",
         rollout_engine="sglang",
         rollout_num_engines=2,
+        rollout_weight_transfer="distributed",
         sglang_python=sglang_python(),
         # more than one server may have in flight, so that the dead one owes some when it is missed
         rollout_engine_max_in_flight=2,

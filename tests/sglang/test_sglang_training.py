@@ -11,6 +11,7 @@ import pytest
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.sample import read_samples
+from opd_megatron.teacher.protocol import TeacherError
 from tests.e2e.support import make_model, run_training, write_prompts
 from tests.sglang.conftest import Served
 
@@ -94,3 +95,63 @@ def test_a_server_that_is_not_there_is_one_line_and_nothing_is_written(
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         run_training(student, prompts, tmp_path / "run", **opd("http://127.0.0.1:9", opd_teacher_max_retries=0))
     assert not os.path.lexists(tmp_path / "run")
+
+
+def test_the_students_top_tokens_are_compared_as_with_the_megatron_teacher(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path
+) -> None:
+    term = {
+        "opd_loss": "distribution",
+        "opd_support": "student_topk",
+        "opd_top_k": 3,
+        "advantage_estimator": "none",
+        "opd_divergence": "jsd",
+        "opd_jsd_beta": 0.3,
+    }
+    found = {}
+    for kind, teacher in (
+        ("sglang", opd(qwen.server.url)),
+        ("megatron", {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": qwen.folder}),
+    ):
+        recorded = tmp_path / f"{kind}.jsonl"
+        metrics = run_training(
+            student, prompts, tmp_path / kind, **teacher, **term, num_rollout=2, save_debug_rollout_data=recorded
+        )
+        found[kind] = metrics
+        if kind == "sglang":
+            for sample in read_samples(recorded):
+                scores = sample.teacher_scores
+                assert scores is not None
+                assert scores.top_ids_TK is not None
+                assert scores.top_ids_TK.shape == (sample.response_length, 3)
+    for one, two in zip(found["sglang"], found["megatron"], strict=True):
+        for name in ("train/loss", "train/opd_divergence", "train/grad_norm", "opd/reverse_kl"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), name
+        assert one["train/opd_divergence"] > 0
+        assert one["opd/teacher_requests"] >= 8
+        assert one["opd/teacher_retries"] == one["opd/teacher_failed_frac"] == 0
+
+
+@pytest.mark.parametrize("policy", ["stop", "mask"])
+def test_more_ids_than_a_server_is_asked_for_meet_the_policy(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path, policy: str
+) -> None:
+    run: dict[str, Any] = {
+        **opd(qwen.server.url, opd_on_teacher_failure=policy),
+        "opd_loss": "distribution",
+        "opd_support": "student_topk",
+        "opd_top_k": 3,
+        "opd_max_union_ids": 8,
+        "num_rollout": 1,
+        "rollout_ignore_eos": True,
+    }
+    if policy == "stop":
+        with pytest.raises(TeacherError, match=r"different ids at 12 positions.*\(--opd-max-union-ids\)"):
+            run_training(student, prompts, tmp_path / "run", **run)
+        return
+    (line,) = run_training(
+        student, prompts, tmp_path / "run", **run, opd_max_failed_frac=1.0, advantage_estimator="grpo", rm_type=None,
+        custom_rm_path="tests.e2e.rewards:count_sevens",
+    )  # fmt: skip
+    assert 0 < line["opd/teacher_failed_frac"] == line["opd/teacher_failed/unscorable"] / 8
+    assert np.isfinite(line["train/loss"])

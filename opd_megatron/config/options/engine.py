@@ -45,6 +45,12 @@ class EngineOptions:
     rollout_engine_max_in_flight: int = option(
         256, "responses asked of one SGLang server at a time", minimum=1, maximum=65536
     )
+    rollout_weight_transfer: str = option(
+        "auto",
+        "how new weights reach the SGLang servers: disk, a folder that they read; distributed, a broadcast to each "
+        "without a disk between; auto, disk on a machine without GPU and where --rollout-weights-dir names one",
+        choices=("auto", "disk", "distributed"),
+    )
     rollout_weights_dir: str | None = option(
         None,
         "where new weights are written for the SGLang servers to read (default: engine in --run-dir)",
