@@ -418,7 +418,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "a server at the student's tokens": (
         SGLANG
-        + "--opd-loss distribution --opd-support student_topk --opd-top-k 40 --opd-max-union-ids 32 --opd-overlong drop",
+        + "--opd-loss distribution --opd-support student_topk --opd-top-k 40 --opd-max-union-ids 32 "
+        + "--opd-overlong drop",
         (
             "--opd-top-k 40 asks a server for more than --opd-max-union-ids 32 ids",
             "--opd-overlong drop does not go with",

@@ -12,6 +12,7 @@ import pytest
 from opd_megatron.config.errors import UserError
 from opd_megatron.sample import read_samples
 from opd_megatron.teacher.protocol import TeacherError
+from tests.docs.test_run_folder import OF_SGLANG_TEACHER
 from tests.e2e.support import make_model, run_training, write_prompts
 from tests.sglang.conftest import Served
 
@@ -68,6 +69,7 @@ def test_task_reward_and_server_teacher_work_together(
     )
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     for line in metrics[1:]:
+        assert set(line) >= OF_SGLANG_TEACHER
         assert line["reward/std"] > 0
         assert line["train/task_advantage_abs_mean"] > 0
         assert line["train/opd_advantage_abs_mean"] > 0
