@@ -9,15 +9,15 @@ from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import build_filter
 from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages
 from opd_megatron.reward import RewardFunction
-from opd_megatron.teacher.protocol import StreamingTeacher, Teacher
+from opd_megatron.teacher.protocol import StreamingTeacher
 
 
-def scores_later(teacher: Teacher | StreamingTeacher | None) -> bool:
+def scores_later(teacher: object) -> bool:
     """Whether the teacher scores whole rollouts, when they are finished, and not sample by sample."""
     return teacher is not None and not _streams(teacher)
 
 
-def _streams(teacher: Teacher | StreamingTeacher | None) -> TypeGuard[StreamingTeacher]:
+def _streams(teacher: object) -> TypeGuard[StreamingTeacher]:
     return hasattr(teacher, "score_one")
 
 
@@ -37,9 +37,9 @@ def stages_of(
     source: SampleSource,
     prompts: PromptSource,
     reward: RewardFunction | None,
-    teacher: Teacher | StreamingTeacher | None,
+    teacher: object,
 ) -> Stages:
-    """What a rollout of these options goes through."""
+    """What a rollout of these options goes through; a ``teacher`` that scores whole rollouts comes after it."""
     rollout = options.rollout
     if rollout.rollout_batch_size is None:
         raise ValueError("rollout_batch_size is not set")

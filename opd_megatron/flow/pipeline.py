@@ -126,7 +126,6 @@ class _Making:
         self.groups: list[_Group] = []
         self.filtered = 0
         self.limits: set[asyncio.Timeout] = set()
-        self.late = False
 
     async def finish(self) -> Rollout:
         if self.stages.teacher is not None:
@@ -214,7 +213,7 @@ class _Making:
         self.failures.asked += 1
         try:
             with self.gate.passing(), self.clock.at_work("teacher"):
-                async with asyncio.timeout(0 if self.late else None) as limit:
+                async with asyncio.timeout(None) as limit:
                     self.limits.add(limit)
                     try:
                         sample.teacher_scores = await teacher.score_one(sample)
@@ -258,12 +257,17 @@ class _Making:
             self.tasks.create_task(self._sample(1))
 
     async def _watch_deadline(self) -> None:
-        """End the calls that are open when the step has waited for the teacher alone for too long."""
-        while (left := self.stages.policy.deadline - self.clock.teacher_wait) > 0:
-            await asyncio.sleep(left)
-        self.late = True
-        for limit in self.limits:
-            limit.reschedule(asyncio.get_running_loop().time())
+        """End the calls that are open when the step has waited for the teacher alone for too long.
+
+        What takes the place of what was dropped then has as much time again.
+        """
+        began = 0.0
+        while True:
+            while (left := self.stages.policy.deadline - (self.clock.teacher_wait - began)) > 0:
+                await asyncio.sleep(left)
+            began = self.clock.teacher_wait
+            for limit in self.limits:
+                limit.reschedule(asyncio.get_running_loop().time())
 
 
 def _deadline_failure(teacher: str, sample: Sample, seconds: float) -> TeacherFailure:

@@ -244,18 +244,31 @@ class SGLangEngine:
         tokens, log_probs, finish = read_response(
             answer, limit=limit, vocab_size=self._model.vocab_size, server=server.name
         )
-        label = answer["meta_info"].get("weight_version")
-        if label != self._fleet.label:
-            raise RunError(
-                f"{server.name}: it speaks with weights {label!r}, this run gave it {self._fleet.label!r}: "
-                "does something else update it?"
-            )
+        versions = self._versions(answer["meta_info"], server.name)
         if request.sampling.stop:
             end = cut_at_stop(tokens, self._stop_strings(request.sampling.stop))
             if end is not None:
                 tokens, log_probs, finish = tokens[:end], log_probs[:end], Status.COMPLETED
         text = self._model.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Generation(tokens, log_probs, text, finish, self._weight_version)
+        return Generation(tokens, log_probs, text, finish, self._weight_version, versions if len(versions) > 1 else ())
+
+    def _versions(self, meta: dict[str, Any], server: str) -> tuple[str, ...]:
+        """Those that made a response, in order; raises :class:`RunError` unless all are this run's."""
+        spans = meta.get("weight_versions")
+        labels = [span.get("version") for span in spans] if spans else []
+        own = "@" + self._fleet.label.partition("@")[2]
+        for label in [*labels, meta.get("weight_version")]:
+            if not str(label).endswith(own):
+                raise RunError(
+                    f"{server}: it speaks with weights {label!r}, this run gave it {self._fleet.label!r}: "
+                    "does something else update it?"
+                )
+        if meta.get("weight_version") != self._fleet.label:
+            raise RunError(
+                f"{server}: it speaks with weights {meta.get('weight_version')!r}, "
+                f"this run gave it {self._fleet.label!r}: it has lost an update"
+            )
+        return tuple(str(label).removesuffix(own) for label in labels)
 
     def _stop_strings(self, stop: tuple[str, ...]) -> StopStrings:
         if stop not in self._stops:

@@ -182,10 +182,11 @@ class _Sender:
         store: Any = self._store
         for prefix in (self._name, f"{self._name}/", "cpu/"):
             store = dist.PrefixStore(prefix, store)
-        options = dist.ProcessGroupGloo._Options()
+        gloo: Any = dist.ProcessGroupGloo  # whose stubs lack the options
+        options = gloo._Options()
         options._timeout = datetime.timedelta(seconds=self._timeout)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
-        self._group = dist.ProcessGroupGloo(store, 0, self._size, options)
+        options._devices = [gloo.create_device(hostname=self._address)]
+        self._group = gloo(store, 0, self._size, options)
 
     def _broadcast(self, tensors: Sequence[Tensor]) -> None:
         options = dist.BroadcastOptions()

@@ -12,42 +12,19 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.http_client import HttpClient, HttpError, RetryPolicy, blocking
+from opd_megatron.http_client import HttpClient, HttpError, HttpFault, RetryPolicy, blocking, retried
 from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.teacher.agreement import EXACT, ROUNDED, Identity
 from opd_megatron.teacher.gathering import Gatherer, Question, score_together
 from opd_megatron.teacher.in_flight import AdaptiveLimit
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.replicas import Replica, Replicas
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer
-
-EXACT_TOLERANCE = 1e-3
-"""Largest difference between the log-probabilities that two servers of the same float32 weights give a token."""
-ROUNDED_TOLERANCE = 0.1
-"""The same for weights of less precision, whose sums depend on what else is in a server's batch."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a server says that it serves, and how it scores a known text ``[N]``."""
-
-    model_path: str | None
-    weight_version: str
-    log_probs_N: np.ndarray
-
-    def difference(self, other: Identity, tolerance: float) -> str | None:
-        """What ``other`` has other than this, in words; None where it serves the same."""
-        gap = float(np.abs(other.log_probs_N - self.log_probs_N).max(initial=0.0))
-        if gap > tolerance:
-            return f"its log-probabilities of a known text differ by {gap:.2g}"
-        if other.weight_version != self.weight_version:
-            return f"its weight version is {other.weight_version!r}, not {self.weight_version!r}"
-        return None
 
 
 class SGLangTeacher:
@@ -93,7 +70,7 @@ class SGLangTeacher:
         self._known: np.ndarray | None = None
         self._identity: Identity | None = None
         self._version: str | None = None
-        self._tolerance = EXACT_TOLERANCE
+        self._tolerance = EXACT
         self._deadline: float | None = None
         self._counts: Counter[str] = Counter()
         self._wait_seconds = 0.0
@@ -196,7 +173,7 @@ class SGLangTeacher:
         async def identify_all() -> list[Identity]:
             return [await self._opened(client, tokens) for client in self.clients]
 
-        self._known, self._identity, self._tolerance = None, None, EXACT_TOLERANCE
+        self._known, self._identity, self._tolerance = None, None, EXACT
         first, *others = self._blocking(identify_all)
         for client, other in zip(self.clients[1:], others, strict=True):
             difference = first.difference(other, self._tolerance)
@@ -322,28 +299,45 @@ class SGLangTeacher:
         try:
             server = await client.get("/server_info", self._policy)
             if isinstance(server, dict) and server.get("dtype") != "float32":
-                self._tolerance = ROUNDED_TOLERANCE
+                self._tolerance = ROUNDED
             return await self._identify(client, tokens, self._policy)
         except HttpError as error:
             raise _failure(error) from None
 
     async def _identify(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Identity:
         model = await client.get("/model_info", policy)
+        if not isinstance(model, dict) or "model_path" not in model:
+            message = f"{client.server}: /model_info names no model; is this a SGLang server?"
+            raise TeacherFailure(message, FailureKind.MALFORMED)
+        reading = await self._read_known(client, tokens, policy)
+        return Identity(model["model_path"], str(model.get("weight_version", "")), reading.log_probs_N)
+
+    async def _read_known(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Reading:
+        """What a server says of the known text; an answer that is not believed is asked for again like none."""
         payload = {
             "input_ids": tokens,
             "sampling_params": {"temperature": 0, "max_new_tokens": 0},
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        answer = await client.post("/generate", payload, policy)
-        if not isinstance(model, dict) or "model_path" not in model:
-            message = f"{client.server}: /model_info names no model; is this a SGLang server?"
-            raise TeacherFailure(message, FailureKind.MALFORMED)
+        disbelief: AnswerError | None = None
+
+        async def attempt() -> Reading:
+            nonlocal disbelief
+            disbelief = None
+            answer = await client.attempt("POST", "/generate", payload, "known text")
+            try:
+                return read_answer(answer, tokens, self.vocab_size)
+            except AnswerError as error:
+                disbelief = error
+                raise HttpError(client.server, "known text", str(error), HttpFault.MALFORMED, transient=True) from None
+
         try:
-            reading = read_answer(answer, tokens, self.vocab_size)
-        except AnswerError as error:
-            raise TeacherFailure(f"{client.server}: known text: {error}", error.kind) from None
-        return Identity(model["model_path"], str(model.get("weight_version", "")), reading.log_probs_N)
+            return await retried(attempt, policy)
+        except HttpError as error:
+            if disbelief is None:
+                raise
+            raise TeacherFailure(str(error), disbelief.kind) from None
 
     def _blocking(self, start: Callable[[], Awaitable[Any]]) -> Any:
         async def run() -> Any:

@@ -21,7 +21,8 @@ from opd_megatron.rollout.sglang_launch import server_launches
 from opd_megatron.sample import Sample, read_samples
 from opd_megatron.servers import LocalServer
 from tests.e2e.support import run_training, write_prompts
-from tests.sglang.proxy import FaultProxy
+from tests.sglang import faults
+from tests.sglang.proxy import FaultProxy, always, in_turn, no_fault
 from tests.sglang.speakers import Speaker, sglang_python
 from tests.sglang.support import wait_until
 from tests.sglang.test_rollout_servers import group, processes, wait_until_gone
@@ -94,6 +95,12 @@ class Second:
         headers = {"Authorization": f"Bearer {KEY}"}
         return str(requests.get(self.server.url + "/model_info", headers=headers, timeout=30).json()["weight_version"])
 
+    def name_weights(self, version: str) -> None:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        change = {"new_version": version}
+        address = self.server.url + "/update_weight_version"
+        requests.post(address, json=change, headers=headers, timeout=30).raise_for_status()
+
     def scheduler(self) -> int:
         (found,) = [
             process
@@ -137,15 +144,15 @@ def check_speech(speaker: Speaker, engine: SGLangEngine, count: int = 12) -> Non
 
 
 def in_the_middle(engine: SGLangEngine, second: Second, fault: Any) -> list[Generation]:
-    """60 long responses, during which ``fault()`` happens while the second server owes some."""
+    """30 long responses, during which ``fault()`` happens while the second server owes some."""
     answers: list[list[Generation]] = []
-    asked = [GenerateRequest(np.array([3]), LONG, (place,)) for place in range(60)]
+    asked = [GenerateRequest(np.array([3]), LONG, (place,)) for place in range(30)]
     thread = threading.Thread(target=lambda: answers.append(engine.generate(asked)), daemon=True)
     thread.start()
     wait_until(lambda: second.proxy.open_requests > 5)
     fault()
     thread.join(120)
-    assert len(answers[0]) == 60
+    assert len(answers[0]) == 30
     assert all(len(generation.tokens) == 90 for generation in answers[0])
     return answers[0]
 
@@ -169,19 +176,21 @@ def test_a_server_that_is_lost_while_it_speaks_comes_back_with_the_next_weights(
     assert engine.metrics()["rollout/engine_restarts"] == 0
 
 
-def test_a_server_that_begins_anew_between_two_responses_gets_the_weights_again(
+def test_a_server_with_other_weights_gets_them_again_or_is_left_out(
     speaker: Speaker, engine: SGLangEngine, second: Second
 ) -> None:
-    speaker.step(0.05)
-    engine.update_weights(speaker.weights(), "1")
-    in_the_middle(engine, second, second.proxy.refuse)
-    second.proxy.listen()
-    engine.update_weights(speaker.weights(), "1")
-    # not lost for longer than the engine waits for it: it is asked again at once
-    in_the_middle(engine, second, lambda: (second.proxy.refuse(), second.proxy.listen()))
-    second.proxy.asked.clear()
-    check_speech(speaker, engine)
-    assert second.proxy.asked
+    """As one does that began anew by itself. ``reset``: it goes away again over the proof."""
+    for plan, stays in ((in_turn(faults.RESET), True), (always(faults.RESET), False)):
+        engine.update_weights(speaker.weights(), "1")
+        second.name_weights("default")
+        second.proxy.asked.clear()
+        second.proxy.plan = plan
+        check_speech(speaker, engine)
+        assert second.label().startswith("1@")
+        second.proxy.plan = no_fault
+        second.proxy.asked.clear()
+        check_speech(speaker, engine)
+        assert bool(second.proxy.asked) == stays
 
 
 @pytest.mark.parametrize("moment", ["load", "proof"])
@@ -211,8 +220,14 @@ def test_a_server_that_is_lost_at_an_update_is_left_out(
 
 
 def test_a_server_that_answers_and_does_not_generate_is_left_out(
-    speaker: Speaker, engine: SGLangEngine, second: Second
+    speaker: Speaker, spoken: str, second: Second, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OPD_TEST_FLEET_KEY", KEY)
+    speaker.reset()
+    urls = [spoken, second.proxy.url]
+    engine = speaker.engine(tmp_path, urls, api_key_env="OPD_TEST_FLEET_KEY", timeout=15.0)
+    engine.update_weights(speaker.weights(), "0")
+    monkeypatch.setattr("opd_megatron.rollout.sglang_server.ALIVE_TIMEOUT", 4.0)
     stopped = second.scheduler()
     try:
         in_the_middle(engine, second, lambda: os.kill(stopped, signal.SIGSTOP))
@@ -221,6 +236,7 @@ def test_a_server_that_answers_and_does_not_generate_is_left_out(
         assert not second.proxy.asked
     finally:
         os.kill(stopped, signal.SIGCONT)
+        engine.close()
 
 
 def test_weights_that_a_server_cannot_read_end_the_run(speaker: Speaker, second: Second, tmp_path: Path) -> None:
