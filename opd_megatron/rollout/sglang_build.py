@@ -47,7 +47,7 @@ def sglang_engine(
     return SGLangEngine(
         SpokenModel(hf_folder, tokenizer, int(config.vocab_size), positions, ends, dtype),
         servers,
-        _weights(options.engine, folder, write, on_cpu=on_cpu),
+        weights_on_their_way(options.engine, folder, write, on_cpu=on_cpu),
         probe=probe_tokens(text_ids, int(config.vocab_size), positions),
         reference=reference,
         timeout=options.engine.rollout_engine_timeout,
@@ -57,7 +57,7 @@ def sglang_engine(
     )
 
 
-def _weights(options: EngineOptions, folder: Path, write: WriteFolder, *, on_cpu: bool) -> Weights:
+def weights_on_their_way(options: EngineOptions, folder: Path, write: WriteFolder, *, on_cpu: bool) -> Weights:
     """The way of new weights that ``--rollout-weight-transfer`` names; ``folder`` is used where no other is named."""
     way = options.rollout_weight_transfer
     if way == "auto":

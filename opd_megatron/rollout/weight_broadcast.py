@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import datetime
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,13 +37,13 @@ class BroadcastWeights:
     def __init__(self, timeout: float, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._timeout = timeout
         self._bucket_bytes = bucket_bytes
-        self._tensors: list[tuple[str, Tensor]] = []
+        self.tensors: list[tuple[str, Tensor]] = []
         self._count = 0
 
     def take(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Copy them: the trainer's own change with its next step."""
-        self._tensors = []  # those before leave before these come
-        self._tensors = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in named_tensors]
+        self.tensors = []  # those before leave before these come
+        self.tensors = [(name, tensor.detach().to("cpu", copy=True).contiguous()) for name, tensor in named_tensors]
 
     async def load(self, server: SGLangServer, label: str) -> None:
         """See :class:`~opd_megatron.rollout.sglang_fleet.Weights`."""
@@ -54,7 +54,7 @@ class BroadcastWeights:
             with _Sender(_address_towards(server.client.url), group, ranks + 1, self._timeout) as sender:
                 await sender.meet(server)
                 last = None
-                for bucket in _buckets(self._tensors, self._bucket_bytes):
+                for bucket in buckets(self.tensors, self._bucket_bytes):
                     if last is not None:
                         await sender.send(server, last, {"flush_cache": False})
                     last = bucket
@@ -63,7 +63,7 @@ class BroadcastWeights:
         server.label = label
 
     def remove(self) -> None:
-        self._tensors = []
+        self.tensors = []
 
 
 async def _ranks(server: SGLangServer) -> int:
@@ -79,7 +79,7 @@ async def _ranks(server: SGLangServer) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _update(server: SGLangServer) -> Any:
+async def _update(server: SGLangServer) -> AsyncGenerator[None, None]:
     """What SGLang wants around the parts of an update; one that somebody left open is ended."""
     try:
         await server.tell("/begin_weight_update", {"selector": "all"})
@@ -94,7 +94,7 @@ async def _update(server: SGLangServer) -> Any:
         await asyncio.shield(server.tell("/end_weight_update", {}))
 
 
-def _buckets(tensors: NamedTensors, most: int) -> Iterator[list[tuple[str, Tensor]]]:
+def buckets(tensors: NamedTensors, most: int) -> Iterator[list[tuple[str, Tensor]]]:
     """Neighbours of at most ``most`` bytes together, or one larger tensor alone."""
     bucket: list[tuple[str, Tensor]] = []
     size = 0
@@ -135,8 +135,7 @@ class _Sender:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._group is not None:
-            self._group.abort()  # ends a thread that waits for a server which has gone
+        # A broadcast to a server that does not take it ends with the connection, or at the time limit.
         self._threads.close()
 
     async def meet(self, server: SGLangServer) -> None:
