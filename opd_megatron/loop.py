@@ -91,7 +91,7 @@ def train(
                 steps.rest_engine(parts, found)
             if scores_later(parts.teacher):
                 with progress.phase("teacher"):
-                    steps.teach(parts, samples, rollout_id)
+                    steps.teach(parts, samples, rollout_id, found)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
             steps.learn(parts, samples, rollout_id, found)

@@ -56,8 +56,9 @@ class TeacherScores:
     """What a teacher says about the ``T`` response tokens of one sample.
 
     ``log_probs_T`` are log-probabilities at ``temperature``; where ``valid_T`` is false they mean nothing.
-    ``top_ids_TK``/``top_log_probs_TK`` are the teacher's most probable tokens in descending order and
-    ``tail_log_mass_T`` the log of the mass outside them.
+    ``top_ids_TK`` are the most probable tokens of the teacher, or of the student where it was asked about those, in
+    descending order. ``top_log_probs_TK`` are the teacher's log-probabilities of them and ``tail_log_mass_T`` the log
+    of its mass outside them.
     """
 
     log_probs_T: np.ndarray = _per_token(np.float32)

@@ -20,6 +20,7 @@ from opd_megatron.config.resolve import (
     needs_teacher_hidden,
     student_architecture,
 )
+from opd_megatron.flow import StudentIdsTeacher
 from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
@@ -168,9 +169,12 @@ def rest_engine(parts: Parts, metrics: dict[str, float]) -> None:
         parts.engine.rest()
 
 
-def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
+def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Attach the scores of a teacher that takes whole rollouts. Evaluation never comes here."""
     assert parts.teacher is not None
+    if isinstance(parts.teacher, StudentIdsTeacher):
+        metrics |= parts.teacher.teach(samples)
+        return
     if isinstance(parts.teacher, MegatronTeacher):
         measured = measures_exact_kl(parts.options.opd, rollout_id)
         parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible

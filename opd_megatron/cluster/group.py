@@ -40,6 +40,9 @@ class TrainerGroup(Protocol):
     def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """What the critic expects before each response token, ``[T]`` float32 per sample."""
 
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position."""
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
@@ -94,6 +97,9 @@ class LocalTrainerGroup:
 
     def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         return merge_arrays([self._trainer.values(samples)], len(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.top_ids(samples, k)], len(samples))
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results([self._trainer.train(samples, rollout_id)], len(samples))

@@ -93,6 +93,17 @@ def sampled_tokens_learn(options: Options) -> bool:
     return has_advantages(options) or regularised or options.opd.opd_loss == "kl_loss" or options.opd.opd_importance
 
 
+def needs_student_ids(options: Options) -> bool:
+    """Whether a teacher behind servers is asked about the tokens that the student finds likeliest.
+
+    The trainer names those when the whole rollout is there.
+    """
+    opd = options.opd
+    recorded = options.rollout.load_debug_rollout_data is not None
+    of_student = opd.opd_loss == "distribution" and opd.opd_support == "student_topk"
+    return opd.use_opd and opd.opd_type == "sglang" and of_student and not recorded
+
+
 def reference_folder(options: Options) -> Path | None:
     """Weights of the reference model for ``--kl-coef`` and ``--use-kl-loss``; None if there are none.
 

@@ -53,7 +53,7 @@ from opd_megatron.megatron.optimizer import (
     gather_weights,
     wrap_model,
 )
-from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
+from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
@@ -197,6 +197,13 @@ class MegatronTrainer:
         if self.critic is None:
             raise ValueError("--advantage-estimator ppo alone has a critic")
         return self.critic.values(samples, self._share(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> dict[int, np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position, by place."""
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        micro_batches = [places for step in self._share(samples) for places in step]
+        with self.memory.holding("weights"):
+            return response_top_ids(self.chunks, samples, micro_batches, k)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.

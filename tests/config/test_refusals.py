@@ -88,6 +88,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--rollout-engine sglang --rollout-engine-url http://127.0.0.1:1 --rollout-num-engines 2",
         ("--rollout-num-engines has no effect on the servers of --rollout-engine-url",),
     ),
+    "a key for servers of the run's own": (
+        BASE + "--rollout-engine sglang --rollout-engine-api-key-env KEY",
+        ("--rollout-engine-api-key-env goes with --rollout-engine-url only",),
+    ),
+    "a folder that no weights go through": (
+        BASE + "--rollout-engine sglang --rollout-weight-transfer distributed --rollout-weights-dir w",
+        ("--rollout-weights-dir has no effect with --rollout-weight-transfer distributed",),
+    ),
     "batches of the local engine": (
         BASE + "--rollout-engine sglang --rollout-engine-batch-size 4",
         ("--rollout-engine-batch-size is for the local engine",),
@@ -437,8 +445,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-loss distribution over the whole vocabulary needs --opd-type megatron",),
     ),
     "a server at the student's tokens": (
-        SGLANG + "--opd-loss distribution --opd-support student_topk --opd-top-k 4",
-        ("--opd-support student_topk needs --opd-type megatron",),
+        SGLANG
+        + "--opd-loss distribution --opd-support student_topk --opd-top-k 40 --opd-max-union-ids 32 "
+        + "--opd-overlong drop",
+        (
+            "--opd-top-k 40 asks a server for more than --opd-max-union-ids 32 ids",
+            "--opd-overlong drop does not go with",
+        ),
     ),
     "a server's tail at another temperature": (
         SGLANG + "--opd-loss distribution --opd-support teacher_topk --opd-top-k 4 --opd-temperature 2",
