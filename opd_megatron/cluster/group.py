@@ -37,6 +37,9 @@ class TrainerGroup(Protocol):
     ) -> list[np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response under a model, at the rollout temperature or another."""
 
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Log-probability, entropy and divergence from the teacher ``[T, 3]`` float32 of each response."""
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
@@ -88,6 +91,9 @@ class LocalTrainerGroup:
     ) -> list[np.ndarray]:
         scored = self._trainer.score(name, samples, keep_hidden=keep_hidden, temperature=temperature)
         return merge_arrays([scored], len(samples))
+
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.token_statistics(samples)], len(samples))
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results([self._trainer.train(samples, rollout_id)], len(samples))

@@ -49,6 +49,7 @@ from opd_megatron.megatron.optimizer import (
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
 from opd_megatron.sample import Sample
@@ -188,6 +189,17 @@ class MegatronTrainer:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
             self._teacher_rows = rows
         return found
+
+    def token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """Of the student and by place, see :func:`~opd_megatron.megatron.token_statistics.token_statistics`.
+
+        It compares with the teacher's hidden rows that :meth:`score` kept. Raises ``ValueError`` for a token outside
+        the vocabulary.
+        """
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        micro_batches = [places for step in self._share(samples) for places in step]
+        with self.memory.holding("weights"):
+            return token_statistics(self.chunks, self.options, samples, micro_batches, self._teacher_rows)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
