@@ -85,7 +85,8 @@ class Sample:
 
     ``index`` is unique in a rollout; samples of one prompt share ``group_index``. ``loss_mask`` is 1 on the response
     tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
-    ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
+    ``old_log_probs`` and ``ref_log_probs`` come from the trainer, and so do ``entropies``, the student's at the tokens
+    before the step, where tokens are chosen by them; ``advantages`` exclude the OPD term, which is added
     in the loss, multiplied by ``opd_weights`` (None: 1); ``opd_future`` is what its discount adds of the tokens that
     follow. ``values`` are what a critic expected before each token and ``returns`` what it is to learn; both are of the
     task alone. ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
@@ -107,6 +108,7 @@ class Sample:
     rollout_log_probs: np.ndarray | None = _per_token(np.float32)
     old_log_probs: np.ndarray | None = _per_token(np.float32)
     ref_log_probs: np.ndarray | None = _per_token(np.float32)
+    entropies: np.ndarray | None = _per_token(np.float32)
     advantages: np.ndarray | None = _per_token(np.float32)
     values: np.ndarray | None = _per_token(np.float32)
     returns: np.ndarray | None = _per_token(np.float32)

@@ -15,13 +15,13 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     measures_exact_kl,
-    needs_old_log_probs,
     needs_reference,
     needs_teacher_hidden,
     student_architecture,
 )
 from opd_megatron.flow import StudentIdsTeacher
 from opd_megatron.flow.masking import leave_out_failed
+from opd_megatron.flow.student_pass import ask_student
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
@@ -206,11 +206,13 @@ def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: Run
 def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Compute advantages over the whole rollout, take its optimizer steps and report them."""
     options = parts.options
+    statistics = ask_student(options, parts.trainer, samples)
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
         metrics |= value_metrics(samples)
     if options.opd.use_opd:
         leave_out_failed(options, samples)
+        metrics |= parts.weighting.apply(samples, rollout_id, statistics)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
     trained, log_probs = parts.trainer.train(samples, rollout_id)
@@ -236,9 +238,6 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     objective = parts.options.objective
-    if needs_old_log_probs(parts.options):
-        for sample, log_probs in zip(samples, parts.trainer.score("student", samples), strict=True):
-            sample.old_log_probs = log_probs
     if needs_reference(parts.options):
         for sample, log_probs in zip(samples, parts.trainer.score("reference", samples), strict=True):
             sample.ref_log_probs = log_probs

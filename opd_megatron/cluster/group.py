@@ -43,6 +43,9 @@ class TrainerGroup(Protocol):
     def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
         """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position."""
 
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Log-probability, entropy and divergence from the teacher ``[T, 3]`` float32 of each response."""
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
@@ -100,6 +103,9 @@ class LocalTrainerGroup:
 
     def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
         return merge_arrays([self._trainer.top_ids(samples, k)], len(samples))
+
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.token_statistics(samples)], len(samples))
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results([self._trainer.train(samples, rollout_id)], len(samples))

@@ -192,6 +192,9 @@ class RayTrainerGroup:
     def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
         return merge_arrays(self._all("top_ids", ray.put(list(samples)), k), len(samples))
 
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays(self._all("token_statistics", ray.put(list(samples))), len(samples))
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results(self._all("train", ray.put(list(samples)), rollout_id), len(samples))
 

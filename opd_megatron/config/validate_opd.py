@@ -8,6 +8,7 @@ from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import has_megatron_teacher, needs_teacher_hidden
 from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_distribution import distribution_faults
+from opd_megatron.config.validate_weights import weight_faults
 
 _SGLANG_ONLY = (
     "opd_teacher_url",
@@ -62,6 +63,7 @@ def opd_faults(options: Options) -> list[str]:
     else:
         faults += _sglang_faults(options)
     faults += distribution_faults(options)
+    faults += weight_faults(options)
     if not opd.opd_allow_sampling_mismatch:
         faults += _sampling_faults(options)
     return faults

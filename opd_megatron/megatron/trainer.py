@@ -56,6 +56,7 @@ from opd_megatron.megatron.optimizer import (
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.sample import Sample
 
@@ -153,6 +154,11 @@ class MegatronTrainer:
         rank = parallel_state.get_data_parallel_rank()
         return [step[rank] for step in self._steps(samples)]
 
+    def _micro_batches(self, samples: Sequence[Sample]) -> MicroBatches:
+        """This rank's, one after the other; raises ``ValueError`` for a token outside the vocabulary."""
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        return [places for step in self._share(samples) for places in step]
+
     def score(
         self,
         name: ModelName,
@@ -169,8 +175,7 @@ class MegatronTrainer:
         """
         temperature = self.temperature if temperature is None else temperature
         if name == "student":
-            check_tokens(samples, self.spec.architecture.vocab_size)
-            micro_batches = [places for step in self._share(samples) for places in step]
+            micro_batches = self._micro_batches(samples)
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
         if name == "teacher":
@@ -200,10 +205,19 @@ class MegatronTrainer:
 
     def top_ids(self, samples: Sequence[Sample], k: int) -> dict[int, np.ndarray]:
         """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position, by place."""
-        check_tokens(samples, self.spec.architecture.vocab_size)
-        micro_batches = [places for step in self._share(samples) for places in step]
+        micro_batches = self._micro_batches(samples)
         with self.memory.holding("weights"):
             return response_top_ids(self.chunks, samples, micro_batches, k)
+
+    def token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """Of the student and by place, see :func:`~opd_megatron.megatron.token_statistics.token_statistics`.
+
+        It compares with the teacher's hidden rows that :meth:`score` kept. Raises ``ValueError`` for a token outside
+        the vocabulary.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            return token_statistics(self.chunks, self.options, samples, micro_batches, self._teacher_rows)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
