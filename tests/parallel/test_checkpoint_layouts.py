@@ -40,6 +40,12 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "pp2-ep2-distributed": FOUR | DISTRIBUTED | {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
     "tp2-ep2": FOUR | {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
 }
+VIRTUAL: dict[str, Any] = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+INTERLEAVED: dict[str, dict[str, Any]] = {
+    "virtual-dp2": FOUR | VIRTUAL,
+    "virtual-dp2-distributed": FOUR | DISTRIBUTED | VIRTUAL,
+    "virtual-tp2": FOUR | VIRTUAL | {"tensor_model_parallel_size": 2},
+}
 KINDS: dict[str, dict[str, Any]] = {"adam": {}, "adam-bf16": {"bf16": True}, "sgd": {"optimizer": "sgd"}}
 Run = Callable[..., None]
 
@@ -49,7 +55,7 @@ def run(four: WorkerPool) -> Run:
     """Call ``work.train_and_save`` in a layout."""
 
     def in_layout(layout: str, kind: str, *arguments: Any, family: Path) -> None:
-        flags = (LAYOUTS | EXPERTS)[layout] | KINDS[kind]
+        flags = (LAYOUTS | EXPERTS | INTERLEAVED)[layout] | KINDS[kind]
         if layout.startswith("alone"):
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -64,6 +70,11 @@ def run(four: WorkerPool) -> Run:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_reference(tmp_path_factory.mktemp("mixture"), tiny_config("qwen3_moe"))
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reference(tmp_path_factory.mktemp("four-layers"), tiny_config("qwen3", num_hidden_layers=4))
 
 
 def without_padding(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,6 +143,42 @@ def test_experts_move_with_their_moments(run: Run, tmp_path: Path, mixture: Path
     )
     assert any("experts" in name and "exp_avg_sq" in name for name in expected)
     assert_same_tensors(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("virtual-dp2", "dp4-distributed"),
+        ("virtual-dp2-distributed", "tp2-sp-pp2"),
+        ("tp2-dp2-distributed", "virtual-tp2"),
+        ("virtual-tp2", "virtual-dp2-distributed"),
+        ("alone-distributed", "virtual-dp2"),
+    ],
+)
+def test_layers_of_virtual_stages_move_with_their_moments(
+    run: Run, tmp_path: Path, four_layers: Path, first: str, second: str
+) -> None:
+    """A rank's layers are not neighbours there, and each chunk of them counts its own from 0."""
+    run("alone", "adam", range(4), tmp_path / "straight", None, family=four_layers)
+    run(first, "adam", range(2), tmp_path / "half", None, family=four_layers)
+    run(second, "adam", range(2, 4), tmp_path / "whole", tmp_path / "half", family=four_layers)
+    found, expected = (
+        without_padding(stored_tensors(tmp_path / name / "iter_0000004")) for name in ("whole", "straight")
+    )
+    assert any("exp_avg_sq" in name for name in expected)
+    assert_same_tensors(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adam-bf16"])
+def test_virtual_stages_lose_no_bit(run: Run, tmp_path: Path, four_layers: Path, kind: str) -> None:
+    run("alone", kind, range(2), tmp_path / "alone", None, family=four_layers)
+    expected = without_padding(stored_tensors(tmp_path / "alone" / "iter_0000002"))
+    source = tmp_path / "alone"
+    for name in [*INTERLEAVED, "pp2-dp2", "alone"]:
+        target = tmp_path / f"by-{name}"
+        run(name, kind, range(2, 2), target, source, family=four_layers)
+        assert_equal_tensors(without_padding(stored_tensors(target / "iter_0000002")), expected)
+        source = target
 
 
 def test_a_model_to_score_with_loads_in_every_layout(
