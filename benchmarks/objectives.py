@@ -56,7 +56,8 @@ PROMPTS, SPOKEN = "prompts", "teacher's samples"
 """Data of a row: the quickstart's problems, or answers to them that the teacher sampled at temperature 1."""
 
 OPD = "--use-opd --opd-type megatron --rm-type zero --advantage-estimator none"
-GRPO = "--rm-type column_arithmetic --advantage-estimator grpo"
+GRPO = "--rm-type column_arithmetic --advantage-estimator grpo --lr 3e-4"
+"""At 1e-3, the rate of the other rows, the student unlearns to answer."""
 DISTRIBUTION = f"{OPD} --opd-loss distribution"
 
 
@@ -192,7 +193,6 @@ def train_command(options: BenchmarkOptions, row: Row, start: Start, run_dir: Pa
     part = "" if row.prompts is None else f"@[0:{row.prompts}]"
     return [
         *(sys.executable, str(REPOSITORY / "train.py"), "--hf-checkpoint", str(models / STUDENT)),
-        *shlex.split(row.flags),
         *(("--opd-teacher-load", str(models / TEACHER)) if "--use-opd" in row.flags else ()),
         *("--prompt-data", f"{data}{part}", "--rollout-shuffle", "--rollout-max-response-len", str(MAX_NEW_TOKENS)),
         *("--rollout-batch-size", str(options.samples // row.group), "--n-samples-per-prompt", str(row.group)),
@@ -204,6 +204,7 @@ def train_command(options: BenchmarkOptions, row: Row, start: Start, run_dir: Pa
         *("--eval-rm-type", "column_arithmetic", "--eval-interval", str(max(1, options.steps // 10))),
         *("--num-logged-samples", "0", "--no-save-optim", "--save-hf", str(run_dir / "student_hf")),
         *("--run-dir", str(run_dir)),
+        *shlex.split(row.flags),  # last, so that a row may have settings of its own
     ]
 
 

@@ -236,7 +236,9 @@ def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
 
 def keeps_hidden_rows(options: Options) -> bool:
     """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the term itself."""
-    measured = has_megatron_teacher(options) and options.opd.opd_exact_kl_interval > 0
+    opd = options.opd
+    intervals = opd.opd_exact_kl_interval + opd.opd_diagnostics_interval
+    measured = has_megatron_teacher(options) and intervals > 0
     return measured or needs_teacher_hidden(options)
 
 

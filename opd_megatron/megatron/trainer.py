@@ -35,6 +35,7 @@ from opd_megatron.megatron.frozen import (
     build_from_options,
     student_rule,
 )
+from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
@@ -49,6 +50,7 @@ from opd_megatron.megatron.optimizer import (
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.token_diagnostics import token_diagnostics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
 from opd_megatron.sample import Sample
@@ -189,6 +191,37 @@ class MegatronTrainer:
             self._teacher_rows = rows
         return found
 
+    def token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """What student and teacher think at each response token, by place: see :mod:`.token_diagnostics`.
+
+        With the teacher's hidden rows that :meth:`score` kept, if it kept them for these samples.
+        """
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        micro_batches = [places for step in self._share(samples) for places in step]
+        with self.memory.holding("weights"):
+            return token_diagnostics(self.chunks, self.options, samples, micro_batches, self._teacher_rows)
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
+
+        See :func:`~opd_megatron.objectives.gradients.gradient_statistics`; with advantages as for :meth:`train`.
+        """
+        with self.memory.holding("weights", "gradients", "optimizer"):
+            loss = self._step_loss(samples, 0, rollout_id)
+            return gradient_diagnostics(self.wrapped, self.optimizer, loss, self._share(samples)[0])
+
+    def _step_loss(self, samples: Sequence[Sample], number: int, rollout_id: int) -> StepLoss:
+        """The loss of optimizer step ``number`` of a pass over the rollout."""
+        size, objective = self.options.global_batch_size, self.options.objective
+        first = number * size
+        weights = token_loss_weights(
+            [sample.loss_mask for sample in samples[first : first + size]],
+            objective.calculate_per_token_loss,
+            objective.loss_length_divisor,
+        )
+        by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
+        return StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
 
@@ -206,19 +239,11 @@ class MegatronTrainer:
         per_step: list[dict[str, float]] = []
         with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
-        size, objective = self.options.global_batch_size, self.options.objective
-        for number, micro_batches in [*enumerate(self._share(samples))] * objective.ppo_epochs:
-            first = number * size
-            weights = token_loss_weights(
-                [sample.loss_mask for sample in samples[first : first + size]],
-                objective.calculate_per_token_loss,
-                objective.loss_length_divisor,
-            )
-            by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
-            loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
+        for number, micro_batches in [*enumerate(self._share(samples))] * self.options.objective.ppo_epochs:
+            loss = self._step_loss(samples, number, rollout_id)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
-            if any(weight.any() for weight in weights):
+            if any(weight.any() for weight in loss.loss_weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
         self._teacher_rows = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.options.diagnostics import DiagnosticsOptions
 from opd_megatron.config.options.distribution import DistributionOptions
 
 
@@ -128,7 +129,9 @@ class MegatronTeacherOptions:
 
 
 @dataclass(frozen=True)
-class OpdOptions(ServerTeacherOptions, TeacherFailureOptions, MegatronTeacherOptions, DistributionOptions):
+class OpdOptions(
+    ServerTeacherOptions, TeacherFailureOptions, MegatronTeacherOptions, DistributionOptions, DiagnosticsOptions
+):
     """On-policy distillation"""
 
     use_opd: bool = option(False, "add the per-token distillation term to the advantage")
