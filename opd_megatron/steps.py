@@ -14,11 +14,13 @@ from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
+    measures_diagnostics,
     measures_exact_kl,
     needs_reference,
     needs_teacher_hidden,
     student_architecture,
 )
+from opd_megatron.diagnostics import diagnose
 from opd_megatron.flow import StudentIdsTeacher
 from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.flow.student_pass import ask_student
@@ -176,7 +178,8 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         metrics |= parts.teacher.teach(samples)
         return
     if isinstance(parts.teacher, MegatronTeacher):
-        measured = measures_exact_kl(parts.options.opd, rollout_id)
+        opd = parts.options.opd
+        measured = measures_exact_kl(opd, rollout_id) or measures_diagnostics(opd, rollout_id)
         parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
     for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
         sample.teacher_scores = scores
@@ -215,6 +218,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         metrics |= parts.weighting.apply(samples, rollout_id, statistics)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
+        metrics |= diagnose(parts, samples, rollout_id)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":

@@ -46,6 +46,12 @@ class TrainerGroup(Protocol):
     def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Log-probability, entropy and divergence from the teacher ``[T, 3]`` float32 of each response."""
 
+    def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """What student and teacher think at each response token: structured arrays ``[T]``."""
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        """Parts and noise of the gradient of the first optimizer step that the samples will make."""
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
@@ -106,6 +112,12 @@ class LocalTrainerGroup:
 
     def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         return merge_arrays([self._trainer.token_statistics(samples)], len(samples))
+
+    def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.token_diagnostics(samples)], len(samples))
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        return self._trainer.gradient_diagnostics(samples, rollout_id)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results([self._trainer.train(samples, rollout_id)], len(samples))

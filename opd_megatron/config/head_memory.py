@@ -134,7 +134,8 @@ def _teacher_short(options: Options, buffers: _Buffers) -> int:
 
 def _exact_bytes(options: Options, teacher: ModelArchitecture, buffers: _Buffers) -> int:
     """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that."""
-    if not options.opd.use_opd or not (options.opd.opd_exact_kl_interval or options.opd.opd_baseline != "none"):
+    opd = options.opd
+    if not opd.use_opd or not (measures_whole_distributions(options) or opd.opd_baseline != "none"):
         return 0
     working = 2 * buffers.logits + max(2 * buffers.block, _teacher_short(options, buffers))
     return working + _teacher_side(options, teacher, buffers)
@@ -180,9 +181,14 @@ def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
     return teacher_number_bytes(options) * columns * teacher.hidden_size
 
 
+def measures_whole_distributions(options: Options) -> bool:
+    """Whether some rollouts are measured with the teacher's hidden rows."""
+    return options.opd.opd_exact_kl_interval > 0 or options.opd.opd_diagnostics_interval > 0
+
+
 def keeps_hidden_rows(options: Options) -> bool:
     """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the term itself."""
-    measured = has_megatron_teacher(options) and options.opd.opd_exact_kl_interval > 0
+    measured = has_megatron_teacher(options) and measures_whole_distributions(options)
     return measured or needs_teacher_hidden(options)
 
 

@@ -91,6 +91,17 @@ def measures_exact_kl(opd: OpdOptions, rollout_id: int) -> bool:
     return opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
 
 
+def measures_diagnostics(opd: OpdOptions, rollout_id: int) -> bool:
+    """Whether ``--opd-diagnostics-interval`` names rollout ``rollout_id`` (from 0)."""
+    return opd.opd_diagnostics_interval > 0 and rollout_id % opd.opd_diagnostics_interval == 0
+
+
+def measures_gradients(opd: OpdOptions, rollout_id: int) -> bool:
+    """Whether ``--opd-gradient-diagnostics-interval`` names rollout ``rollout_id`` (from 0)."""
+    interval = opd.opd_gradient_diagnostics_interval
+    return interval > 0 and rollout_id % interval == 0
+
+
 def needs_teacher_hidden(options: Options) -> bool:
     """Whether every rollout is trained with the hidden states of a Megatron teacher."""
     opd = options.opd

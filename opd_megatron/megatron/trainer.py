@@ -37,6 +37,7 @@ from opd_megatron.megatron.frozen import (
     build_from_options,
     student_rule,
 )
+from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
     apply_gradients,
@@ -56,6 +57,7 @@ from opd_megatron.megatron.optimizer import (
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.token_diagnostics import token_diagnostics
 from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.sample import Sample
@@ -219,6 +221,29 @@ class MegatronTrainer:
         with self.memory.holding("weights"):
             return token_statistics(self.chunks, self.options, samples, micro_batches, self._teacher_rows)
 
+    def token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """What student and teacher think at each response token, by place: see :mod:`.token_diagnostics`.
+
+        With the teacher's hidden rows that :meth:`score` kept, if it kept them for these samples.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            return token_diagnostics(self.chunks, self.options, samples, micro_batches, self._teacher_rows)
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
+
+        See :func:`~opd_megatron.objectives.gradients.gradient_statistics`; with advantages as for :meth:`train`.
+        """
+        with self.memory.holding("weights", "gradients", "optimizer"):
+            loss = self._step_loss(samples, 0, rollout_id)
+            return gradient_diagnostics(self.wrapped, self.optimizer, loss, self._share(samples)[0])
+
+    def _step_loss(self, samples: Sequence[Sample], number: int, rollout_id: int) -> StepLoss:
+        """The loss of optimizer step ``number`` of a pass over the rollout."""
+        weights, _ = step_loss_weights(self.options, samples, number)
+        return StepLoss(self.options, self.student, samples, weights, self._teacher_rows, rollout_id)
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
 
@@ -242,11 +267,10 @@ class MegatronTrainer:
         with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         for number, micro_batches in [*enumerate(self._share(samples))] * self.options.objective.ppo_epochs:
-            weights, has_tokens = step_loss_weights(self.options, samples, number)
-            loss = StepLoss(self.options, self.student, samples, weights, self._teacher_rows, rollout_id)
+            loss = self._step_loss(samples, number, rollout_id)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
-            if has_tokens:
+            if any(weight.any() for weight in loss.loss_weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
         self._teacher_rows = None

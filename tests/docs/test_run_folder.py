@@ -65,7 +65,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--rollout-batch-size 2 --n-samples-per-prompt 2 --num-rollout 2 --rollout-max-response-len 8 "
         "--save-interval 1 --use-opd --opd-type megatron --opd-teacher-load teacher --use-kl-loss --kl-loss-coef 0.1 "
         "--eval-prompt-data NAME prompts.jsonl --n-samples-per-eval-prompt 2 --moe-aux-loss-coeff 0.01 "
-        "--advantage-estimator remax --policy-loss gspo --use-tis --use-opsm --ppo-epochs 2"
+        "--advantage-estimator remax --policy-loss gspo --use-tis --use-opsm --ppo-epochs 2 "
+        "--opd-diagnostics-interval 1 --opd-gradient-diagnostics-interval 1"
     )
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments.split()],
