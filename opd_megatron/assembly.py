@@ -35,6 +35,7 @@ from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
+from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
@@ -85,6 +86,7 @@ class Parts:
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
     teacher: AnyTeacher | None
+    weighting: OpdWeighting
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
 
@@ -101,6 +103,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
         if options.opd.use_opd:
             check_prompt_routes(options, (record.metadata for record in records))
+            check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
             check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
@@ -148,6 +151,7 @@ def assemble(options: Options) -> Iterator[Parts]:
             reward=reward,
             evaluation_reward=evaluation_reward,
             teacher=teacher,
+            weighting=OpdWeighting(options, tokenizer.all_special_ids),
             exact_kl_possible=_exact_kl_possible(options, teacher),
         )
 
@@ -252,6 +256,8 @@ def _exact_kl_possible(options: Options, teacher: AnyTeacher | None) -> bool:
         flag = f"--opd-baseline {options.opd.opd_baseline}"
         if options.opd.opd_loss == "distribution":
             flag = "--opd-loss distribution"
+        elif options.opd.opd_baseline == "none":
+            flag = f"--opd-token-score {options.opd.opd_token_score}"
         raise UserError(
             f"{flag} needs a teacher with the student's vocabulary size: it has {sizes[0]}, the student {sizes[1]}"
         )

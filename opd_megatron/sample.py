@@ -85,9 +85,11 @@ class Sample:
 
     ``index`` is unique in a rollout; samples of one prompt share ``group_index``. ``loss_mask`` is 1 on the response
     tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
-    ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
+    ``old_log_probs`` and ``ref_log_probs`` come from the trainer, and so do ``entropies``, the student's at the tokens
+    before the step, where tokens are chosen by them; ``advantages`` exclude the OPD term, which is added
     in the loss, multiplied by ``opd_weights`` (None: 1); ``opd_future`` is what its discount adds of the tokens that
-    follow. ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
+    follow. ``values`` are what a critic expected before each token and ``returns`` what it is to learn; both are of the
+    task alone. ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
     ``teacher_failure`` is the kind of failure for which the sample has no teacher scores, while the task still trains
     on it: its ``teacher_scores`` are valid nowhere. ``weight_version`` is that of the engine's weights that made the
     response and ``weight_versions`` all of them, in order, where there were several. Every per-token field covers the
@@ -106,7 +108,10 @@ class Sample:
     rollout_log_probs: np.ndarray | None = _per_token(np.float32)
     old_log_probs: np.ndarray | None = _per_token(np.float32)
     ref_log_probs: np.ndarray | None = _per_token(np.float32)
+    entropies: np.ndarray | None = _per_token(np.float32)
     advantages: np.ndarray | None = _per_token(np.float32)
+    values: np.ndarray | None = _per_token(np.float32)
+    returns: np.ndarray | None = _per_token(np.float32)
     opd_weights: np.ndarray | None = _per_token(np.float32)
     opd_future: np.ndarray | None = _per_token(np.float32)
     teacher_scores: TeacherScores | None = None

@@ -78,6 +78,10 @@ def _divergence_faults(options: Options, opd: OpdOptions) -> Iterator[str]:
                 yield f"{_flag(name)} needs --opd-divergence-to: name the second divergence"
     elif opd.opd_divergence_mix is None and opd.opd_divergence_schedule is None:
         yield "--opd-divergence-to needs --opd-divergence-mix, --opd-divergence-schedule or both"
+    if opd.opd_divergence_to == opd.opd_divergence:
+        yield f"--opd-divergence-to {opd.opd_divergence} is the first divergence again: name another, or leave it out"
+    if opd.opd_divergence_mix == 0.0:
+        yield "--opd-divergence-mix 0 gives --opd-divergence-to no weight: leave both out"
 
 
 def _either(kinds: Sequence[str]) -> str:

@@ -40,6 +40,26 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-coef -1 --entropy-coef nan --kl-loss-coef -1e-3 --eps-clip-c 1",
         ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
     ),
+    "a sum of one divergence": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-divergence-to jsd --opd-divergence-mix 0",
+        ("--opd-divergence-to jsd is the first divergence again", "--opd-divergence-mix 0 gives --opd-divergence-to"),
+    ),
+    "a policy loss of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-loss distribution --policy-loss gspo --use-tis --eps-clip 0.1",
+        (
+            "--policy-loss has no effect: with --advantage-estimator none and --opd-loss distribution",
+            "--use-tis has no effect: with",
+            "--eps-clip has no effect: with",
+        ),
+    ),
+    "whitening of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-importance --normalize-advantages",
+        ("--normalize-advantages has no effect: with --advantage-estimator none and --opd-importance",),
+    ),
+    "clipping of labels": (
+        BASE.replace("--rm-type exact", "") + "--loss-type sft_loss --label-key label --eps-clip-high 0.3 --gamma 0.9",
+        ("--eps-clip-high has no effect with --loss-type sft_loss", "--gamma has no effect with --loss-type sft_loss"),
+    ),
     "absurd numbers": (
         BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300 "
         "--lr 1e300",
@@ -144,6 +164,88 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "overlapped gather alone": (
         BASE + "--overlap-param-gather",
         ("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",),
+    ),
+    "weights without distillation": (
+        BASE + "--opd-token-select top --opd-prompt-weight paced --opd-on correct",
+        (
+            "--opd-token-select has no effect without --use-opd",
+            "--opd-prompt-weight has no effect without --use-opd",
+            "--opd-on has no effect without --use-opd",
+        ),
+    ),
+    "weights of supervised training": (
+        MEGATRON + "--loss-type sft_loss --opd-token-select top",
+        ("--use-opd does not go with --loss-type sft_loss",),
+    ),
+    "selection options without selection": (
+        MEGATRON + "--opd-token-score soft_or --opd-token-ratio 0.3",
+        (
+            "--opd-token-score has no effect with --opd-token-select all: choose top or sample",
+            "--opd-token-ratio has no effect with --opd-token-select all",
+        ),
+    ),
+    "selection of everything": (
+        MEGATRON + "--opd-token-select top --opd-token-ratio 1",
+        ("--opd-token-ratio 1: must be below 1",),
+    ),
+    "floor of the highest scores": (
+        MEGATRON + "--opd-token-select top --opd-token-floor 0.2",
+        ("--opd-token-floor goes with --opd-token-select sample only",),
+    ),
+    "hard cut-off of sampled tokens": (
+        MEGATRON + "--opd-token-select sample --opd-token-min-score 0.2",
+        ("--opd-token-min-score is a hard cut-off, which --opd-token-select sample cannot make up for",),
+    ),
+    "sampled tokens without a floor": (
+        MEGATRON + "--opd-token-select sample --opd-token-floor 0",
+        ("--opd-token-floor 0: must be above 0",),
+    ),
+    "scores of distributions that are not there": (
+        SGLANG + "--opd-token-select top --opd-token-score divergence",
+        ("--opd-token-score divergence compares whole distributions", "use --opd-token-score entropy"),
+    ),
+    "scores of a teacher that is not there": (
+        MEGATRON + "--load-debug-rollout-data $recorded --opd-token-select top --opd-token-score soft_or",
+        ("--opd-token-score soft_or compares whole distributions",),
+    ),
+    "paced options without paced": (
+        MEGATRON + "--opd-paced-alpha 2 --opd-pass-rate running",
+        (
+            "--opd-paced-alpha has no effect without --opd-prompt-weight paced: add it",
+            "--opd-pass-rate has no effect without --opd-prompt-weight paced",
+        ),
+    ),
+    "pass rates of small groups": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 3",
+        ("--opd-pass-rate group needs --n-samples-per-prompt of at least 4: it is 3",),
+    ),
+    "pass rates of no task": (
+        MEGATRON + "--opd-prompt-weight paced --opd-pass-rate running --rm-type zero",
+        ("--opd-pass-rate running needs a task reward",),
+    ),
+    "key of pass rates that are not in the metadata": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 4 --opd-pass-rate-key p",
+        ("--opd-pass-rate-key goes with --opd-pass-rate metadata only",),
+    ),
+    "paced without powers": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 4 --opd-paced-alpha 0 --opd-paced-beta 0",
+        ("--opd-paced-alpha 0 and --opd-paced-beta 0 give every prompt the same weight",),
+    ),
+    "weights of rewards that are all 0": (
+        MEGATRON + "--opd-on incorrect --opd-reward-beta 1 --rm-type zero",
+        ("--opd-on incorrect needs a task reward", "--opd-reward-beta needs a task reward"),
+    ),
+    "weights of rewards of one sample": (
+        MEGATRON + "--opd-reward-beta 1",
+        ("--opd-reward-beta has no effect with --n-samples-per-prompt 1",),
+    ),
+    "a pass that nobody asks for": (
+        MEGATRON + "--opd-correct-reward 0.5",
+        ("--opd-correct-reward has no effect without --opd-on",),
+    ),
+    "a mask of what cannot be": (
+        MEGATRON + "--rollout-max-response-len 16 --opd-mask-longer-than 16",
+        ("--opd-mask-longer-than 16 has no effect with --rollout-max-response-len 16",),
     ),
     "sglang with a baseline": (SGLANG + "--opd-baseline kl", ("--opd-baseline goes with --opd-type megatron only",)),
     "baseline from a recording": (
@@ -451,6 +553,39 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--calculate-per-token-loss and --loss-length-divisor",),
     ),
     "passes over labels": (BASE + "--loss-type sft_loss --ppo-epochs 2", ("--ppo-epochs has no effect with",)),
+    "critic without ppo": (
+        BASE + "--lambd 0.9 --critic-lr 1e-5 --num-critic-only-steps 1",
+        (
+            "--lambd has no effect without --advantage-estimator ppo",
+            "--critic-lr has no effect",
+            "--num-critic-only-steps has no effect",
+        ),
+    ),
+    "critic without rewards": (
+        BASE.replace("--rm-type exact", "--rm-type zero") + "--advantage-estimator ppo",
+        ("--advantage-estimator ppo has nothing to value with --rm-type zero: use --advantage-estimator none",),
+    ),
+    "critic that trains alone": (
+        BASE + "--advantage-estimator ppo --num-critic-only-steps 2",
+        ("--num-critic-only-steps 2 leaves none of the 2 rollouts to the student", "!--lr-warmup-iters"),
+    ),
+    "rates of a critic": (
+        BASE + "--advantage-estimator ppo --lr-warmup-init 1e-7 --critic-lr 1e-8 --critic-min-lr 1e-7 "
+        "--critic-lr-warmup-iters 2",
+        (
+            "--critic-min-lr 1e-07 is above --critic-lr 1e-08",
+            "--lr-warmup-init 1e-07 is above --critic-lr 1e-08",
+            "--critic-lr-warmup-iters 2 must be shorter than the decay of 2 optimizer steps",
+        ),
+    ),
+    "weights of a critic": (
+        BASE + "--advantage-estimator ppo --critic-load $root/nowhere",
+        ("--critic-load $root/nowhere is no folder: name that of a checkpoint",),
+    ),
+    "values of a critic": (
+        BASE + "--advantage-estimator ppo --lambd 1.1 --value-clip -1",
+        ("--lambd 1.1: must be at most 1", "--value-clip -1: must be at least 0"),
+    ),
     "gamma of another": (BASE + "--advantage-estimator rloo --gamma 0.9", ("--gamma belongs to",)),
     "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
     "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),
