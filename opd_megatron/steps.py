@@ -16,7 +16,6 @@ from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     measures_diagnostics,
     measures_exact_kl,
-    needs_reference,
     needs_teacher_hidden,
     student_architecture,
 )
@@ -24,6 +23,7 @@ from opd_megatron.diagnostics import diagnose
 from opd_megatron.flow import StudentIdsTeacher
 from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.flow.student_pass import ask_student
+from opd_megatron.flow.targets import score_references, target_statistics
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
@@ -237,14 +237,12 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
             [score.log_probs_T for score in scores if score is not None],
             [sample.loss_mask for sample in samples],
             [score.valid_T for score in scores if score is not None],
-        )
+        ) | target_statistics(parts.options, samples)
 
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     objective = parts.options.objective
-    if needs_reference(parts.options):
-        for sample, log_probs in zip(samples, parts.trainer.score("reference", samples), strict=True):
-            sample.ref_log_probs = log_probs
+    score_references(parts.options, parts.trainer, samples)
     kls = None
     if objective.kl_coef > 0:
         kls = [log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)) for sample in samples]
@@ -268,7 +266,7 @@ def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
     scores = [sample.teacher_scores for sample in samples]
     futures = future_distances(
         [sample.old_log_probs for sample in samples if sample.old_log_probs is not None],
-        [score.log_probs_T for score in scores if score is not None],
+        [sample.target_log_probs for sample in samples if sample.target_log_probs is not None],
         [sample.loss_mask for sample in samples],
         [score.valid_T for score in scores if score is not None],
         discount=opd.opd_kl_discount,
