@@ -12,26 +12,11 @@ from dataclasses import dataclass
 
 from opd_megatron.config.activations import Work, activation_bytes, number_bytes, share
 from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.head_memory import head_bytes, keeps_hidden_rows, teacher_head_bytes, teacher_number_bytes
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
-from opd_megatron.config.resolve import (
-    has_megatron_teacher,
-    has_own_layout,
-    needs_reference,
-    needs_teacher_hidden,
-    teacher_folder,
-    teacher_parallel,
-)
-from opd_megatron.config.vocab_chunks import (
-    BLOCK_ELEMENTS,
-    CHUNK_ELEMENTS,
-    LEAST_CHUNK_TOKENS,
-    DeviceKind,
-    tokens_of_chunk,
-)
-
-STATISTICS_BYTES = 64
-"""Bytes per response token of ids, log-probabilities, weights and the like on the device."""
+from opd_megatron.config.resolve import has_own_layout, needs_reference, teacher_folder, teacher_parallel
+from opd_megatron.config.vocab_chunks import DeviceKind
 
 
 @dataclass(frozen=True)
@@ -101,7 +86,7 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
         "optimizer": optimizer_bytes(options, held),
         "activations": activations,
         "recomputed": recomputed,
-        "head": head_bytes(options, models, device) if is_last else 0,
+        "head": head_bytes(options, student, models.teacher, device) if is_last else 0,
         "teacher": _teacher_bytes(options, models, stage),
         "reference": number * held.total if models.has_reference else 0,
         "rollout": rollout_bytes(options, student) if stage == 0 else 0,
@@ -149,14 +134,6 @@ def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
     )
 
 
-def teacher_number_bytes(options: Options, hidden: bool = False) -> int:
-    """Bytes of a weight of the teacher or, with ``hidden``, of its hidden rows on the host."""
-    own = options.opd.opd_teacher_dtype
-    if hidden and options.opd.opd_teacher_hidden_dtype != "same":
-        own = options.opd.opd_teacher_hidden_dtype
-    return {"same": number_bytes(options.optimizer), "float32": 4, "bfloat16": 2}[own]
-
-
 def _parameters(options: Options, model: ModelArchitecture, parallel: ParallelOptions, stage: int) -> Parameters:
     divisible_by = options.model.make_vocab_size_divisible_by
     return rank_parameters(model, parallel, stage, vocab_divisible_by=divisible_by)
@@ -192,54 +169,6 @@ def expert_copies(options: Options) -> int:
         return dense_copies(options)
     holders = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     return options.world_size // (holders * parallel.pipeline_model_parallel_size)
-
-
-def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
-    """Largest of what the vocabulary head holds besides its inputs: forward, backward, or measuring the exact KL.
-
-    Forward: a chunk's logits in float32 and three blocks of temporaries (with ``--bf16`` first the logits in that).
-    Backward: gradients of hidden rows and of the weight, the latter in float32, a chunk's logits and its part of
-    either gradient; with ``--bf16`` also the logits' gradient, and at the end the weight's, in that. The exact KL:
-    a chunk's logits of both models and two blocks of temporaries (with a teacher in bf16 first its logits in that), and
-    the teacher's hidden rows; and its output weight where the teacher itself is elsewhere.
-    """
-    student, number = models.student, number_bytes(options.optimizer)
-    rows = Work.of(options, student).rows
-    tensor = options.parallel.tensor_model_parallel_size
-    padded = student.padded_vocab_size(options.model.make_vocab_size_divisible_by, tensor) // tensor
-    columns = min(padded, student.vocab_size)
-    chunk = min(rows, tokens_of_chunk(padded, CHUNK_ELEMENTS[device], LEAST_CHUNK_TOKENS))
-    logits = chunk * columns
-    block = min(max(1, BLOCK_ELEMENTS[device] // columns) * columns, logits)
-    short = number if number < 4 else 0
-    weight = padded * student.hidden_size
-    forward = 4 * logits + max(12 * block, short * logits)
-    product = number * max(chunk * student.hidden_size, min(logits, weight) // 4)
-    temporary = max(short * logits + product, short * weight)
-    backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
-    exact = 0
-    if models.teacher is not None and keeps_hidden_rows(options):
-        teacher_short = teacher_number_bytes(options) if teacher_number_bytes(options) < 4 else 0
-        exact = 8 * logits + max(8 * block, teacher_short * logits)
-        exact += teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
-        if options.offload.offload_teacher or has_own_layout(options):
-            exact += teacher_head_bytes(options, models.teacher)
-    return max(forward, backward, exact) + STATISTICS_BYTES * rows
-
-
-def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
-    """The teacher's output weight for the columns that the student has on a rank."""
-    tensor = options.parallel.tensor_model_parallel_size
-    columns = teacher.padded_vocab_size(options.model.make_vocab_size_divisible_by, tensor) // tensor
-    return teacher_number_bytes(options) * columns * teacher.hidden_size
-
-
-def keeps_hidden_rows(options: Options) -> bool:
-    """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the term itself."""
-    opd = options.opd
-    intervals = opd.opd_exact_kl_interval + opd.opd_diagnostics_interval
-    measured = has_megatron_teacher(options) and intervals > 0
-    return measured or needs_teacher_hidden(options)
 
 
 def rollout_bytes(options: Options, student: ModelArchitecture) -> int:

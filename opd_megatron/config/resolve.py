@@ -86,6 +86,18 @@ def needs_teacher_hidden(options: Options) -> bool:
     return has_megatron_teacher(options) and (opd.opd_baseline != "none" or opd.opd_loss == "distribution")
 
 
+def sampled_tokens_learn(options: Options) -> bool:
+    """Whether the loss has a gradient through the log-probabilities of the sampled tokens, or through the entropy.
+
+    Pure distillation by whole distributions has none: its task advantages are 0.
+    """
+    objective, opd = options.objective, options.opd
+    own = objective.custom_advantage_path is not None or objective.custom_loss_path is not None
+    tasked = own or objective.loss_type != "policy_loss" or objective.advantage_estimator != "none"
+    regularised = objective.use_kl_loss or objective.entropy_coef > 0
+    return tasked or regularised or not opd.use_opd or opd.opd_loss != "distribution"
+
+
 def reference_folder(options: Options) -> Path | None:
     """Weights of the reference model for ``--kl-coef`` and ``--use-kl-loss``; None if there are none.
 

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import measures_exact_kl
+from opd_megatron.config.resolve import measures_exact_kl, sampled_tokens_learn
 from opd_megatron.megatron.distribution import DistributionTerm, Record, Side
 from opd_megatron.megatron.forward import head_log_probs
 from opd_megatron.megatron.micro_batch import MicroBatch
@@ -78,11 +78,15 @@ class LossInputs:
 
     @cached_property
     def _head(self) -> tuple[Tensor, Tensor]:
-        return head_log_probs(self.student, self.batch, self.rows_Nh, self.options.rollout.rollout_temperature)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and sampled_tokens_learn(self.options)):
+            return head_log_probs(self.student, self.batch, self.rows_Nh, self.options.rollout.rollout_temperature)
 
     @property
     def log_probs_N(self) -> Tensor:
-        """Of the response tokens under the weights in training, at the rollout temperature, with a gradient."""
+        """Of the response tokens under the weights in training, at the rollout temperature.
+
+        With a gradient where the loss has one through them.
+        """
         return self._head[0]
 
     @property
