@@ -70,6 +70,7 @@ def restore(parts: Parts, state: dict[str, Any] | None) -> int:
         return 0
     if parts.prompts is not None and state.get("prompts") is not None:
         parts.prompts.load_state_dict(state["prompts"])
+    parts.weighting.load_state_dict(state.get("pass_rates", {}))
     logger.info("resumed after rollout %d", state["rollouts"])
     return int(state["rollouts"])
 
@@ -93,7 +94,7 @@ def train(
                 steps.rest_engine(parts, found)
             if scores_later(parts.teacher):
                 with progress.phase("teacher"):
-                    steps.teach(parts, samples, rollout_id)
+                    steps.teach(parts, samples, rollout_id, found)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
             steps.learn(parts, samples, rollout_id, found)
@@ -148,7 +149,11 @@ def saved_before(parts: Parts, rollouts: int) -> Iterator[None]:
 def save(parts: Parts, step: int) -> None:
     """Write a checkpoint, and Hugging Face weights where they are asked for."""
     options = parts.options
-    run_state = {"rollouts": step, "prompts": parts.prompts.state_dict() if parts.prompts is not None else None}
+    run_state = {
+        "rollouts": step,
+        "prompts": parts.prompts.state_dict() if parts.prompts is not None else None,
+        "pass_rates": parts.weighting.state_dict(),
+    }
     parts.trainer.save(options.save_folder, step, parts.hf_folder, run_state)
     if options.checkpoint.save_hf is not None:
         steps.write_hf(parts, Path(options.checkpoint.save_hf.replace("{rollout_id}", str(step))))

@@ -16,13 +16,14 @@ from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     measures_diagnostics,
     measures_exact_kl,
-    needs_old_log_probs,
-    needs_reference,
     needs_teacher_hidden,
     student_architecture,
 )
 from opd_megatron.diagnostics import diagnose
+from opd_megatron.flow import StudentIdsTeacher
 from opd_megatron.flow.masking import leave_out_failed
+from opd_megatron.flow.student_pass import ask_student
+from opd_megatron.flow.targets import score_references, target_statistics
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
@@ -36,6 +37,7 @@ from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, read_samples, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
+from opd_megatron.valuing import add_values, value_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +171,12 @@ def rest_engine(parts: Parts, metrics: dict[str, float]) -> None:
         parts.engine.rest()
 
 
-def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
+def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Attach the scores of a teacher that takes whole rollouts. Evaluation never comes here."""
     assert parts.teacher is not None
+    if isinstance(parts.teacher, StudentIdsTeacher):
+        metrics |= parts.teacher.teach(samples)
+        return
     if isinstance(parts.teacher, MegatronTeacher):
         opd = parts.options.opd
         measured = measures_exact_kl(opd, rollout_id) or measures_diagnostics(opd, rollout_id)
@@ -204,10 +209,13 @@ def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: Run
 def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Compute advantages over the whole rollout, take its optimizer steps and report them."""
     options = parts.options
+    statistics = ask_student(options, parts.trainer, samples)
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
+        metrics |= value_metrics(samples)
     if options.opd.use_opd:
         leave_out_failed(options, samples)
+        metrics |= parts.weighting.apply(samples, rollout_id, statistics)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
         metrics |= diagnose(parts, samples, rollout_id)
@@ -229,17 +237,12 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
             [score.log_probs_T for score in scores if score is not None],
             [sample.loss_mask for sample in samples],
             [score.valid_T for score in scores if score is not None],
-        )
+        ) | target_statistics(parts.options, samples)
 
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     objective = parts.options.objective
-    if needs_old_log_probs(parts.options):
-        for sample, log_probs in zip(samples, parts.trainer.score("student", samples), strict=True):
-            sample.old_log_probs = log_probs
-    if needs_reference(parts.options):
-        for sample, log_probs in zip(samples, parts.trainer.score("reference", samples), strict=True):
-            sample.ref_log_probs = log_probs
+    score_references(parts.options, parts.trainer, samples)
     kls = None
     if objective.kl_coef > 0:
         kls = [log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)) for sample in samples]
@@ -250,6 +253,7 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
         [sample.loss_mask for sample in samples],
         kls,
         [float(sample.greedy_reward) for sample in samples if sample.greedy_reward is not None] or None,
+        add_values(parts.trainer, objective, samples, kls),
     )
     if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
         _add_futures(parts.options.opd, samples)
@@ -262,7 +266,7 @@ def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
     scores = [sample.teacher_scores for sample in samples]
     futures = future_distances(
         [sample.old_log_probs for sample in samples if sample.old_log_probs is not None],
-        [score.log_probs_T for score in scores if score is not None],
+        [sample.target_log_probs for sample in samples if sample.target_log_probs is not None],
         [sample.loss_mask for sample in samples],
         [score.valid_T for score in scores if score is not None],
         discount=opd.opd_kl_discount,

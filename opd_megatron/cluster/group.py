@@ -37,6 +37,15 @@ class TrainerGroup(Protocol):
     ) -> list[np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response under a model, at the rollout temperature or another."""
 
+    def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """What the critic expects before each response token, ``[T]`` float32 per sample."""
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position."""
+
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Log-probability, entropy and divergence from the teacher ``[T, 3]`` float32 of each response."""
+
     def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """What student and teacher think at each response token: structured arrays ``[T]``."""
 
@@ -94,6 +103,15 @@ class LocalTrainerGroup:
     ) -> list[np.ndarray]:
         scored = self._trainer.score(name, samples, keep_hidden=keep_hidden, temperature=temperature)
         return merge_arrays([scored], len(samples))
+
+    def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.values(samples)], len(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.top_ids(samples, k)], len(samples))
+
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.token_statistics(samples)], len(samples))
 
     def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         return merge_arrays([self._trainer.token_diagnostics(samples)], len(samples))
