@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
     needs_reference,
+    needs_student_ids,
     needs_teacher_hidden,
     reference_folder,
     starting_point,
@@ -32,7 +34,7 @@ from opd_megatron.config.resolve import (
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.flow import RolloutFlow, stages_of
+from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
 from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
@@ -55,6 +57,8 @@ from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
+
+AnyTeacher: TypeAlias = MegatronTeacher | SGLangTeacher | RoutedTeachers | StudentIdsTeacher
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Parts:
     flow: RolloutFlow | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
-    teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
+    teacher: AnyTeacher | None
     weighting: OpdWeighting
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
@@ -224,9 +228,7 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 
-def _teacher(
-    options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
-) -> MegatronTeacher | SGLangTeacher | RoutedTeachers | None:
+def _teacher(options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase) -> AnyTeacher | None:
     opd = options.opd
     if not opd.use_opd:
         return None
@@ -237,10 +239,13 @@ def _teacher(
             temperature=options.rollout.rollout_temperature,
             vocab_size=teacher_architecture(options).vocab_size,
         )
-    return connect_teachers(options, student_architecture(options).vocab_size)
+    servers = connect_teachers(options, student_architecture(options).vocab_size)
+    if not needs_student_ids(options):
+        return servers
+    return StudentIdsTeacher(servers, lambda all: trainer.top_ids(all, opd.opd_top_k or 1), policy_of(options))
 
 
-def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None) -> bool:
+def _exact_kl_possible(options: Options, teacher: AnyTeacher | None) -> bool:
     if not isinstance(teacher, MegatronTeacher):
         return False
     sizes = teacher_architecture(options).vocab_size, student_architecture(options).vocab_size
@@ -341,7 +346,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     )
     return [
         finding
-        for server in servers_of(teacher)
+        for server in servers_of(teacher.servers if isinstance(teacher, StudentIdsTeacher) else teacher)
         for finding in preflight_sglang(
             server,
             student,

@@ -14,11 +14,14 @@ from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
+    measures_diagnostics,
     measures_exact_kl,
     needs_reference,
     needs_teacher_hidden,
     student_architecture,
 )
+from opd_megatron.diagnostics import diagnose
+from opd_megatron.flow import StudentIdsTeacher
 from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.flow.student_pass import ask_student
 from opd_megatron.megatron.checkpoint import write_hf_folder
@@ -34,6 +37,7 @@ from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, read_samples, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
+from opd_megatron.valuing import add_values, value_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -167,11 +171,15 @@ def rest_engine(parts: Parts, metrics: dict[str, float]) -> None:
         parts.engine.rest()
 
 
-def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
+def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Attach the scores of a teacher that takes whole rollouts. Evaluation never comes here."""
     assert parts.teacher is not None
+    if isinstance(parts.teacher, StudentIdsTeacher):
+        metrics |= parts.teacher.teach(samples)
+        return
     if isinstance(parts.teacher, MegatronTeacher):
-        measured = measures_exact_kl(parts.options.opd, rollout_id)
+        opd = parts.options.opd
+        measured = measures_exact_kl(opd, rollout_id) or measures_diagnostics(opd, rollout_id)
         parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
     for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
         sample.teacher_scores = scores
@@ -204,11 +212,13 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     statistics = ask_student(options, parts.trainer, samples)
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
+        metrics |= value_metrics(samples)
     if options.opd.use_opd:
         leave_out_failed(options, samples)
         metrics |= parts.weighting.apply(samples, rollout_id, statistics)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
+        metrics |= diagnose(parts, samples, rollout_id)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":
@@ -245,6 +255,7 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
         [sample.loss_mask for sample in samples],
         kls,
         [float(sample.greedy_reward) for sample in samples if sample.greedy_reward is not None] or None,
+        add_values(parts.trainer, objective, samples, kls),
     )
     if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
         _add_futures(parts.options.opd, samples)

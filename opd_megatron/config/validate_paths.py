@@ -227,5 +227,6 @@ def _folders_read(options: Options) -> list[tuple[str, str]]:
         ("--hf-checkpoint", options.checkpoint.hf_checkpoint),
         ("--ref-load", options.checkpoint.ref_load),
         ("--opd-teacher-load", teacher_folder(options)),
+        ("--critic-load", options.objective.critic_load),
     )
     return [(flag, folder) for flag, folder in folders if folder is not None]

@@ -21,6 +21,7 @@ from opd_megatron.config.resolve import (
     teacher_parallel,
     weight_differences,
 )
+from opd_megatron.config.validate_critic import critic_faults
 from opd_megatron.config.validate_engine import engine_faults
 from opd_megatron.config.validate_moe import (
     SizeName,
@@ -42,6 +43,7 @@ def run_faults(options: Options) -> list[str]:
         *_recompute_faults(options),
         *_offload_faults(options),
         *objective_faults(options),
+        *critic_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
         *engine_faults(options),

@@ -26,7 +26,7 @@ from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_step
 from opd_megatron.megatron.exchange import Key, exchange
 from opd_megatron.megatron.forward import check_tokens
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.model import HiddenStateModel, build_chunks
+from opd_megatron.megatron.model import HiddenStateModel, Model, build_chunks
 from opd_megatron.megatron.scoring import response_log_probs
 from opd_megatron.sample import Sample
 
@@ -74,12 +74,24 @@ def build_from_options(
     parallel: ParallelOptions | None = None,
 ) -> list[HiddenStateModel]:
     """This rank's part of a model of the run, its weights not yet set; None means that of training."""
+    return build_of_kind(HiddenStateModel, options, architecture, dtype, parallel)
+
+
+def build_of_kind(
+    kind: type[Model],
+    options: Options,
+    architecture: ModelArchitecture,
+    dtype: str | None = None,
+    parallel: ParallelOptions | None = None,
+) -> list[Model]:
+    """As :func:`build_from_options`, for a model that ends in something else than hidden states."""
     return build_chunks(
         architecture,
         parallel or options.parallel,
         dtype=DTYPES[dtype or ("bfloat16" if options.optimizer.bf16 else "float32")],
         make_vocab_size_divisible_by=options.model.make_vocab_size_divisible_by,
         router_dtype=options.model.moe_router_dtype,
+        kind=kind,
     )
 
 

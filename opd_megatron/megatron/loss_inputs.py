@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.config.options import OpdOptions, Options
-from opd_megatron.config.resolve import learns_from_chosen_tokens, measures_exact_kl
+from opd_megatron.config.resolve import learns_from_chosen_tokens, measures_exact_kl, sampled_tokens_learn
 from opd_megatron.megatron.distribution import DistributionTerm, Record, Side
 from opd_megatron.megatron.forward import head_log_probs
 from opd_megatron.megatron.micro_batch import MicroBatch
@@ -79,6 +79,10 @@ class LossInputs:
 
     @cached_property
     def _head(self) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and sampled_tokens_learn(self.options)):
+            return self._of_sampled_tokens()
+
+    def _of_sampled_tokens(self) -> tuple[Tensor, Tensor]:
         temperature = self.options.rollout.rollout_temperature
         heard_N, old_N = self.opd_weights_N, self.old_log_probs_N
         if heard_N is None or old_N is None or not learns_from_chosen_tokens(self.options):
@@ -95,9 +99,10 @@ class LossInputs:
 
     @property
     def log_probs_N(self) -> Tensor:
-        """Of the response tokens under the weights in training, at the rollout temperature, with a gradient.
+        """Of the response tokens under the weights in training, at the rollout temperature.
 
-        Tokens that the loss says nothing of may have those of the weights that sampled, and entropies likewise.
+        With a gradient where the loss has one through them. Tokens that the loss says nothing of may have those of the
+        weights that sampled, and entropies likewise.
         """
         return self._head[0]
 

@@ -40,6 +40,26 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-coef -1 --entropy-coef nan --kl-loss-coef -1e-3 --eps-clip-c 1",
         ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
     ),
+    "a sum of one divergence": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-divergence-to jsd --opd-divergence-mix 0",
+        ("--opd-divergence-to jsd is the first divergence again", "--opd-divergence-mix 0 gives --opd-divergence-to"),
+    ),
+    "a policy loss of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-loss distribution --policy-loss gspo --use-tis --eps-clip 0.1",
+        (
+            "--policy-loss has no effect: with --advantage-estimator none and --opd-loss distribution",
+            "--use-tis has no effect: with",
+            "--eps-clip has no effect: with",
+        ),
+    ),
+    "whitening of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-importance --normalize-advantages",
+        ("--normalize-advantages has no effect: with --advantage-estimator none and --opd-importance",),
+    ),
+    "clipping of labels": (
+        BASE.replace("--rm-type exact", "") + "--loss-type sft_loss --label-key label --eps-clip-high 0.3 --gamma 0.9",
+        ("--eps-clip-high has no effect with --loss-type sft_loss", "--gamma has no effect with --loss-type sft_loss"),
+    ),
     "absurd numbers": (
         BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300 "
         "--lr 1e300",
@@ -67,6 +87,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "servers started and given": (
         BASE + "--rollout-engine sglang --rollout-engine-url http://127.0.0.1:1 --rollout-num-engines 2",
         ("--rollout-num-engines has no effect on the servers of --rollout-engine-url",),
+    ),
+    "a key for servers of the run's own": (
+        BASE + "--rollout-engine sglang --rollout-engine-api-key-env KEY",
+        ("--rollout-engine-api-key-env goes with --rollout-engine-url only",),
+    ),
+    "a folder that no weights go through": (
+        BASE + "--rollout-engine sglang --rollout-weight-transfer distributed --rollout-weights-dir w",
+        ("--rollout-weights-dir has no effect with --rollout-weight-transfer distributed",),
     ),
     "batches of the local engine": (
         BASE + "--rollout-engine sglang --rollout-engine-batch-size 4",
@@ -499,8 +527,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-loss distribution over the whole vocabulary needs --opd-type megatron",),
     ),
     "a server at the student's tokens": (
-        SGLANG + "--opd-loss distribution --opd-support student_topk --opd-top-k 4",
-        ("--opd-support student_topk needs --opd-type megatron",),
+        SGLANG
+        + "--opd-loss distribution --opd-support student_topk --opd-top-k 40 --opd-max-union-ids 32 "
+        + "--opd-overlong drop",
+        (
+            "--opd-top-k 40 asks a server for more than --opd-max-union-ids 32 ids",
+            "--opd-overlong drop does not go with",
+        ),
     ),
     "a server's tail at another temperature": (
         SGLANG + "--opd-loss distribution --opd-support teacher_topk --opd-top-k 4 --opd-temperature 2",
@@ -520,6 +553,39 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--calculate-per-token-loss and --loss-length-divisor",),
     ),
     "passes over labels": (BASE + "--loss-type sft_loss --ppo-epochs 2", ("--ppo-epochs has no effect with",)),
+    "critic without ppo": (
+        BASE + "--lambd 0.9 --critic-lr 1e-5 --num-critic-only-steps 1",
+        (
+            "--lambd has no effect without --advantage-estimator ppo",
+            "--critic-lr has no effect",
+            "--num-critic-only-steps has no effect",
+        ),
+    ),
+    "critic without rewards": (
+        BASE.replace("--rm-type exact", "--rm-type zero") + "--advantage-estimator ppo",
+        ("--advantage-estimator ppo has nothing to value with --rm-type zero: use --advantage-estimator none",),
+    ),
+    "critic that trains alone": (
+        BASE + "--advantage-estimator ppo --num-critic-only-steps 2",
+        ("--num-critic-only-steps 2 leaves none of the 2 rollouts to the student", "!--lr-warmup-iters"),
+    ),
+    "rates of a critic": (
+        BASE + "--advantage-estimator ppo --lr-warmup-init 1e-7 --critic-lr 1e-8 --critic-min-lr 1e-7 "
+        "--critic-lr-warmup-iters 2",
+        (
+            "--critic-min-lr 1e-07 is above --critic-lr 1e-08",
+            "--lr-warmup-init 1e-07 is above --critic-lr 1e-08",
+            "--critic-lr-warmup-iters 2 must be shorter than the decay of 2 optimizer steps",
+        ),
+    ),
+    "weights of a critic": (
+        BASE + "--advantage-estimator ppo --critic-load $root/nowhere",
+        ("--critic-load $root/nowhere is no folder: name that of a checkpoint",),
+    ),
+    "values of a critic": (
+        BASE + "--advantage-estimator ppo --lambd 1.1 --value-clip -1",
+        ("--lambd 1.1: must be at most 1", "--value-clip -1: must be at least 0"),
+    ),
     "gamma of another": (BASE + "--advantage-estimator rloo --gamma 0.9", ("--gamma belongs to",)),
     "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
     "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.options.diagnostics import DiagnosticsOptions
 from opd_megatron.config.options.distribution import DistributionOptions
 from opd_megatron.config.options.weights import SampleWeightOptions, TokenSelectionOptions
 
@@ -136,6 +137,7 @@ class OpdOptions(
     DistributionOptions,
     TokenSelectionOptions,
     SampleWeightOptions,
+    DiagnosticsOptions,
 ):
     """On-policy distillation"""
 
