@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
+    needs_student_ids,
     reference_folder,
     starting_point,
     student_architecture,
@@ -31,7 +33,7 @@ from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.flow import RolloutFlow, stages_of
+from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
 from opd_megatron.flow.target_models import (
     check_megatron,
     check_references,
@@ -39,6 +41,7 @@ from opd_megatron.flow.target_models import (
     compares_distributions,
     megatron_teacher,
 )
+from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
@@ -60,6 +63,8 @@ from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
+
+AnyTeacher: TypeAlias = MegatronTeacher | SGLangTeacher | RoutedTeachers | StudentIdsTeacher
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Parts:
     flow: RolloutFlow | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
-    teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
+    teacher: AnyTeacher | None
+    weighting: OpdWeighting
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary."""
 
@@ -103,6 +109,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
         if options.opd.use_opd:
             check_prompt_routes(options, (record.metadata for record in records))
+            check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
             check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
@@ -150,6 +157,7 @@ def assemble(options: Options) -> Iterator[Parts]:
             reward=reward,
             evaluation_reward=evaluation_reward,
             teacher=teacher,
+            weighting=OpdWeighting(options, tokenizer.all_special_ids),
             exact_kl_possible=isinstance(teacher, MegatronTeacher) and compares_distributions(options),
         )
 
@@ -229,16 +237,17 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 
-def _teacher(
-    options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
-) -> MegatronTeacher | SGLangTeacher | RoutedTeachers | None:
+def _teacher(options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase) -> AnyTeacher | None:
     opd = options.opd
     if not opd.use_opd:
         return None
     if has_megatron_teacher(options):
         return megatron_teacher(options, trainer)
     combine = combination(options, len(read_teachers(opd.opd_teachers)[0]) if opd.opd_teachers else 1)
-    return connect_teachers(options, student_architecture(options).vocab_size, combine)
+    servers = connect_teachers(options, student_architecture(options).vocab_size, combine)
+    if not needs_student_ids(options):
+        return servers
+    return StudentIdsTeacher(servers, lambda samples: trainer.top_ids(samples, opd.opd_top_k or 1), policy_of(options))
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
@@ -320,7 +329,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     )
     return check_references(options, student) + [
         finding
-        for server in servers_of(teacher)
+        for server in servers_of(teacher.servers if isinstance(teacher, StudentIdsTeacher) else teacher)
         for finding in preflight_sglang(
             server,
             student,

@@ -56,8 +56,9 @@ class TeacherScores:
     """What a teacher says about the ``T`` response tokens of one sample.
 
     ``log_probs_T`` are log-probabilities at ``temperature``; where ``valid_T`` is false they mean nothing.
-    ``top_ids_TK``/``top_log_probs_TK`` are the teacher's most probable tokens in descending order and
-    ``tail_log_mass_T`` the log of the mass outside them.
+    ``top_ids_TK`` are the most probable tokens of the teacher, or of the student where it was asked about those, in
+    descending order. ``top_log_probs_TK`` are the teacher's log-probabilities of them and ``tail_log_mass_T`` the log
+    of its mass outside them.
     """
 
     log_probs_T: np.ndarray = _per_token(np.float32)
@@ -84,7 +85,8 @@ class Sample:
 
     ``index`` is unique in a rollout; samples of one prompt share ``group_index``. ``loss_mask`` is 1 on the response
     tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
-    ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
+    ``old_log_probs`` and ``ref_log_probs`` come from the trainer, and so do ``entropies``, the student's at the tokens
+    before the step, where tokens are chosen by them; ``advantages`` exclude the OPD term, which is added
     in the loss, multiplied by ``opd_weights`` (None: 1); ``opd_future`` is what its discount adds of the tokens that
     follow, and ``opd_target`` takes the place of the teacher's log-probabilities in it (None: theirs). ``values`` are
     what a critic expected before each token and ``returns`` what it is to learn; both are of the task alone.
@@ -107,6 +109,7 @@ class Sample:
     rollout_log_probs: np.ndarray | None = _per_token(np.float32)
     old_log_probs: np.ndarray | None = _per_token(np.float32)
     ref_log_probs: np.ndarray | None = _per_token(np.float32)
+    entropies: np.ndarray | None = _per_token(np.float32)
     advantages: np.ndarray | None = _per_token(np.float32)
     values: np.ndarray | None = _per_token(np.float32)
     returns: np.ndarray | None = _per_token(np.float32)

@@ -134,10 +134,18 @@ def _teacher_short(options: Options, buffers: _Buffers) -> int:
 
 
 def _exact_bytes(options: Options, frozen: Sequence[ModelArchitecture], buffers: _Buffers) -> int:
-    """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that."""
-    if not options.opd.use_opd or not (options.opd.opd_exact_kl_interval or options.opd.opd_baseline != "none"):
+    """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that.
+
+    Diagnostics need the blocks of all their divergences, one after the other, and the likeliest tokens in order.
+    """
+    opd = options.opd
+    if not opd.use_opd or not (measures_whole_distributions(options) or opd.opd_baseline != "none"):
         return 0
-    working = 2 * buffers.logits + max(2 * buffers.block, _teacher_short(options, buffers))
+    blocks, listed = 2, 0
+    if opd.opd_diagnostics_interval:
+        blocks, listed = DIVERGENCE_BLOCKS["jsd"], 4 * buffers.tokens * opd.opd_diagnostics_top_k
+    working = 2 * buffers.logits + max(blocks * buffers.block, _teacher_short(options, buffers))
+    working = max(working, buffers.logits + 3 * buffers.block + int(RECORD_NUMBERS * listed), SORTING_NUMBERS * listed)
     return working + sum(_teacher_side(options, model, buffers) for model in frozen)
 
 
@@ -181,9 +189,14 @@ def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
     return teacher_number_bytes(options) * columns * teacher.hidden_size
 
 
+def measures_whole_distributions(options: Options) -> bool:
+    """Whether some rollouts are measured with the teacher's hidden rows."""
+    return options.opd.opd_exact_kl_interval > 0 or options.opd.opd_diagnostics_interval > 0
+
+
 def keeps_hidden_rows(options: Options) -> bool:
     """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the term itself."""
-    measured = has_megatron_teacher(options) and options.opd.opd_exact_kl_interval > 0
+    measured = has_megatron_teacher(options) and measures_whole_distributions(options)
     return measured or needs_teacher_hidden(options)
 
 

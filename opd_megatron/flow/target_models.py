@@ -86,6 +86,8 @@ def compares_distributions(options: Options) -> bool:
     flag = f"--opd-baseline {options.opd.opd_baseline}"
     if options.opd.opd_loss == "distribution":
         flag = "--opd-loss distribution"
+    elif options.opd.opd_baseline == "none":
+        flag = f"--opd-token-score {options.opd.opd_token_score}"
     kept = (*more_teachers(options), kept_reference(options))
     folders = {str(options.opd.opd_teacher_load): teacher}
     architectures = named_architectures(options)

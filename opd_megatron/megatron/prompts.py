@@ -24,19 +24,24 @@ class PromptReading:
     read: Sequence[Sample]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> PromptReading:
-        return cls(samples, [prompt_as_response(sample) for sample in samples])
+    def of(cls, samples: Sequence[Sample], includes_prompt: bool) -> PromptReading:
+        """Without the prompts, ``read`` are the samples as they are."""
+        return cls(samples, [prompt_as_response(sample) for sample in samples] if includes_prompt else samples)
 
     def cut(self, found: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Arrays by place, of the responses alone."""
+        if self.read is self.samples:
+            return found
         return {place: values[self._before(place) :] for place, values in found.items()}
 
-    def step_weights(self, options: Options, number: int) -> list[np.ndarray]:
+    def step_weights(self, options: Options, number: int) -> list[np.ndarray] | None:
         """Weights of the distillation term in optimizer step ``number``, by place as ``step_loss_weights`` gives them.
 
-        Those of the loss, where the prompt's tokens but the first count as trained ones do: in the mean over a
-        sequence, and in its divisor.
+        None where they are those of the loss, without the prompts. Else they are made as those of the loss are, with the
+        prompt's tokens but the first counted as trained ones: in the mean over a sequence, and in its divisor.
         """
+        if self.read is self.samples:
+            return None
         size, objective = options.global_batch_size, options.objective
         first = number * size
         masks = [

@@ -24,6 +24,7 @@ from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.critic import has_critic
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
+from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.chunks import Entries
@@ -37,6 +38,7 @@ from opd_megatron.megatron.frozen import (
     build_from_options,
     student_rule,
 )
+from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
     apply_gradients,
@@ -54,9 +56,11 @@ from opd_megatron.megatron.optimizer import (
     wrap_model,
 )
 from opd_megatron.megatron.prompts import PromptReading
-from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
+from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.token_diagnostics import token_diagnostics
+from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.sample import Sample
 
@@ -154,6 +158,11 @@ class MegatronTrainer:
         rank = parallel_state.get_data_parallel_rank()
         return [step[rank] for step in self._steps(samples)]
 
+    def _micro_batches(self, samples: Sequence[Sample]) -> MicroBatches:
+        """This rank's, one after the other; raises ``ValueError`` for a token outside the vocabulary."""
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        return [places for step in self._share(samples) for places in step]
+
     def score(
         self,
         name: ModelName,
@@ -170,26 +179,24 @@ class MegatronTrainer:
         """
         temperature = self.temperature if temperature is None else temperature
         if name == "student":
-            check_tokens(samples, self.spec.architecture.vocab_size)
-            micro_batches = [places for step in self._share(samples) for places in step]
+            micro_batches = self._micro_batches(samples)
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
         self._kept_rows.pop(name, None)
         frozen = self.frozen[name]
-        reading = PromptReading.of(samples) if keep_hidden and self.options.opd.opd_include_prompt else None
-        samples = samples if reading is None else reading.read
+        reading = PromptReading.of(samples, keep_hidden and self.options.opd.opd_include_prompt)
         steps = frozen.steps(samples)
         dtype, size = DTYPES.get(self.options.opd.opd_teacher_hidden_dtype), frozen.spec.architecture.vocab_size
         rows = TeacherRows(dtype, size) if keep_hidden else None
         with self.memory.holding(name):
-            found = frozen.score(samples, steps, temperature, rows.keep if rows else None)
+            found = frozen.score(reading.read, steps, temperature, rows.keep if rows else None)
             if rows:
                 leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
                 rows.take_weight(frozen.head_weight(), leaves=leaves)
         if rows:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
             self._kept_rows[name] = rows
-        return found if reading is None else reading.cut(found)
+        return reading.cut(found)
 
     def values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         """What the critic expects before each response token, ``[T]`` float32 by place in ``samples``.
@@ -200,6 +207,52 @@ class MegatronTrainer:
         if self.critic is None:
             raise ValueError("--advantage-estimator ppo alone has a critic")
         return self.critic.values(samples, self._share(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> dict[int, np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position, by place."""
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            return response_top_ids(self.chunks, samples, micro_batches, k)
+
+    def token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """Of the student and by place, see :func:`~opd_megatron.megatron.token_statistics.token_statistics`.
+
+        It compares with the teacher's hidden rows that :meth:`score` kept. Raises ``ValueError`` for a token outside
+        the vocabulary.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
+            return reading.cut(
+                token_statistics(self.chunks, self.options, reading.read, micro_batches, self._kept_rows)
+            )
+
+    def token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """What student and teacher think at each response token, by place: see :mod:`.token_diagnostics`.
+
+        With the teacher's hidden rows that :meth:`score` kept, if it kept them for these samples.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            rows = None if more_teachers(self.options) else self._kept_rows.get("teacher")
+            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
+            return reading.cut(token_diagnostics(self.chunks, self.options, reading.read, micro_batches, rows))
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
+
+        See :func:`~opd_megatron.objectives.gradients.gradient_statistics`; with advantages as for :meth:`train`.
+        """
+        with self.memory.holding("weights", "gradients", "optimizer"):
+            loss = self._step_loss(samples, 0, rollout_id)
+            return gradient_diagnostics(self.wrapped, self.optimizer, loss, self._share(samples)[0])
+
+    def _step_loss(self, samples: Sequence[Sample], number: int, rollout_id: int) -> StepLoss:
+        """The loss of optimizer step ``number`` of a pass over the rollout."""
+        reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
+        weights, _ = step_loss_weights(self.options, reading.read, number)
+        term_weights = reading.step_weights(self.options, number)
+        return StepLoss(self.options, self.student, reading.read, weights, self._kept_rows, rollout_id, term_weights)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
@@ -214,28 +267,24 @@ class MegatronTrainer:
             return TrainResult(of_critic if self._is_reporter else None, self.score("student", samples))
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
-            reading = PromptReading.of(samples) if self.options.opd.opd_include_prompt else None
-            result = self._train(samples if reading is None else reading.read, rollout_id, reading)
-            if reading is not None:
-                result = replace(result, log_probs=reading.cut(result.log_probs))
+            result = self._train(samples, rollout_id)
             if self.options.offload.offload_train:
                 gather_weights(self.wrapped)
         return result if result.metrics is None else replace(result, metrics=result.metrics | of_critic)
 
-    def _train(self, samples: Sequence[Sample], rollout_id: int, reading: PromptReading | None) -> TrainResult:
+    def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
         per_step: list[dict[str, float]] = []
         with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         for number, micro_batches in [*enumerate(self._share(samples))] * self.options.objective.ppo_epochs:
-            weights, has_tokens = step_loss_weights(self.options, samples, number)
-            term_weights = None if reading is None else reading.step_weights(self.options, number)
-            loss = StepLoss(self.options, self.student, samples, weights, self._kept_rows, rollout_id, term_weights)
-            metrics, found = self._optimizer_step(samples, micro_batches, loss)
+            loss = self._step_loss(samples, number, rollout_id)
+            metrics, found = self._optimizer_step(micro_batches, loss)
             per_step.append(metrics)
-            if has_tokens:
+            if any(weight.any() for weight in loss.loss_weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
         self._kept_rows = {}
+        log_probs = PromptReading.of(samples, self.options.opd.opd_include_prompt).cut(log_probs)
         return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
     @property
@@ -243,12 +292,12 @@ class MegatronTrainer:
         return reports() and parallel_state.get_data_parallel_rank() == 0
 
     def _optimizer_step(
-        self, samples: Sequence[Sample], micro_batches: list[tuple[int, ...]], loss: StepLoss
+        self, micro_batches: list[tuple[int, ...]], loss: StepLoss
     ) -> tuple[dict[str, float], dict[int, np.ndarray]]:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, loss, with_gradients=True)
+        results = run_micro_batches(self.wrapped, self.student, loss.samples, micro_batches, loss, with_gradients=True)
         gradient_norm, learning_rate = apply_gradients(
             self.optimizer,
             self.scheduler,

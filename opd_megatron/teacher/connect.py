@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from opd_megatron.config.errors import refuse
+from opd_megatron.config.errors import UserError, refuse
 from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import needs_student_ids
 from opd_megatron.config.teachers_file import TeacherEntry, read_teachers
 from opd_megatron.teacher.mixture import Combine, MixedServers
 from opd_megatron.teacher.routing import RoutedTeachers, check_routes
@@ -22,6 +23,8 @@ def connect_teachers(
     Raises :class:`UserError` where an address, a key or the file does not fit.
     """
     opd = options.opd
+    if needs_student_ids(options) and (opd.opd_top_k or 0) > vocab_size:
+        raise UserError(f"--opd-top-k {opd.opd_top_k} is more than the {vocab_size} tokens of the student's vocabulary")
 
     def connect(urls: tuple[str, ...], api_key_env: str | None, name: str | None = None) -> SGLangTeacher:
         return SGLangTeacher(
@@ -31,7 +34,7 @@ def connect_teachers(
             max_in_flight=opd.opd_teacher_max_in_flight,
             timeout=opd.opd_teacher_timeout,
             max_retries=opd.opd_teacher_max_retries,
-            top_k=opd.opd_top_k or 0,
+            top_k=0 if needs_student_ids(options) else opd.opd_top_k or 0,
             max_union_ids=opd.opd_max_union_ids,
             api_key_env=api_key_env,
         )

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.flags import spoken, suggestion
 from opd_megatron.http_client import blocking
@@ -79,6 +81,10 @@ class RoutedTeachers:
     async def score_one(self, sample: Sample) -> TeacherScores:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
         return await self.route(sample).score_one(sample)
+
+    async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
+        """See :meth:`SGLangTeacher.score_ids`."""
+        return await self.route(sample).score_ids(sample, ids_TK)
 
     def begin_step(self, deadline: float | None) -> None:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""

@@ -88,6 +88,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--rollout-engine sglang --rollout-engine-url http://127.0.0.1:1 --rollout-num-engines 2",
         ("--rollout-num-engines has no effect on the servers of --rollout-engine-url",),
     ),
+    "a key for servers of the run's own": (
+        BASE + "--rollout-engine sglang --rollout-engine-api-key-env KEY",
+        ("--rollout-engine-api-key-env goes with --rollout-engine-url only",),
+    ),
+    "a folder that no weights go through": (
+        BASE + "--rollout-engine sglang --rollout-weight-transfer distributed --rollout-weights-dir w",
+        ("--rollout-weights-dir has no effect with --rollout-weight-transfer distributed",),
+    ),
     "batches of the local engine": (
         BASE + "--rollout-engine sglang --rollout-engine-batch-size 4",
         ("--rollout-engine-batch-size is for the local engine",),
@@ -241,6 +249,88 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "overlapped gather alone": (
         BASE + "--overlap-param-gather",
         ("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",),
+    ),
+    "weights without distillation": (
+        BASE + "--opd-token-select top --opd-prompt-weight paced --opd-on correct",
+        (
+            "--opd-token-select has no effect without --use-opd",
+            "--opd-prompt-weight has no effect without --use-opd",
+            "--opd-on has no effect without --use-opd",
+        ),
+    ),
+    "weights of supervised training": (
+        MEGATRON + "--loss-type sft_loss --opd-token-select top",
+        ("--use-opd does not go with --loss-type sft_loss",),
+    ),
+    "selection options without selection": (
+        MEGATRON + "--opd-token-score soft_or --opd-token-ratio 0.3",
+        (
+            "--opd-token-score has no effect with --opd-token-select all: choose top or sample",
+            "--opd-token-ratio has no effect with --opd-token-select all",
+        ),
+    ),
+    "selection of everything": (
+        MEGATRON + "--opd-token-select top --opd-token-ratio 1",
+        ("--opd-token-ratio 1: must be below 1",),
+    ),
+    "floor of the highest scores": (
+        MEGATRON + "--opd-token-select top --opd-token-floor 0.2",
+        ("--opd-token-floor goes with --opd-token-select sample only",),
+    ),
+    "hard cut-off of sampled tokens": (
+        MEGATRON + "--opd-token-select sample --opd-token-min-score 0.2",
+        ("--opd-token-min-score is a hard cut-off, which --opd-token-select sample cannot make up for",),
+    ),
+    "sampled tokens without a floor": (
+        MEGATRON + "--opd-token-select sample --opd-token-floor 0",
+        ("--opd-token-floor 0: must be above 0",),
+    ),
+    "scores of distributions that are not there": (
+        SGLANG + "--opd-token-select top --opd-token-score divergence",
+        ("--opd-token-score divergence compares whole distributions", "use --opd-token-score entropy"),
+    ),
+    "scores of a teacher that is not there": (
+        MEGATRON + "--load-debug-rollout-data $recorded --opd-token-select top --opd-token-score soft_or",
+        ("--opd-token-score soft_or compares whole distributions",),
+    ),
+    "paced options without paced": (
+        MEGATRON + "--opd-paced-alpha 2 --opd-pass-rate running",
+        (
+            "--opd-paced-alpha has no effect without --opd-prompt-weight paced: add it",
+            "--opd-pass-rate has no effect without --opd-prompt-weight paced",
+        ),
+    ),
+    "pass rates of small groups": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 3",
+        ("--opd-pass-rate group needs --n-samples-per-prompt of at least 4: it is 3",),
+    ),
+    "pass rates of no task": (
+        MEGATRON + "--opd-prompt-weight paced --opd-pass-rate running --rm-type zero",
+        ("--opd-pass-rate running needs a task reward",),
+    ),
+    "key of pass rates that are not in the metadata": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 4 --opd-pass-rate-key p",
+        ("--opd-pass-rate-key goes with --opd-pass-rate metadata only",),
+    ),
+    "paced without powers": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 4 --opd-paced-alpha 0 --opd-paced-beta 0",
+        ("--opd-paced-alpha 0 and --opd-paced-beta 0 give every prompt the same weight",),
+    ),
+    "weights of rewards that are all 0": (
+        MEGATRON + "--opd-on incorrect --opd-reward-beta 1 --rm-type zero",
+        ("--opd-on incorrect needs a task reward", "--opd-reward-beta needs a task reward"),
+    ),
+    "weights of rewards of one sample": (
+        MEGATRON + "--opd-reward-beta 1",
+        ("--opd-reward-beta has no effect with --n-samples-per-prompt 1",),
+    ),
+    "a pass that nobody asks for": (
+        MEGATRON + "--opd-correct-reward 0.5",
+        ("--opd-correct-reward has no effect without --opd-on",),
+    ),
+    "a mask of what cannot be": (
+        MEGATRON + "--rollout-max-response-len 16 --opd-mask-longer-than 16",
+        ("--opd-mask-longer-than 16 has no effect with --rollout-max-response-len 16",),
     ),
     "sglang with a baseline": (SGLANG + "--opd-baseline kl", ("--opd-baseline goes with --opd-type megatron only",)),
     "baseline from a recording": (
@@ -522,8 +612,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-loss distribution over the whole vocabulary needs --opd-type megatron",),
     ),
     "a server at the student's tokens": (
-        SGLANG + "--opd-loss distribution --opd-support student_topk --opd-top-k 4",
-        ("--opd-support student_topk needs --opd-type megatron",),
+        SGLANG
+        + "--opd-loss distribution --opd-support student_topk --opd-top-k 40 --opd-max-union-ids 32 "
+        + "--opd-overlong drop",
+        (
+            "--opd-top-k 40 asks a server for more than --opd-max-union-ids 32 ids",
+            "--opd-overlong drop does not go with",
+        ),
     ),
     "a server's tail at another temperature": (
         SGLANG + "--opd-loss distribution --opd-support teacher_topk --opd-top-k 4 --opd-temperature 2",
@@ -570,7 +665,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "weights of a critic": (
         BASE + "--advantage-estimator ppo --critic-load $root/nowhere",
-        ("--critic-load $root/nowhere is no folder: name that of a checkpoint",),
+        ("--critic-load", "nowhere is no folder: name that of a checkpoint"),
     ),
     "values of a critic": (
         BASE + "--advantage-estimator ppo --lambd 1.1 --value-clip -1",
