@@ -88,8 +88,9 @@ class Sample:
     ``old_log_probs`` and ``ref_log_probs`` come from the trainer, and so do ``entropies``, the student's at the tokens
     before the step, where tokens are chosen by them; ``advantages`` exclude the OPD term, which is added
     in the loss, multiplied by ``opd_weights`` (None: 1); ``opd_future`` is what its discount adds of the tokens that
-    follow. ``values`` are what a critic expected before each token and ``returns`` what it is to learn; both are of the
-    task alone. ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
+    follow, and ``opd_target`` takes the place of the teacher's log-probabilities in it (None: theirs). ``values`` are
+    what a critic expected before each token and ``returns`` what it is to learn; both are of the task alone.
+    ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
     ``teacher_failure`` is the kind of failure for which the sample has no teacher scores, while the task still trains
     on it: its ``teacher_scores`` are valid nowhere. ``weight_version`` is that of the engine's weights that made the
     response and ``weight_versions`` all of them, in order, where there were several. Every per-token field covers the
@@ -114,6 +115,7 @@ class Sample:
     returns: np.ndarray | None = _per_token(np.float32)
     opd_weights: np.ndarray | None = _per_token(np.float32)
     opd_future: np.ndarray | None = _per_token(np.float32)
+    opd_target: np.ndarray | None = _per_token(np.float32)
     teacher_scores: TeacherScores | None = None
     teacher_failure: str | None = None
     reward: float | None = None
@@ -141,6 +143,13 @@ class Sample:
                 f"sample {self.index}: the teacher scored {len(self.teacher_scores.log_probs_T)} tokens, "
                 f"the response has {len(self.response_tokens)}"
             )
+
+    @property
+    def target_log_probs(self) -> np.ndarray | None:
+        """What the distillation term compares with, ``[T]``; None where no teacher scored the sample."""
+        if self.opd_target is not None or self.teacher_scores is None:
+            return self.opd_target
+        return self.teacher_scores.log_probs_T
 
     @property
     def response_length(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import has_advantages, needs_reference, reference_folder
+from opd_megatron.config.resolve import has_advantages, reference_folder
+from opd_megatron.config.targets import REFERENCE, loads_reference, opd_reference_name
 
 _SWITCHES: dict[str, tuple[str, ...]] = {
     "use_kl_loss": ("kl_loss_coef", "kl_loss_type"),
@@ -63,8 +64,10 @@ def objective_faults(options: Options) -> Iterator[str]:
         return
     yield from _advantage_faults(options)
     yield from _policy_loss_faults(options)
-    if needs_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
+    if loads_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
         flag = "--use-kl-loss" if objective.use_kl_loss else "--kl-coef"
+        if opd_reference_name(options) == REFERENCE:
+            flag = "--opd-reward-scale"
         yield f"{flag} needs a reference: give --ref-load, or weights in --hf-checkpoint"
 
 

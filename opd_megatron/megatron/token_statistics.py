@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,18 +25,18 @@ def token_statistics(
     options: Options,
     samples: Sequence[Sample],
     micro_batches: Sequence[tuple[int, ...]],
-    teacher_rows: TeacherRows | None,
+    kept_rows: Mapping[str, TeacherRows],
 ) -> dict[int, np.ndarray]:
     """``[T, 3]`` float32 of each response of this rank's ``micro_batches``, by its place in ``samples``.
 
     Log-probability of the token and entropy of its distribution at the rollout temperature, and the Jensen-Shannon
     divergence from the teacher in nats, where tokens are chosen by it and the teacher scored (else 0). They come from
-    the ranks that report; all ranks call it. ``teacher_rows`` are those of a Megatron teacher.
+    the ranks that report; all ranks call it. ``kept_rows`` are those of Megatron teachers.
     """
     compares = selects_by_divergence(options.opd)
 
     def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
-        inputs = LossInputs(StepLoss(options, chunks[-1], samples, (), teacher_rows), batch, rows_Nh)
+        inputs = LossInputs(StepLoss(options, chunks[-1], samples, (), kept_rows), batch, rows_Nh)
         divergence_N = inputs.jensen_shannon_N if compares else torch.zeros_like(inputs.entropy_N)
         return batch.split(torch.stack([inputs.log_probs_N, inputs.entropy_N, divergence_N], dim=1))
 

@@ -24,6 +24,7 @@ from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.critic import has_critic
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
+from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.chunks import Entries
@@ -118,7 +119,7 @@ class MegatronTrainer:
             self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
             if self.options.offload.offload_teacher:
                 self.memory.add(name, Part(partial(weights_of, [self.frozen[name].model]), store, constant=True))
-        self._teacher_rows: TeacherRows | None = None
+        self._kept_rows: dict[ModelName, TeacherRows] = {}
 
     def resume(self) -> dict[str, Any] | None:
         """Restore what ``--load`` holds beside the weights if the run goes on from a trainer's checkpoint.
@@ -171,8 +172,8 @@ class MegatronTrainer:
     ) -> dict[int, np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the teacher's
-        hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the
+        frozen model's hidden rows stay on the host for the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
         temperature = self.temperature if temperature is None else temperature
@@ -180,8 +181,7 @@ class MegatronTrainer:
             micro_batches = self._micro_batches(samples)
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
-        if name == "teacher":
-            self._teacher_rows = None
+        self._kept_rows.pop(name, None)
         frozen = self.frozen[name]
         steps = frozen.steps(samples)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
@@ -192,7 +192,7 @@ class MegatronTrainer:
                 rows.take_weight(frozen.head_weight(), leaves=leaves)
         if rows:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
-            self._teacher_rows = rows
+            self._kept_rows[name] = rows
         return found
 
     def values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
@@ -219,7 +219,7 @@ class MegatronTrainer:
         """
         micro_batches = self._micro_batches(samples)
         with self.memory.holding("weights"):
-            return token_statistics(self.chunks, self.options, samples, micro_batches, self._teacher_rows)
+            return token_statistics(self.chunks, self.options, samples, micro_batches, self._kept_rows)
 
     def token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         """What student and teacher think at each response token, by place: see :mod:`.token_diagnostics`.
@@ -228,7 +228,8 @@ class MegatronTrainer:
         """
         micro_batches = self._micro_batches(samples)
         with self.memory.holding("weights"):
-            return token_diagnostics(self.chunks, self.options, samples, micro_batches, self._teacher_rows)
+            rows = None if more_teachers(self.options) else self._kept_rows.get("teacher")
+            return token_diagnostics(self.chunks, self.options, samples, micro_batches, rows)
 
     def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
         """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
@@ -242,7 +243,7 @@ class MegatronTrainer:
     def _step_loss(self, samples: Sequence[Sample], number: int, rollout_id: int) -> StepLoss:
         """The loss of optimizer step ``number`` of a pass over the rollout."""
         weights, _ = step_loss_weights(self.options, samples, number)
-        return StepLoss(self.options, self.student, samples, weights, self._teacher_rows, rollout_id)
+        return StepLoss(self.options, self.student, samples, weights, self._kept_rows, rollout_id)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
@@ -253,7 +254,7 @@ class MegatronTrainer:
         check_tokens(samples, self.spec.architecture.vocab_size)
         of_critic = {} if self.critic is None else self.critic.train(samples, self._share(samples))
         if rollout_id < self.options.objective.num_critic_only_steps:
-            self._teacher_rows = None
+            self._kept_rows = {}
             return TrainResult(of_critic if self._is_reporter else None, self.score("student", samples))
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
@@ -273,7 +274,7 @@ class MegatronTrainer:
             if any(weight.any() for weight in loss.loss_weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
-        self._teacher_rows = None
+        self._kept_rows = {}
         return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
     @property

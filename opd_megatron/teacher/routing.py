@@ -64,7 +64,7 @@ class RoutedTeachers:
     def score(self, samples: Sequence[Sample]) -> list[TeacherScores]:
         """See :class:`~opd_megatron.teacher.protocol.Teacher`; an unknown route fails before anything is sent."""
         for sample in samples:
-            self.route(sample).check(sample)
+            self.check(sample)
 
         async def score_all() -> list[TeacherScores]:
             try:
@@ -73,6 +73,10 @@ class RoutedTeachers:
                 await self.aclose()
 
         return blocking(score_all)
+
+    def check(self, sample: Sample) -> None:
+        """Raise :class:`TeacherFailure` if ``sample`` must not be sent."""
+        self.route(sample).check(sample)
 
     async def score_one(self, sample: Sample) -> TeacherScores:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""

@@ -124,6 +124,83 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--use-opd --opd-type megatron",
         ("--opd-type megatron needs --opd-teacher-load",),
     ),
+    "extrapolated top tokens": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-loss distribution --opd-support teacher_topk --opd-top-k 4",
+        ("--opd-reward-scale 1.25 with --opd-loss distribution needs --opd-support full",),
+    ),
+    "extrapolated baseline": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-baseline kl",
+        ("--opd-reward-scale 1.25 does not go with --opd-baseline",),
+    ),
+    "extrapolated and entropy-aware": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-loss distribution --opd-entropy-aware 0.5",
+        ("--opd-reward-scale 1.25 does not go with --opd-entropy-aware",),
+    ),
+    "more teachers that nothing mixes": (
+        MEGATRON + "--opd-more-teachers $teacher_hf",
+        ("--opd-more-teachers needs --opd-teacher-mixture: choose arithmetic or geometric",),
+    ),
+    "a mixture of one": (
+        MEGATRON + "--opd-teacher-mixture arithmetic",
+        ("--opd-teacher-mixture arithmetic has a single teacher: add --opd-more-teachers",),
+    ),
+    "a mixture of one server": (
+        SGLANG + "--opd-teacher-mixture geometric",
+        ("--opd-teacher-mixture geometric has a single teacher: add an --opd-teachers file of several",),
+    ),
+    "more teachers than servers load": (
+        SGLANG + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric",
+        ("--opd-more-teachers goes with --opd-type megatron only",),
+    ),
+    "weights of a mixture": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric --opd-teacher-weights 1 2 3",
+        ("--opd-teacher-weights names 3 weights for 2 teachers",),
+    ),
+    "weights below 0": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric --opd-teacher-weights 1 -2",
+        ("--opd-teacher-weights -2: must be above 0",),
+    ),
+    "weights of no mixture": (
+        MEGATRON + "--opd-teacher-weights 1 2",
+        ("--opd-teacher-weights has no effect without --opd-teacher-mixture",),
+    ),
+    "a mixture of top tokens": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture arithmetic --opd-loss distribution "
+        "--opd-support teacher_topk --opd-top-k 4 --opd-entropy-aware 0.5",
+        (
+            "--opd-teacher-mixture arithmetic with --opd-loss distribution needs --opd-support full",
+            "--opd-teacher-mixture arithmetic does not go with --opd-entropy-aware",
+        ),
+    ),
+    "the baseline of a geometric mixture": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric --opd-baseline kl",
+        ("--opd-teacher-mixture geometric does not go with --opd-baseline",),
+    ),
+    "another teacher that is not there": (
+        MEGATRON + "--opd-more-teachers $teacher_hf nowhere --opd-teacher-mixture geometric",
+        ("--opd-more-teachers nowhere does not exist",),
+    ),
+    "another teacher that does not fit": (
+        MEGATRON + "--opd-more-teachers $three_layers --opd-teacher-mixture geometric "
+        "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2",
+        ("does not divide the teacher's 3 layers",),
+    ),
+    "a reference for nothing": (
+        MEGATRON + "--opd-ref-load $teacher",
+        ("--opd-ref-load has no effect with --opd-reward-scale 1",),
+    ),
+    "a reference that is not there": (
+        SGLANG + "--opd-reward-scale 2 --opd-ref-load nowhere",
+        ("--opd-ref-load nowhere does not exist",),
+    ),
+    "a reference without weights": (
+        SGLANG + "--opd-reward-scale 2 --opd-ref-load $config_only",
+        ("--opd-ref-load", "config_only holds no complete checkpoint"),
+    ),
+    "extrapolation without a reference": (
+        SGLANG.replace("$hf", "$config_only") + "--opd-reward-scale 2",
+        ("--opd-reward-scale needs a reference: give --ref-load",),
+    ),
     "sglang with load": (
         SGLANG + "--opd-teacher-load $teacher",
         ("--opd-teacher-load goes with --opd-type megatron only",),
@@ -580,7 +657,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "weights of a critic": (
         BASE + "--advantage-estimator ppo --critic-load $root/nowhere",
-        ("--critic-load $root/nowhere is no folder: name that of a checkpoint",),
+        ("--critic-load", "nowhere is no folder: name that of a checkpoint"),
     ),
     "values of a critic": (
         BASE + "--advantage-estimator ppo --lambd 1.1 --value-clip -1",

@@ -44,7 +44,7 @@ OF_SGLANG_TEACHER = {
 }
 """Metrics of runs whose teacher is behind servers; tests/sglang look at those."""
 
-OF_OTHER_TERMS = {"train/opd_clipfrac", "train/opd_loss", "train/opd_divergence"}
+OF_OTHER_TERMS = {"train/opd_clipfrac", "train/opd_loss", "train/opd_divergence", "opd/implicit_reward"}
 """Metrics of other forms of the distillation term; tests/e2e/test_distillation_forms.py looks at those."""
 OF_WEIGHTS = {"opd/token_kept_frac", "opd/weight_mean", "opd/weight_max", "opd/weight_ess", "opd/pass_rate"}
 """Metrics of weights of the distillation term; tests/e2e/test_opd_weights.py looks at those."""

@@ -8,6 +8,7 @@ from opd_megatron.config import checks
 from opd_megatron.config.declare import option
 from opd_megatron.config.options.diagnostics import DiagnosticsOptions
 from opd_megatron.config.options.distribution import DistributionOptions
+from opd_megatron.config.options.target import TargetOptions
 from opd_megatron.config.options.weights import SampleWeightOptions, TokenSelectionOptions
 
 
@@ -138,6 +139,7 @@ class OpdOptions(
     TokenSelectionOptions,
     SampleWeightOptions,
     DiagnosticsOptions,
+    TargetOptions,
 ):
     """On-policy distillation"""
 
