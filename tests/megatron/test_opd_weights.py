@@ -185,7 +185,7 @@ def rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return counted
 
     monkeypatch.setattr(forward, "token_log_probs", counting("tokens", forward.token_log_probs))
-    monkeypatch.setattr(distribution, "full_divergence", counting("divergence", distribution.full_divergence))
+    monkeypatch.setattr(distribution, "target_divergence", counting("divergence", distribution.target_divergence))
     return counts
 
 
