@@ -247,7 +247,7 @@ def _teacher(options: Options, trainer: TrainerGroup, tokenizer: PreTrainedToken
     servers = connect_teachers(options, student_architecture(options).vocab_size, combine)
     if not needs_student_ids(options):
         return servers
-    return StudentIdsTeacher(servers, lambda all: trainer.top_ids(all, opd.opd_top_k or 1), policy_of(options))
+    return StudentIdsTeacher(servers, lambda samples: trainer.top_ids(samples, opd.opd_top_k or 1), policy_of(options))
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:

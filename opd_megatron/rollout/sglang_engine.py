@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 5
 """How often a response is asked for before the run ends."""
+UNNAMED = "default"
+"""What SGLang calls the weights that a server begins with."""
 _PAUSE = 0.5
 """Seconds before a response is asked for again, doubled each time."""
 
@@ -253,11 +255,17 @@ class SGLangEngine:
         return Generation(tokens, log_probs, text, finish, self._weight_version, versions if len(versions) > 1 else ())
 
     def _versions(self, meta: dict[str, Any], server: str) -> tuple[str, ...]:
-        """Those that made a response, in order; raises :class:`RunError` unless all are this run's."""
+        """Those that made a response, in order.
+
+        Raises :class:`UnusableAnswerError` where the server has not been given any, :class:`RunError` where those that
+        it was given are not this run's.
+        """
         spans = meta.get("weight_versions")
         labels = [span.get("version") for span in spans] if spans else []
         own = "@" + self._fleet.label.partition("@")[2]
         for label in [*labels, meta.get("weight_version")]:
+            if label == UNNAMED:
+                raise UnusableAnswerError(f"{server} began anew: it speaks with the weights that it was started with")
             if not str(label).endswith(own):
                 raise RunError(
                     f"{server}: it speaks with weights {label!r}, this run gave it {self._fleet.label!r}: "

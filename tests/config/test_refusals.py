@@ -657,7 +657,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "weights of a critic": (
         BASE + "--advantage-estimator ppo --critic-load $root/nowhere",
-        ("--critic-load $root/nowhere is no folder: name that of a checkpoint",),
+        ("--critic-load", "nowhere is no folder: name that of a checkpoint"),
     ),
     "values of a critic": (
         BASE + "--advantage-estimator ppo --lambd 1.1 --value-clip -1",

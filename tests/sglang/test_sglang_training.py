@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.sample import read_samples
@@ -17,8 +18,7 @@ from opd_megatron.teacher.protocol import TeacherError
 from tests.docs.test_run_folder import OF_SGLANG_TEACHER
 from tests.e2e.support import make_model, run_training, write_prompts
 from tests.sglang.conftest import Served
-from tests.sglang.faults import status
-from tests.sglang.proxy import FaultProxy, always
+from tests.sglang.proxy import Answer, Exchange, Fault, FaultProxy, always
 
 
 @pytest.fixture
@@ -163,6 +163,10 @@ def test_more_ids_than_a_server_is_asked_for_meet_the_policy(
     assert np.isfinite(line["train/loss"])
 
 
+async def says_what_it_was_sent(exchange: Exchange) -> web.StreamResponse:
+    return exchange.send(Answer.of({"error": f"bad {exchange.request.headers['Authorization']}"}, 401))
+
+
 def test_the_keys_of_several_teachers_are_nowhere_to_be_found(
     qwen: Served, student: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any
 ) -> None:
@@ -183,11 +187,9 @@ def test_the_keys_of_several_teachers_are_nowhere_to_be_found(
     }  # fmt: skip
     with caplog.at_level(logging.DEBUG):
         run_training(student, prompts, tmp_path / "run", **run)
-        # a server that says what it was sent
-        sent = status(401, {"error": "bad key sk-l34ked, bad Basic YW5uOmwzNGtlZA=="})
-        with FaultProxy(qwen.server.url, always(sent)) as proxy:
+        with FaultProxy(qwen.server.url, always(Fault("echo", says_what_it_was_sent))) as proxy:
             file.write_text(file.read_text().replace(qwen.server.url, proxy.url).replace(host, proxy.url[7:]))
-            with pytest.raises(TeacherError, match=r"bad key \*\*\*") as caught:
+            with pytest.raises(UserError, match=r"HTTP 401: bad Bearer \*\*\*") as caught:
                 run_training(student, prompts, tmp_path / "other", **run)
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.yaml", "summary.json", "metrics.jsonl"} <= {path.name for path in written}
