@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,22 +18,30 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.cluster.group import TrainerGroup, start_trainer_group
-from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
-    needs_reference,
-    needs_teacher_hidden,
+    needs_student_ids,
     reference_folder,
     starting_point,
     student_architecture,
     teacher_architecture,
 )
+from opd_megatron.config.targets import loads_reference, named_architectures, named_models
+from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.flow import RolloutFlow, stages_of
+from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
+from opd_megatron.flow.target_models import (
+    check_megatron,
+    check_references,
+    combination,
+    compares_distributions,
+    megatron_teacher,
+)
+from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
@@ -46,7 +55,7 @@ from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
-from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
+from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
 from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
@@ -54,6 +63,8 @@ from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
+
+AnyTeacher: TypeAlias = MegatronTeacher | SGLangTeacher | RoutedTeachers | StudentIdsTeacher
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,10 @@ class Parts:
     flow: RolloutFlow | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
-    teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
+    teacher: AnyTeacher | None
+    weighting: OpdWeighting
     exact_kl_possible: bool = False
-    """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
+    """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary."""
 
 
 @contextmanager
@@ -97,6 +109,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
         if options.opd.use_opd:
             check_prompt_routes(options, (record.metadata for record in records))
+            check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
             check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
@@ -144,7 +157,8 @@ def assemble(options: Options) -> Iterator[Parts]:
             reward=reward,
             evaluation_reward=evaluation_reward,
             teacher=teacher,
-            exact_kl_possible=_exact_kl_possible(options, teacher),
+            weighting=OpdWeighting(options, tokenizer.all_special_ids),
+            exact_kl_possible=isinstance(teacher, MegatronTeacher) and compares_distributions(options),
         )
 
 
@@ -209,50 +223,31 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
     else:
         logger.info("the student starts from %s", start.folder)
     frozen: dict[ModelName, FrozenModel] = {}
-    if needs_reference(options):
+    if loads_reference(options):
         folder = reference_folder(options)
         if folder is None:
-            raise UserError("a KL to the reference needs weights in --ref-load or --hf-checkpoint")
+            raise UserError("the reference needs weights in --ref-load or --hf-checkpoint")
         frozen["reference"] = FrozenModel(architecture, folder)
     if has_megatron_teacher(options):
         loaded = Path(str(options.opd.opd_teacher_load))
         frozen["teacher"] = teacher_model(options, teacher_architecture(options), loaded)
+    architectures = named_architectures(options)
+    for name, _, named in named_models(options):
+        frozen[name] = replace(teacher_model(options, architectures[name], Path(named)), step=None)
     return TrainerSpec(options, architecture, start, num_rollouts, frozen)
 
 
-def _teacher(
-    options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
-) -> MegatronTeacher | SGLangTeacher | RoutedTeachers | None:
+def _teacher(options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase) -> AnyTeacher | None:
     opd = options.opd
     if not opd.use_opd:
         return None
     if has_megatron_teacher(options):
-        return MegatronTeacher(
-            trainer,
-            str(opd.opd_teacher_load),
-            temperature=options.rollout.rollout_temperature,
-            vocab_size=teacher_architecture(options).vocab_size,
-        )
-    return connect_teachers(options, student_architecture(options).vocab_size)
-
-
-def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None) -> bool:
-    if not isinstance(teacher, MegatronTeacher):
-        return False
-    sizes = teacher_architecture(options).vocab_size, student_architecture(options).vocab_size
-    possible = sizes[0] == sizes[1]
-    if (options.opd.opd_top_k or 0) > min(sizes):
-        raise UserError(f"--opd-top-k {options.opd.opd_top_k} is more than the {min(sizes)} tokens of the vocabulary")
-    if not possible and needs_teacher_hidden(options):
-        flag = f"--opd-baseline {options.opd.opd_baseline}"
-        if options.opd.opd_loss == "distribution":
-            flag = "--opd-loss distribution"
-        raise UserError(
-            f"{flag} needs a teacher with the student's vocabulary size: it has {sizes[0]}, the student {sizes[1]}"
-        )
-    if not possible and options.opd.opd_exact_kl_interval:
-        logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
-    return possible
+        return megatron_teacher(options, trainer)
+    combine = combination(options, len(read_teachers(opd.opd_teachers)[0]) if opd.opd_teachers else 1)
+    servers = connect_teachers(options, student_architecture(options).vocab_size, combine)
+    if not needs_student_ids(options):
+        return servers
+    return StudentIdsTeacher(servers, lambda samples: trainer.top_ids(samples, opd.opd_top_k or 1), policy_of(options))
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
@@ -306,7 +301,7 @@ def preflight(parts: Parts, done: int) -> list[str]:
 def _check_teacher(parts: Parts) -> list[Finding]:
     options, teacher = parts.options, parts.teacher
     if teacher is None:
-        return []
+        return check_references(options, Student(parts.tokenizer))
     paths, data = options.checkpoint, options.data
     positions = student_architecture(options).max_position_embeddings
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
@@ -323,8 +318,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
     )
     if isinstance(teacher, MegatronTeacher):
-        tokenizer = _teacher_tokenizer(str(options.opd.opd_teacher_load))
-        return preflight_megatron(teacher, student, tokenizer, vocab_size=teacher_architecture(options).vocab_size)
+        return check_megatron(teacher, student) + check_references(options, student)
     prompts = [len(record.prompt_tokens) for record in records]
     sizes = RunSizes(
         samples=options.samples_per_rollout,
@@ -333,9 +327,9 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         response_tokens=options.rollout.rollout_max_response_len,
         steps=parts.num_rollouts,
     )
-    return [
+    return check_references(options, student) + [
         finding
-        for server in servers_of(teacher)
+        for server in servers_of(teacher.servers if isinstance(teacher, StudentIdsTeacher) else teacher)
         for finding in preflight_sglang(
             server,
             student,
@@ -346,13 +340,6 @@ def _check_teacher(parts: Parts) -> list[Finding]:
             sizes=sizes.part(part_of_prompts(options, server.name, [record.metadata for record in records])),
         )
     ]
-
-
-def _teacher_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
-    hf_folder = inspect_checkpoint(folder).hf_folder
-    if hf_folder is None or not (hf_folder / "tokenizer_config.json").exists():
-        return None
-    return load_tokenizer(hf_folder)
 
 
 def _length_notes(parts: Parts) -> list[str]:

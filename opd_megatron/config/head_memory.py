@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opd_megatron.config.activations import Work, number_bytes
@@ -101,20 +102,20 @@ class _Buffers:
 
 
 def head_bytes(
-    options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None, device: DeviceKind
+    options: Options, student: ModelArchitecture, frozen: Sequence[ModelArchitecture], device: DeviceKind
 ) -> int:
     """Largest of what the vocabulary head holds besides its inputs: forward, backward, or measuring the exact KL.
 
     Forward: a chunk's logits in float32 and three blocks of temporaries (with ``--bf16`` first the logits in that).
     Backward: gradients of hidden rows and of the weight, the latter in float32, a chunk's logits and its part of
     either gradient; with ``--bf16`` also the logits' gradient, and at the end the weight's, in that. For
-    ``--opd-loss distribution`` and the exact KL see below.
+    ``--opd-loss distribution`` and the exact KL see below; ``frozen`` are the models whose hidden rows are kept.
     """
     buffers = _Buffers.of(options, student, device)
     forward = buffers.logits + max(3 * buffers.block, buffers.in_short(buffers.logits))
     backward = buffers.gradients + buffers.logits + buffers.of_backward
-    exact = _exact_bytes(options, teacher, buffers) if teacher is not None else 0
-    compared = _distribution_bytes(options, teacher, buffers)
+    exact = _exact_bytes(options, frozen, buffers) if frozen else 0
+    compared = _distribution_bytes(options, frozen, buffers)
     return max(forward, backward, exact, compared) + STATISTICS_BYTES * buffers.tokens
 
 
@@ -132,15 +133,23 @@ def _teacher_short(options: Options, buffers: _Buffers) -> int:
     return number * buffers.logits // 4 if number < 4 else 0
 
 
-def _exact_bytes(options: Options, teacher: ModelArchitecture, buffers: _Buffers) -> int:
-    """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that."""
-    if not options.opd.use_opd or not (options.opd.opd_exact_kl_interval or options.opd.opd_baseline != "none"):
+def _exact_bytes(options: Options, frozen: Sequence[ModelArchitecture], buffers: _Buffers) -> int:
+    """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that.
+
+    Diagnostics need the blocks of all their divergences, one after the other, and the likeliest tokens in order.
+    """
+    opd = options.opd
+    if not opd.use_opd or not (measures_whole_distributions(options) or opd.opd_baseline != "none"):
         return 0
-    working = 2 * buffers.logits + max(2 * buffers.block, _teacher_short(options, buffers))
-    return working + _teacher_side(options, teacher, buffers)
+    blocks, listed = 2, 0
+    if opd.opd_diagnostics_interval:
+        blocks, listed = DIVERGENCE_BLOCKS["jsd"], 4 * buffers.tokens * opd.opd_diagnostics_top_k
+    working = 2 * buffers.logits + max(blocks * buffers.block, _teacher_short(options, buffers))
+    working = max(working, buffers.logits + 3 * buffers.block + int(RECORD_NUMBERS * listed), SORTING_NUMBERS * listed)
+    return working + sum(_teacher_side(options, model, buffers) for model in frozen)
 
 
-def _distribution_bytes(options: Options, teacher: ModelArchitecture | None, buffers: _Buffers) -> int:
+def _distribution_bytes(options: Options, frozen: Sequence[ModelArchitecture], buffers: _Buffers) -> int:
     """Forward and backward of ``--opd-loss distribution``.
 
     Over the vocabulary both models' logits of a chunk are there in either pass. The tokens that count are picked out of
@@ -154,9 +163,9 @@ def _distribution_bytes(options: Options, teacher: ModelArchitecture | None, buf
     parts = 1 + int(opd.opd_entropy_aware > 0) + int(sampled_tokens_learn(options))
     gradients = buffers.gradients + (parts - 1) * waiting
     standing = buffers.rows
-    if teacher is not None:
-        standing += _teacher_side(options, teacher, buffers)
-        standing += teacher_number_bytes(options, hidden=True) * buffers.tokens * teacher.hidden_size
+    for model in frozen:
+        standing += _teacher_side(options, model, buffers)
+        standing += teacher_number_bytes(options, hidden=True) * buffers.tokens * model.hidden_size
     if opd.opd_support == "full":
         names = [name for name in (opd.opd_divergence, opd.opd_divergence_to) if name is not None]
         names += ["forward_kl"] if opd.opd_entropy_aware > 0 else []
@@ -180,9 +189,14 @@ def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
     return teacher_number_bytes(options) * columns * teacher.hidden_size
 
 
+def measures_whole_distributions(options: Options) -> bool:
+    """Whether some rollouts are measured with the teacher's hidden rows."""
+    return options.opd.opd_exact_kl_interval > 0 or options.opd.opd_diagnostics_interval > 0
+
+
 def keeps_hidden_rows(options: Options) -> bool:
     """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the term itself."""
-    measured = has_megatron_teacher(options) and options.opd.opd_exact_kl_interval > 0
+    measured = has_megatron_teacher(options) and measures_whole_distributions(options)
     return measured or needs_teacher_hidden(options)
 
 

@@ -16,24 +16,41 @@ from opd_megatron.config.critic import has_critic
 from opd_megatron.config.head_memory import head_bytes, keeps_hidden_rows, teacher_head_bytes, teacher_number_bytes
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
-from opd_megatron.config.resolve import has_own_layout, needs_reference, teacher_folder, teacher_parallel
+from opd_megatron.config.resolve import has_own_layout, teacher_folder, teacher_parallel
+from opd_megatron.config.targets import OPD_REFERENCE, kept_reference, loads_reference, named_architectures
 from opd_megatron.config.vocab_chunks import DeviceKind
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run; ``teacher`` is that of ``--opd-teacher-load``."""
+    """The models of a run; ``teacher`` is that of ``--opd-teacher-load``.
+
+    ``further`` are those of ``config.targets.named_models`` by name, which run as the teacher does.
+    """
 
     student: ModelArchitecture
     teacher: ModelArchitecture | None = None
     has_reference: bool = False
     has_critic: bool = False
+    further: Mapping[str, ModelArchitecture] = dataclasses.field(default_factory=dict)
+
+    @property
+    def as_teacher(self) -> list[ModelArchitecture]:
+        """Those that run in the teacher's layout and precision."""
+        return [*([self.teacher] if self.teacher else []), *self.further.values()]
+
+    def keeping_rows(self, options: Options) -> list[ModelArchitecture]:
+        """Those whose hidden rows of a rollout are kept on the host."""
+        reference = kept_reference(options)
+        models = [model for name, model in self.further.items() if name != OPD_REFERENCE]
+        models = [self.teacher, *models] if self.teacher and keeps_hidden_rows(options) else []
+        return models if reference is None else [*models, self.further.get(reference, self.student)]
 
     @classmethod
     def of(cls, options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None) -> Models:
         """``teacher`` is left out where the options give it nothing to do."""
-        has_teacher = teacher_folder(options) is not None
-        return cls(student, teacher if has_teacher else None, needs_reference(options), has_critic(options))
+        own = teacher if teacher_folder(options) is not None else None
+        return cls(student, own, loads_reference(options), has_critic(options), named_architectures(options))
 
 
 @dataclass(frozen=True)
@@ -86,36 +103,39 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
     is_last = stage == options.parallel.pipeline_model_parallel_size - 1
     activations, recomputed = activation_bytes(options, student, stage, device)
     critic = critic_bytes(options, models, stage)
+    frozen = [_teacher_bytes(options, model, stage) for model in models.as_teacher]
     parts = {
         "weights": number * held.total,
         "gradients": gradient_number_bytes(settings) * held.total,
         "optimizer": optimizer_bytes(options, held),
         "activations": activations,
         "recomputed": recomputed,
-        "head": head_bytes(options, student, models.teacher, device) if is_last else 0,
-        "teacher": _teacher_bytes(options, models, stage),
+        "head": head_bytes(options, student, models.keeping_rows(options), device) if is_last else 0,
+        "teacher": sum(frozen),
         "reference": number * held.total if models.has_reference else 0,
         "critic": sum(critic),
         "rollout": rollout_bytes(options, student) if stage == 0 else 0,
     }
     host = sum(parts[name] for name in _kept_on_host(options)) + _critic_on_host(options, *critic)
-    if models.teacher is not None and keeps_hidden_rows(options) and is_last:
+    for model in models.keeping_rows(options) if is_last else []:
         rows = Work.of(options, student).rollout_rows
-        host += rows * models.teacher.hidden_size * teacher_number_bytes(options, hidden=True)
-        host += teacher_head_bytes(options, models.teacher) if has_own_layout(options) else 0
-    return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts, *critic), **parts)
+        host += rows * model.hidden_size * teacher_number_bytes(options, hidden=True)
+        host += teacher_head_bytes(options, model) if has_own_layout(options) else 0
+    total = _most_at_once(options, parts, max([*frozen, parts["reference"]]), *critic)
+    return RankMemory(stage=stage, host=host, total=total, **parts)
 
 
-def _most_at_once(options: Options, parts: Mapping[str, int], critic: int, critic_state: int) -> int:
+def _most_at_once(options: Options, parts: Mapping[str, int], largest: int, critic: int, critic_state: int) -> int:
     """The largest of the phases: a model's passes, its optimizer's step, and scoring by a frozen model.
 
+    ``largest`` is what the largest frozen model takes.
     ``critic`` are the bytes of its weights and gradients, ``critic_state`` those of its optimizer.
     """
     offload = options.offload
     frozen = parts["teacher"] + parts["reference"]
     standing = 0 if offload.offload_teacher else frozen
     layers = parts["activations"] + parts["recomputed"]
-    scoring = max(parts["teacher"], parts["reference"]) if offload.offload_teacher else frozen
+    scoring = largest if offload.offload_teacher else frozen
 
     def at_rest(trained: int, state: int) -> int:
         if offload.offload_train:
@@ -162,16 +182,12 @@ def _kept_on_host(options: Options) -> set[str]:
     return teacher | optimizer | ({"weights"} if offload.offload_train else set())
 
 
-def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
-    """Weights of the teacher in its own layout and precision; of its largest stage where its pipeline is another."""
-    if models.teacher is None:
-        return 0
-    parallel = teacher_parallel(options, models.teacher)
+def _teacher_bytes(options: Options, model: ModelArchitecture, stage: int) -> int:
+    """Weights of a teacher in its own layout and precision; of its largest stage where its pipeline is another."""
+    parallel = teacher_parallel(options, model)
     pipeline = parallel.pipeline_model_parallel_size
     stages = [stage] if pipeline == options.parallel.pipeline_model_parallel_size else range(pipeline)
-    return teacher_number_bytes(options) * max(
-        _parameters(options, models.teacher, parallel, one).total for one in stages
-    )
+    return teacher_number_bytes(options) * max(_parameters(options, model, parallel, one).total for one in stages)
 
 
 def _parameters(

@@ -1,9 +1,10 @@
 """From prompts to a finished rollout: sampling, rewards, filters and a streaming teacher as one pipeline."""
 
-from opd_megatron.flow.build import scores_later, stages_of
+from opd_megatron.flow.build import policy_of, scores_later, stages_of
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import FilterError, GroupFilter, build_filter
 from opd_megatron.flow.pipeline import Rollout, RolloutFlow, Stages
+from opd_megatron.flow.student_ids import StudentIdsTeacher
 
 __all__ = [
     "FailurePolicy",
@@ -12,7 +13,9 @@ __all__ = [
     "Rollout",
     "RolloutFlow",
     "Stages",
+    "StudentIdsTeacher",
     "build_filter",
+    "policy_of",
     "scores_later",
     "stages_of",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from opd_megatron.megatron.model import HiddenStateModel, Model, build_chunks
 from opd_megatron.megatron.scoring import response_log_probs
 from opd_megatron.sample import Sample
 
-ModelName = Literal["student", "reference", "teacher"]
+ModelName: TypeAlias = str
+"""``student``, ``teacher``, or one of :mod:`opd_megatron.config.targets`."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

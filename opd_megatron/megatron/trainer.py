@@ -24,6 +24,7 @@ from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.critic import has_critic
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
+from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.chunks import Entries
@@ -37,6 +38,7 @@ from opd_megatron.megatron.frozen import (
     build_from_options,
     student_rule,
 )
+from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
     apply_gradients,
@@ -53,9 +55,11 @@ from opd_megatron.megatron.optimizer import (
     gather_weights,
     wrap_model,
 )
-from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
+from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.token_diagnostics import token_diagnostics
+from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.sample import Sample
 
@@ -115,7 +119,7 @@ class MegatronTrainer:
             self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
             if self.options.offload.offload_teacher:
                 self.memory.add(name, Part(partial(weights_of, [self.frozen[name].model]), store, constant=True))
-        self._teacher_rows: TeacherRows | None = None
+        self._kept_rows: dict[ModelName, TeacherRows] = {}
 
     def resume(self) -> dict[str, Any] | None:
         """Restore what ``--load`` holds beside the weights if the run goes on from a trainer's checkpoint.
@@ -153,6 +157,11 @@ class MegatronTrainer:
         rank = parallel_state.get_data_parallel_rank()
         return [step[rank] for step in self._steps(samples)]
 
+    def _micro_batches(self, samples: Sequence[Sample]) -> MicroBatches:
+        """This rank's, one after the other; raises ``ValueError`` for a token outside the vocabulary."""
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        return [places for step in self._share(samples) for places in step]
+
     def score(
         self,
         name: ModelName,
@@ -163,18 +172,16 @@ class MegatronTrainer:
     ) -> dict[int, np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the teacher's
-        hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the
+        frozen model's hidden rows stay on the host for the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
         temperature = self.temperature if temperature is None else temperature
         if name == "student":
-            check_tokens(samples, self.spec.architecture.vocab_size)
-            micro_batches = [places for step in self._share(samples) for places in step]
+            micro_batches = self._micro_batches(samples)
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
-        if name == "teacher":
-            self._teacher_rows = None
+        self._kept_rows.pop(name, None)
         frozen = self.frozen[name]
         steps = frozen.steps(samples)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
@@ -185,7 +192,7 @@ class MegatronTrainer:
                 rows.take_weight(frozen.head_weight(), leaves=leaves)
         if rows:
             rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
-            self._teacher_rows = rows
+            self._kept_rows[name] = rows
         return found
 
     def values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
@@ -198,6 +205,46 @@ class MegatronTrainer:
             raise ValueError("--advantage-estimator ppo alone has a critic")
         return self.critic.values(samples, self._share(samples))
 
+    def top_ids(self, samples: Sequence[Sample], k: int) -> dict[int, np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position, by place."""
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            return response_top_ids(self.chunks, samples, micro_batches, k)
+
+    def token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """Of the student and by place, see :func:`~opd_megatron.megatron.token_statistics.token_statistics`.
+
+        It compares with the teacher's hidden rows that :meth:`score` kept. Raises ``ValueError`` for a token outside
+        the vocabulary.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            return token_statistics(self.chunks, self.options, samples, micro_batches, self._kept_rows)
+
+    def token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """What student and teacher think at each response token, by place: see :mod:`.token_diagnostics`.
+
+        With the teacher's hidden rows that :meth:`score` kept, if it kept them for these samples.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            rows = None if more_teachers(self.options) else self._kept_rows.get("teacher")
+            return token_diagnostics(self.chunks, self.options, samples, micro_batches, rows)
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
+
+        See :func:`~opd_megatron.objectives.gradients.gradient_statistics`; with advantages as for :meth:`train`.
+        """
+        with self.memory.holding("weights", "gradients", "optimizer"):
+            loss = self._step_loss(samples, 0, rollout_id)
+            return gradient_diagnostics(self.wrapped, self.optimizer, loss, self._share(samples)[0])
+
+    def _step_loss(self, samples: Sequence[Sample], number: int, rollout_id: int) -> StepLoss:
+        """The loss of optimizer step ``number`` of a pass over the rollout."""
+        weights, _ = step_loss_weights(self.options, samples, number)
+        return StepLoss(self.options, self.student, samples, weights, self._kept_rows, rollout_id)
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
 
@@ -207,7 +254,7 @@ class MegatronTrainer:
         check_tokens(samples, self.spec.architecture.vocab_size)
         of_critic = {} if self.critic is None else self.critic.train(samples, self._share(samples))
         if rollout_id < self.options.objective.num_critic_only_steps:
-            self._teacher_rows = None
+            self._kept_rows = {}
             return TrainResult(of_critic if self._is_reporter else None, self.score("student", samples))
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
@@ -221,14 +268,13 @@ class MegatronTrainer:
         with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
         for number, micro_batches in [*enumerate(self._share(samples))] * self.options.objective.ppo_epochs:
-            weights, has_tokens = step_loss_weights(self.options, samples, number)
-            loss = StepLoss(self.options, self.student, samples, weights, self._teacher_rows, rollout_id)
+            loss = self._step_loss(samples, number, rollout_id)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
-            if has_tokens:
+            if any(weight.any() for weight in loss.loss_weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
-        self._teacher_rows = None
+        self._kept_rows = {}
         return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
     @property

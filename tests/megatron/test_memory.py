@@ -114,7 +114,7 @@ def test_the_vocabulary_head(dtype: torch.dtype, rows: int) -> None:
     options, model = _head_options(dtype == torch.bfloat16, rows)
     padded = model.padded_vocab_size(options.model.make_vocab_size_divisible_by, 1)
     measured = measured_head(rows, model.hidden_size, padded, model.vocab_size, dtype)
-    assert head_bytes(options, model, None, "cpu") == pytest.approx(measured, rel=0.1)
+    assert head_bytes(options, model, [], "cpu") == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("rows", [300, 4000], ids=["one-chunk", "several-chunks"])
@@ -133,7 +133,7 @@ def test_the_exact_divergence(dtype: torch.dtype, rows: int) -> None:
         rollout_max_prompt_len=1,
         rollout_max_response_len=rows,
     )
-    assert head_bytes(options, model, model, "cpu") == pytest.approx(counter.peak, rel=0.1)
+    assert head_bytes(options, model, [model], "cpu") == pytest.approx(counter.peak, rel=0.1)
 
 
 TOP_500: dict[str, Any] = {"opd_support": "teacher_topk", "opd_top_k": 500}
@@ -170,7 +170,7 @@ def test_distillation_by_distributions(form: str, dtype: torch.dtype, rows: int)
         with torch.set_grad_enabled(sampled_tokens_learn(options)):
             log_probs_N, _ = token_log_probs(*student, target_N, **head)
         (log_probs_N.sum() + term(student, teacher, torch.ones(rows, dtype=torch.bool)).sum()).backward()
-    assert head_bytes(options, model, model, "cpu") == pytest.approx(counter.peak, rel=0.1)
+    assert head_bytes(options, model, [model], "cpu") == pytest.approx(counter.peak, rel=0.1)
 
 
 def test_the_rollout_engine() -> None:

@@ -26,7 +26,7 @@ def predicted_and_measured(rendezvous: Rendezvous, folder: Path, flags: dict[str
     found["activations"] = predicted["activations"], activations
     if parallel_state.is_pipeline_last_stage():
         found["head"] = (
-            head_bytes(trainer.options, models.student, models.teacher, "cpu"),
+            head_bytes(trainer.options, models.student, models.keeping_rows(trainer.options), "cpu"),
             _head(trainer.student, flags),
         )
     return found

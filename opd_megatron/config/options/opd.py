@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.options.diagnostics import DiagnosticsOptions
 from opd_megatron.config.options.distribution import DistributionOptions
+from opd_megatron.config.options.target import TargetOptions
+from opd_megatron.config.options.weights import SampleWeightOptions, TokenSelectionOptions
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,16 @@ class MegatronTeacherOptions:
 
 
 @dataclass(frozen=True)
-class OpdOptions(ServerTeacherOptions, TeacherFailureOptions, MegatronTeacherOptions, DistributionOptions):
+class OpdOptions(
+    ServerTeacherOptions,
+    TeacherFailureOptions,
+    MegatronTeacherOptions,
+    DistributionOptions,
+    TokenSelectionOptions,
+    SampleWeightOptions,
+    DiagnosticsOptions,
+    TargetOptions,
+):
     """On-policy distillation"""
 
     use_opd: bool = option(False, "add the per-token distillation term to the advantage")
