@@ -134,11 +134,18 @@ def _teacher_short(options: Options, buffers: _Buffers) -> int:
 
 
 def _exact_bytes(options: Options, frozen: Sequence[ModelArchitecture], buffers: _Buffers) -> int:
-    """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that."""
+    """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that.
+
+    Diagnostics need the blocks of all their divergences, one after the other, and the likeliest tokens in order.
+    """
     opd = options.opd
     if not opd.use_opd or not (measures_whole_distributions(options) or opd.opd_baseline != "none"):
         return 0
-    working = 2 * buffers.logits + max(2 * buffers.block, _teacher_short(options, buffers))
+    blocks, listed = 2, 0
+    if opd.opd_diagnostics_interval:
+        blocks, listed = DIVERGENCE_BLOCKS["jsd"], 4 * buffers.tokens * opd.opd_diagnostics_top_k
+    working = 2 * buffers.logits + max(blocks * buffers.block, _teacher_short(options, buffers))
+    working = max(working, buffers.logits + 3 * buffers.block + int(RECORD_NUMBERS * listed), SORTING_NUMBERS * listed)
     return working + sum(_teacher_side(options, model, buffers) for model in frozen)
 
 

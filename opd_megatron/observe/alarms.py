@@ -71,6 +71,15 @@ def rising_kl(history: History) -> str | None:
     return f"the reverse KL has been rising for {RISING_STEPS} steps, from {means[0]:.3g} to {means[-1]:.3g} nats"
 
 
+def lost_reward(history: History) -> str | None:
+    """Samples earn less than a quarter of what they earned in the first 10 steps, by more than chance."""
+    values = history["reward/mean"]
+    before, now = _ends(values)
+    if not 0 <= now < 0.25 * before or not _rose([-value for value in values]):
+        return None
+    return f"the reward was lost: {before:.3g} on average in the first {WINDOW} steps, {now:.3g} in the last"
+
+
 def teacher_against_task(history: History) -> str | None:
     """The teacher thinks less of correct samples than of incorrect ones, by more than two standard errors.
 
@@ -124,6 +133,7 @@ def repetitive(history: History) -> str | None:
 ALARMS: tuple[Alarm, ...] = (
     entropy_collapse,
     rising_kl,
+    lost_reward,
     teacher_against_task,
     coefficient_without_effect,
     length_drift,

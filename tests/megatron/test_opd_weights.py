@@ -130,7 +130,7 @@ def test_a_servers_record_is_compared_by_its_classes(folders: dict[str, Path], t
 def test_weights_are_those_of_the_whole_rollout(folders: dict[str, Path], teacher_folder: Path, form: str) -> None:
     """Against the loss written out in float64, for any size of micro-batches: nothing is made anew for each of them."""
     flags: dict[str, Any] = {**CHOSEN, **PURE, **GRADIENT_FLAGS, "opd_loss": form, "opd_mask_special_tokens": True}
-    flags |= {"opd_prompt_weight": "paced", "opd_correct_reward": 2.0, "opd_kl_coef": 0.6}
+    flags |= {"opd_prompt_weight": "paced", "opd_pass_above": 1.0, "opd_kl_coef": 0.6}
     student, teacher = (load_reference(folder, torch.float64) for folder in (folders["qwen3"], teacher_folder))
     expected: dict[str, Tensor] = {}
     for size in (1, 5, 12):
@@ -174,18 +174,18 @@ def _reference(student: Any, teacher: Any, samples: list[Sample], form: str) -> 
 
 @pytest.fixture
 def rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Tokens for which logits were made with a gradient, by what they were made for."""
+    """Tokens for which logits were made, by what they were made for."""
     counts = {"tokens": 0, "divergence": 0}
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(hidden_Nh: Tensor, *rest: Any, **named: Any) -> Any:
-            counts[name] += len(hidden_Nh) if torch.is_grad_enabled() else 0
+            counts[name] += len(hidden_Nh)
             return function(hidden_Nh, *rest, **named)
 
         return counted
 
     monkeypatch.setattr(forward, "token_log_probs", counting("tokens", forward.token_log_probs))
-    monkeypatch.setattr(distribution, "full_divergence", counting("divergence", distribution.full_divergence))
+    monkeypatch.setattr(distribution, "target_divergence", counting("divergence", distribution.target_divergence))
     return counts
 
 

@@ -58,6 +58,10 @@ def rising_k3(step: int) -> Line:
     return {"opd/reverse_kl_exact": None, "opd/k3": 0.1 + max(0, step - 20) * 0.003}
 
 
+def unlearned(step: int) -> Line:
+    return {"reward/mean": 0.3 * 0.9**step}
+
+
 def against_task(step: int) -> Line:
     return {"opd/reverse_kl_correct": 0.5} if step % 5 == 0 else {}
 
@@ -87,6 +91,7 @@ PATTERNS: dict[str, tuple[Callable[[int], Line], str]] = {
     "below the teacher's": (narrower_than_the_teacher, "entropy collapse: the student's entropy is 0.02 nats"),
     "rising": (rising, "the reverse KL has been rising for 50 steps"),
     "rising estimate": (rising_k3, "the reverse KL has been rising for 50 steps"),
+    "unlearned": (unlearned, "the reward was lost: "),
     "against the task": (against_task, "the teacher thinks less of correct samples than of incorrect ones"),
     "gradient share": (ineffective, "--opd-kl-coef has next to no effect: the distillation term is 0.20%"),
     "advantage share": (ineffective_advantage, "--opd-kl-coef has next to no effect: the distillation term is 0.14%"),
