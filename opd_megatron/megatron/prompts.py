@@ -37,8 +37,8 @@ class PromptReading:
     def step_weights(self, options: Options, number: int) -> list[np.ndarray] | None:
         """Weights of the distillation term in optimizer step ``number``, by place as ``step_loss_weights`` gives them.
 
-        None where they are those of the loss, without the prompts. Else they are made as those of the loss are, with the
-        prompt's tokens but the first counted as trained ones: in the mean over a sequence, and in its divisor.
+        None where they are those of the loss, without the prompts. Else they are made as those of the loss are, and the
+        prompt's tokens but the first count as trained ones do: in the mean over a sequence, and in its divisor.
         """
         if self.read is self.samples:
             return None

@@ -51,6 +51,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "opd/implicit_reward",
     ),
     "with prompts": ({**WHOLE, "opd_include_prompt": True, **MOVING}, "train/opd_prompt_divergence"),
+    "with prompts, chosen tokens": (
+        {**WHOLE, "opd_include_prompt": True, "opd_token_select": "top", "opd_token_score": "soft_or"},
+        "train/opd_prompt_divergence",
+    ),
     "arithmetic mixture": (
         {**MIXED, "opd_teacher_mixture": "arithmetic", "opd_teacher_weights": [1, 3], "opd_baseline": "kl"},
         "opd/reverse_kl_exact",
