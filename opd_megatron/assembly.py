@@ -22,20 +22,20 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
-    needs_reference,
+    is_self_taught,
     needs_teacher_hidden,
-    reference_folder,
     starting_point,
     student_architecture,
     teacher_architecture,
 )
 from opd_megatron.config.validate_opd import idle_opd_options
+from opd_megatron.data.privileged import extra_keys, with_teacher_prompts
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, stages_of
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
-from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
+from opd_megatron.megatron.frozen import frozen_models
 from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.objectives.advantages import chosen_estimator
 from opd_megatron.objectives.policy_loss import chosen_policy_loss
@@ -47,7 +47,14 @@ from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
-from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
+from opd_megatron.teacher.preflight import (
+    JUDGED_TEXTS,
+    JUDGED_TOKENS,
+    Finding,
+    Student,
+    check_privileged_length,
+    text_samples,
+)
 from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
@@ -94,7 +101,10 @@ def assemble(options: Options) -> Iterator[Parts]:
     data = options.data
     prompts = None
     if not replayed:
-        records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
+        records = _records(
+            options, str(data.prompt_data), tokenizer, data.input_key, data.label_key, extra_keys(options)
+        )
+        records = with_teacher_prompts(options, records, tokenizer)
         if options.opd.use_opd:
             check_prompt_routes(options, (record.metadata for record in records))
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
@@ -149,7 +159,12 @@ def assemble(options: Options) -> Iterator[Parts]:
 
 
 def _records(
-    options: Options, path: str, tokenizer: PreTrainedTokenizerBase, input_key: str, label_key: str | None
+    options: Options,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    input_key: str,
+    label_key: str | None,
+    extra: Sequence[str] = (),
 ) -> list[PromptRecord]:
     data = options.data
     return load_prompt_records(
@@ -160,6 +175,7 @@ def _records(
         metadata_key=data.metadata_key,
         apply_chat_template=data.apply_chat_template,
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs),
+        extra_keys=extra,
     )
 
 
@@ -208,16 +224,7 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
         logger.warning("%s has no weights: the student starts at random (seed %d)", start.folder, options.training.seed)
     else:
         logger.info("the student starts from %s", start.folder)
-    frozen: dict[ModelName, FrozenModel] = {}
-    if needs_reference(options):
-        folder = reference_folder(options)
-        if folder is None:
-            raise UserError("a KL to the reference needs weights in --ref-load or --hf-checkpoint")
-        frozen["reference"] = FrozenModel(architecture, folder)
-    if has_megatron_teacher(options):
-        loaded = Path(str(options.opd.opd_teacher_load))
-        frozen["teacher"] = teacher_model(options, teacher_architecture(options), loaded)
-    return TrainerSpec(options, architecture, start, num_rollouts, frozen)
+    return TrainerSpec(options, architecture, start, num_rollouts, frozen_models(options, architecture))
 
 
 def _teacher(
@@ -229,7 +236,7 @@ def _teacher(
     if has_megatron_teacher(options):
         return MegatronTeacher(
             trainer,
-            str(opd.opd_teacher_load),
+            "self" if is_self_taught(options) else str(opd.opd_teacher_load),
             temperature=options.rollout.rollout_temperature,
             vocab_size=teacher_architecture(options).vocab_size,
         )
@@ -307,6 +314,9 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     options, teacher = parts.options, parts.teacher
     if teacher is None:
         return []
+    if is_self_taught(options) and isinstance(teacher, MegatronTeacher):
+        positions = student_architecture(options).max_position_embeddings
+        return check_privileged_length(_longest_sample(parts), positions, options.opd.opd_overlong)
     paths, data = options.checkpoint, options.data
     positions = student_architecture(options).max_position_embeddings
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
@@ -380,5 +390,9 @@ def _longest_prompt(parts: Parts, records: Sequence[PromptRecord]) -> int:
 
 
 def _longest_sample(parts: Parts) -> int:
+    """The most tokens of a prompt, as the teacher sees it, and its response."""
     records: Sequence[PromptRecord] = parts.prompts.records if parts.prompts is not None else []
-    return _longest_prompt(parts, records) + parts.options.rollout.rollout_max_response_len
+    seen = max(
+        (len(record.teacher_prompt_tokens) for record in records if record.teacher_prompt_tokens is not None), default=0
+    )
+    return max(seen, _longest_prompt(parts, records)) + parts.options.rollout.rollout_max_response_len

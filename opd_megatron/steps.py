@@ -20,6 +20,7 @@ from opd_megatron.config.resolve import (
     needs_teacher_hidden,
     student_architecture,
 )
+from opd_megatron.flow import score_rollout
 from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
@@ -173,9 +174,7 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
     if isinstance(parts.teacher, MegatronTeacher):
         measured = measures_exact_kl(parts.options.opd, rollout_id)
         parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
-    for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
-        sample.teacher_scores = scores
-        sample.validate()
+    score_rollout(parts.options, parts.teacher, samples)
 
 
 def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: RunFolder) -> None:

@@ -17,10 +17,11 @@ from opd_megatron.config.parameters import Parameters, rank_parameters, total_pa
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
     has_own_layout,
+    knows_teacher,
     needs_reference,
     needs_teacher_hidden,
-    teacher_folder,
     teacher_parallel,
+    teaches_itself_now,
 )
 from opd_megatron.config.vocab_chunks import (
     BLOCK_ELEMENTS,
@@ -36,7 +37,7 @@ STATISTICS_BYTES = 64
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run; ``teacher`` is that of ``--opd-teacher-load``."""
+    """The models of a run; ``teacher`` is that of the trainer, of ``--opd-teacher-load`` or the student."""
 
     student: ModelArchitecture
     teacher: ModelArchitecture | None = None
@@ -45,7 +46,7 @@ class Models:
     @classmethod
     def of(cls, options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None) -> Models:
         """``teacher`` is left out where the options give it nothing to do."""
-        return cls(student, teacher if teacher_folder(options) else None, needs_reference(options))
+        return cls(student, teacher if knows_teacher(options) else None, needs_reference(options))
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
     if models.teacher is not None and keeps_hidden_rows(options) and is_last:
         rows = Work.of(options, student).rollout_rows
         host += rows * models.teacher.hidden_size * teacher_number_bytes(options, hidden=True)
-        host += teacher_head_bytes(options, models.teacher) if has_own_layout(options) else 0
+        copied = has_own_layout(options) or teaches_itself_now(options)
+        host += teacher_head_bytes(options, models.teacher) if copied else 0
     return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts), **parts)
 
 
@@ -139,7 +141,7 @@ def _kept_on_host(options: Options) -> set[str]:
 
 def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
     """Weights of the teacher in its own layout and precision; of its largest stage where its pipeline is another."""
-    if models.teacher is None:
+    if models.teacher is None or teaches_itself_now(options):
         return 0
     parallel = teacher_parallel(options, models.teacher)
     pipeline = parallel.pipeline_model_parallel_size
@@ -222,7 +224,7 @@ def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
         teacher_short = teacher_number_bytes(options) if teacher_number_bytes(options) < 4 else 0
         exact = 8 * logits + max(8 * block, teacher_short * logits)
         exact += teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
-        if options.offload.offload_teacher or has_own_layout(options):
+        if options.offload.offload_teacher or has_own_layout(options) or teaches_itself_now(options):
             exact += teacher_head_bytes(options, models.teacher)
     return max(forward, backward, exact) + STATISTICS_BYTES * rows
 

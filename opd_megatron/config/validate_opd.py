@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from opd_megatron.config.options import OpdOptions, Options
-from opd_megatron.config.resolve import has_megatron_teacher, needs_teacher_hidden
+from opd_megatron.config.resolve import has_megatron_teacher, is_self_taught, knows_teacher, needs_teacher_hidden
 from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_distribution import distribution_faults
+from opd_megatron.config.validate_self import SELF_ONLY, self_teacher_faults
 
 _SGLANG_ONLY = (
     "opd_teacher_url",
@@ -23,6 +24,8 @@ _SGLANG_ONLY = (
     "opd_max_failed_frac",
     "opd_teacher_step_deadline",
 )
+_WHERE_IT_IS_LONG = ("opd_overlong", "opd_max_failed_frac")
+"""Options of servers that a student as its own teacher has, too: its prompts are longer with their context."""
 _MEGATRON_ONLY = (
     "opd_teacher_load",
     "opd_teacher_ckpt_step",
@@ -61,7 +64,7 @@ def opd_faults(options: Options) -> list[str]:
         faults += _megatron_faults(options)
     else:
         faults += _sglang_faults(options)
-    faults += distribution_faults(options)
+    faults += [*distribution_faults(options), *self_teacher_faults(options)]
     if not opd.opd_allow_sampling_mismatch:
         faults += _sampling_faults(options)
     return faults
@@ -78,7 +81,7 @@ def idle_opd_options(options: Options) -> list[str]:
     elif options.rollout.load_debug_rollout_data is not None:
         # a baseline is part of the objective, which a recording cannot serve: that is refused wherever it stands
         of_type = {"megatron": _MEGATRON_ONLY, "sglang": _SGLANG_ONLY}.get(options.opd.opd_type or "", ())
-        names = tuple(name for name in of_type if name != "opd_baseline")
+        names = (*SELF_ONLY, *(name for name in of_type if name != "opd_baseline"))
     return [name for name in names if name in options.given]
 
 
@@ -92,7 +95,7 @@ def _misplaced(options: Options, names: tuple[str, ...], other: str) -> list[str
 
 def _megatron_faults(options: Options) -> list[str]:
     faults = []
-    if has_megatron_teacher(options) and options.opd.opd_teacher_load is None:
+    if has_megatron_teacher(options) and not knows_teacher(options):
         faults.append("--opd-type megatron needs --opd-teacher-load: name the teacher's checkpoint folder")
     baseline = options.opd.opd_baseline
     if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
@@ -111,7 +114,8 @@ def _megatron_faults(options: Options) -> list[str]:
             )
         if options.parallel.qkv_format == "bshd":
             faults.append("--opd-teacher-max-tokens-per-gpu counts packed tokens: leave out --qkv-format bshd")
-    return faults + _misplaced(options, _SGLANG_ONLY, "sglang")
+    servers_only = [name for name in _SGLANG_ONLY if not (is_self_taught(options) and name in _WHERE_IT_IS_LONG)]
+    return faults + _misplaced(options, tuple(servers_only), "sglang")
 
 
 def _sglang_faults(options: Options) -> list[str]:

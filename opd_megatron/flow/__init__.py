@@ -3,6 +3,7 @@
 from opd_megatron.flow.build import scores_later, stages_of
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import FilterError, GroupFilter, build_filter
+from opd_megatron.flow.overlong import score_rollout
 from opd_megatron.flow.pipeline import Rollout, RolloutFlow, Stages
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "RolloutFlow",
     "Stages",
     "build_filter",
+    "score_rollout",
     "scores_later",
     "stages_of",
 ]

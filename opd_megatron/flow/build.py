@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-from opd_megatron.config.options import Options
+from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import build_filter
 from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages
@@ -21,6 +21,16 @@ def _streams(teacher: Teacher | StreamingTeacher | None) -> TypeGuard[StreamingT
     return hasattr(teacher, "score_one")
 
 
+def failure_policy(opd: OpdOptions) -> FailurePolicy:
+    """What the options say about samples without a score."""
+    return FailurePolicy(
+        on_failure=opd.opd_on_teacher_failure,
+        on_overlong=opd.opd_overlong,
+        max_failed_frac=opd.opd_max_failed_frac,
+        deadline=opd.opd_teacher_step_deadline,
+    )
+
+
 def stages_of(
     options: Options,
     source: SampleSource,
@@ -29,7 +39,7 @@ def stages_of(
     teacher: Teacher | StreamingTeacher | None,
 ) -> Stages:
     """What a rollout of these options goes through."""
-    rollout, opd = options.rollout, options.opd
+    rollout = options.rollout
     if rollout.rollout_batch_size is None:
         raise ValueError("rollout_batch_size is not set")
     return Stages(
@@ -41,12 +51,7 @@ def stages_of(
         keep=build_filter(rollout),
         max_refills=rollout.dynamic_filter_max_refills * rollout.rollout_batch_size,
         teacher=teacher if _streams(teacher) else None,
-        policy=FailurePolicy(
-            on_failure=opd.opd_on_teacher_failure,
-            on_overlong=opd.opd_overlong,
-            max_failed_frac=opd.opd_max_failed_frac,
-            deadline=opd.opd_teacher_step_deadline,
-        ),
+        policy=failure_policy(options.opd),
         # The rounding of the local engine depends on what it decodes together.
         refill_at_once=options.engine.rollout_engine != "local",
     )

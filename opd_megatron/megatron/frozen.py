@@ -19,8 +19,18 @@ from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options, ParallelOptions
-from opd_megatron.config.resolve import has_own_layout, teacher_parallel
+from opd_megatron.config.resolve import (
+    has_megatron_teacher,
+    has_own_layout,
+    is_self_taught,
+    needs_reference,
+    reference_folder,
+    teacher_architecture,
+    teacher_parallel,
+    teaches_itself_now,
+)
 from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
@@ -50,6 +60,27 @@ class FrozenModel:
     max_tokens: int | None = None
     parallel: ParallelOptions | None = None
     has_own_layout: bool = False
+
+
+def frozen_models(options: Options, student: ModelArchitecture) -> dict[ModelName, FrozenModel]:
+    """The models with weights of their own that the objective needs; raises ``UserError`` where those are not there."""
+    frozen: dict[ModelName, FrozenModel] = {}
+    if needs_reference(options):
+        frozen["reference"] = FrozenModel(student, _starting_weights(options, "a KL to the reference"))
+    if not has_megatron_teacher(options) or teaches_itself_now(options):
+        return frozen
+    folder = Path(str(options.opd.opd_teacher_load))
+    if is_self_taught(options):
+        folder = _starting_weights(options, "--opd-self-weights frozen")
+    frozen["teacher"] = teacher_model(options, teacher_architecture(options), folder)
+    return frozen
+
+
+def _starting_weights(options: Options, needed_by: str) -> Path:
+    folder = reference_folder(options)
+    if folder is None:
+        raise UserError(f"{needed_by} needs weights in --ref-load or --hf-checkpoint")
+    return folder
 
 
 def teacher_model(options: Options, architecture: ModelArchitecture, folder: Path) -> FrozenModel:
@@ -144,6 +175,11 @@ class FrozenScorer:
             rank = parallel_state.get_data_parallel_rank()
             micro_batches = [places for step in steps for places in step[rank]]
             return response_log_probs(self.model, samples, micro_batches, temperature, keep)
+
+    parts: tuple[str, ...] = ()
+    """Parts of the trainer's memory that it needs beside its own."""
+    moves = False
+    """Whether its weights may change before the rollout is trained on."""
 
     @property
     def has_own_layout(self) -> bool:

@@ -23,7 +23,13 @@ from torch import Tensor
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
+from opd_megatron.config.resolve import (
+    StartingPoint,
+    check_optimizer_kind,
+    optimizer_kind,
+    schedule_steps,
+    teaches_itself_now,
+)
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.forward import check_tokens, run_micro_batches
@@ -46,9 +52,10 @@ from opd_megatron.megatron.optimizer import (
     optimizer_step,
     wrap_model,
 )
+from opd_megatron.megatron.own_teacher import OwnTeacher
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
 from opd_megatron.megatron.step_folders import remove_old_steps
-from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.teacher_rows import OtherPrompts, TeacherRows
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
 from opd_megatron.objectives.weights import token_loss_weights
 from opd_megatron.sample import Sample
@@ -100,11 +107,13 @@ class MegatronTrainer:
         store = HostStore(None if self.options.offload.offload_dir is None else Path(self.options.offload.offload_dir))
         self.memory = DeviceMemory()
         self._let_leave(store)
-        self.frozen: dict[ModelName, FrozenScorer] = {}
+        self.frozen: dict[ModelName, FrozenScorer | OwnTeacher] = {}
         for name, model in spec.frozen.items():
-            self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
+            self.frozen[name] = scorer = FrozenScorer(model, self.options, spec.architecture)
             if self.options.offload.offload_teacher:
-                self.memory.add(name, Part(partial(weights_of, [self.frozen[name].model]), store, constant=True))
+                self.memory.add(name, Part(partial(weights_of, [scorer.model]), store, constant=True))
+        if teaches_itself_now(self.options):
+            self.frozen["teacher"] = OwnTeacher(self.chunks, self.options, spec.architecture)
         self._teacher_rows: TeacherRows | None = None
 
     def _let_leave(self, store: HostStore) -> None:
@@ -164,8 +173,9 @@ class MegatronTrainer:
     ) -> dict[int, np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the teacher's
-        hidden rows stay on the host for the exact KL of the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. The teacher sees each response
+        behind the prompt that is meant for it. With ``keep_hidden`` its hidden rows stay on the host for the exact KL
+        of the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
         temperature = self.temperature if temperature is None else temperature
@@ -174,18 +184,24 @@ class MegatronTrainer:
             micro_batches = [places for step in self._share(samples) for places in step]
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
+        seen = samples
         if name == "teacher":
             self._teacher_rows = None
+            seen = [sample.seen_by_teacher() for sample in samples]
         frozen = self.frozen[name]
-        steps = frozen.steps(samples)
+        steps = frozen.steps(seen)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
-        with self.memory.holding(name):
-            found = frozen.score(samples, steps, temperature, rows.keep if rows else None)
+        with self.memory.holding(name, *frozen.parts):
+            found = frozen.score(seen, steps, temperature, rows.keep if rows else None)
             if rows:
                 leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
-                rows.take_weight(frozen.head_weight(), leaves=leaves)
+                rows.take_weight(frozen.head_weight(), leaves=leaves or frozen.moves)
         if rows:
-            rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
+            split, wanted = self.student.sequence_layout.split, self._steps(samples)
+            if split.size > 1 and any(sample.teacher_prompt_tokens is not None for sample in samples):
+                rows.bring_by_offset(steps, wanted, OtherPrompts(samples, self.student.sequence_layout))
+            else:
+                rows.bring(steps, wanted, other_ranks=frozen.has_own_layout)
             self._teacher_rows = rows
         return found
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
 from opd_megatron.config.options.distribution import DistributionOptions
+from opd_megatron.config.options.self_teacher import SelfTeacherOptions
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ class MegatronTeacherOptions:
 
 
 @dataclass(frozen=True)
-class OpdOptions(ServerTeacherOptions, TeacherFailureOptions, MegatronTeacherOptions, DistributionOptions):
+class OpdOptions(
+    ServerTeacherOptions, TeacherFailureOptions, MegatronTeacherOptions, SelfTeacherOptions, DistributionOptions
+):
     """On-policy distillation"""
 
     use_opd: bool = option(False, "add the per-token distillation term to the advantage")

@@ -1,0 +1,72 @@
+"""Combinations of options of a student that is its own teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import needs_reference, reference_folder, teaches_itself_now
+
+SELF_ONLY = ("opd_self_weights", "opd_self_context_key", "opd_self_template")
+"""Options that say nothing about another teacher."""
+
+_EXTERNAL_ONLY = (
+    "opd_teacher_load",
+    "opd_teacher_ckpt_step",
+    "opd_teacher_dtype",
+    "opd_teacher_tensor_model_parallel_size",
+    "opd_teacher_pipeline_model_parallel_size",
+    "opd_teacher_expert_model_parallel_size",
+    "opd_teacher_expert_tensor_parallel_size",
+)
+"""Options of a teacher with weights and a layout of its own."""
+
+
+def self_teacher_faults(options: Options) -> Iterator[str]:
+    """Every fault of ``--opd-teacher self`` and what belongs to it; the options have ``--use-opd``."""
+    opd, given = options.opd, options.given
+    if opd.opd_teacher != "self":
+        for name in (name for name in SELF_ONLY if name in given):
+            yield f"{_flag(name)} goes with --opd-teacher self only"
+        return
+    for name in (name for name in _EXTERNAL_ONLY if name in given):
+        yield f"{_flag(name)} does not go with --opd-teacher self, which has the student's weights and layout"
+    if opd.opd_type == "sglang":
+        yield "--opd-teacher self needs --opd-type megatron: no server has the student's weights"
+    if options.rollout.load_debug_rollout_data is not None:
+        return
+    if opd.opd_self_context_key is None:
+        if "opd_self_template" not in given:
+            yield (
+                "--opd-teacher self would see what the student sees: name the privileged text by "
+                "--opd-self-context-key, or give another --opd-self-template"
+            )
+        elif "{context}" in opd.opd_self_template:
+            yield "--opd-self-template holds {context}: name its field by --opd-self-context-key"
+    elif "{context}" not in opd.opd_self_template:
+        yield "--opd-self-context-key has no effect: put {context} into --opd-self-template"
+    if opd.opd_overlong == "drop":
+        yield (
+            "--opd-overlong drop replaces samples during the rollout, which --opd-type megatron scores afterwards: "
+            "choose stop or mask"
+        )
+    if "opd_max_failed_frac" in given and opd.opd_overlong == "stop":
+        yield "--opd-max-failed-frac has no effect with --opd-overlong stop: choose mask"
+
+
+def self_teacher_weight_faults(options: Options) -> Iterator[str]:
+    """Whether the weights of ``--opd-teacher self`` are there, and can leave the device where that is asked for."""
+    if not (options.opd.use_opd and options.opd.opd_teacher == "self"):
+        return
+    if options.rollout.load_debug_rollout_data is not None or options.checkpoint.hf_checkpoint is None:
+        return
+    if options.opd.opd_self_weights == "frozen" and reference_folder(options) is None:
+        yield "--opd-self-weights frozen needs weights to keep: give --ref-load, or weights in --hf-checkpoint"
+    if options.offload.offload_teacher and teaches_itself_now(options) and not needs_reference(options):
+        yield (
+            "--offload-teacher has no effect with --opd-self-weights current, which are the student's own: leave it out"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
