@@ -21,6 +21,7 @@ from opd_megatron.config.resolve import (
     needs_reference,
     needs_teacher_hidden,
     teacher_parallel,
+    teaches_itself_by_average,
     teaches_itself_now,
 )
 from opd_megatron.config.vocab_chunks import (
@@ -146,7 +147,8 @@ def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
     parallel = teacher_parallel(options, models.teacher)
     pipeline = parallel.pipeline_model_parallel_size
     stages = [stage] if pipeline == options.parallel.pipeline_model_parallel_size else range(pipeline)
-    return teacher_number_bytes(options) * max(
+    exact = 4 if teaches_itself_by_average(options) and teacher_number_bytes(options) < 4 else 0
+    return (teacher_number_bytes(options) + exact) * max(
         _parameters(options, models.teacher, parallel, one).total for one in stages
     )
 

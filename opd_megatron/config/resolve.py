@@ -129,6 +129,11 @@ def teaches_itself_now(options: Options) -> bool:
     return has_megatron_teacher(options) and is_self_taught(options) and options.opd.opd_self_weights == "current"
 
 
+def teaches_itself_by_average(options: Options) -> bool:
+    """Whether the trainer's teacher is a moving average of the student."""
+    return has_megatron_teacher(options) and is_self_taught(options) and options.opd.opd_self_weights == "ema"
+
+
 def teacher_architecture(options: Options) -> ModelArchitecture:
     """The model of ``--opd-teacher-load``, which has nothing to do with MODEL_ARGS, or the student's own."""
     if is_self_taught(options):

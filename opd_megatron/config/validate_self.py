@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference, reference_folder, teaches_itself_now
 
-SELF_ONLY = ("opd_self_weights", "opd_self_context_key", "opd_self_template")
+SELF_ONLY = ("opd_self_weights", "opd_self_ema_decay", "opd_self_context_key", "opd_self_template")
 """Options that say nothing about another teacher."""
 
 _EXTERNAL_ONLY = (
@@ -31,6 +31,8 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
         return
     for name in (name for name in _EXTERNAL_ONLY if name in given):
         yield f"{_flag(name)} does not go with --opd-teacher self, which has the student's weights and layout"
+    if "opd_self_ema_decay" in given and opd.opd_self_weights != "ema":
+        yield "--opd-self-ema-decay goes with --opd-self-weights ema only"
     if opd.opd_type == "sglang":
         yield "--opd-teacher self needs --opd-type megatron: no server has the student's weights"
     if options.rollout.load_debug_rollout_data is not None:

@@ -91,16 +91,17 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     run_state: dict[str, Any] | None = None,
+    more: Entries | None = None,
 ) -> Path:
     """Write one step folder; all ranks call it.
 
     ``run_state`` is a JSON-like mapping; without it only the weights are written. Without an optimizer and its
-    scheduler a run can resume with new ones only.
+    scheduler a run can resume with new ones only. ``more`` are pieces of other tensors to write beside them.
 
     The folder is written under a name that ends in ``.tmp`` and renamed when it is whole, then the tracker is replaced;
     a process that dies on the way leaves the earlier checkpoint as it was.
     """
-    entries = model_entries(chunks_of(models), to_write=True)
+    entries = model_entries(chunks_of(models), to_write=True) | (more or {})
     common: dict[str, Any] = {}
     if run_state is not None:
         common |= {"run": run_state, "rng": torch.get_rng_state()}
@@ -150,7 +151,9 @@ def stored_dtype(source: Path) -> torch.dtype:
     if (source / "config.json").exists():
         return hf_weights_dtype(source)
     stored = StepReader(source).tensors()
-    dtypes = [entry.properties.dtype for name, entry in stored.items() if not name.startswith("optimizer")]
+    dtypes = [
+        entry.properties.dtype for name, entry in stored.items() if not name.startswith(("optimizer", "moving_average"))
+    ]
     if not dtypes:
         raise UserError(f"{source} holds no weights of a model")
     return reduce(torch.promote_types, dtypes)

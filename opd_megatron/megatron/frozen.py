@@ -29,6 +29,7 @@ from opd_megatron.config.resolve import (
     reference_folder,
     teacher_architecture,
     teacher_parallel,
+    teaches_itself_by_average,
     teaches_itself_now,
 )
 from opd_megatron.megatron import checkpoint, distributed
@@ -67,7 +68,7 @@ def frozen_models(options: Options, student: ModelArchitecture) -> dict[ModelNam
     frozen: dict[ModelName, FrozenModel] = {}
     if needs_reference(options):
         frozen["reference"] = FrozenModel(student, _starting_weights(options, "a KL to the reference"))
-    if not has_megatron_teacher(options) or teaches_itself_now(options):
+    if not has_megatron_teacher(options) or teaches_itself_now(options) or teaches_itself_by_average(options):
         return frozen
     folder = Path(str(options.opd.opd_teacher_load))
     if is_self_taught(options):

@@ -1,4 +1,4 @@
-"""The student as its own teacher with the weights that it has at the moment: no copy, the model in training itself."""
+"""The student as its own teacher: the model in training itself, or one of its layout that follows it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,19 @@ class OwnTeacher:
     All methods are collective.
     """
 
-    parts = ("weights",)
-    moves = True
     has_own_layout = False
 
-    def __init__(self, chunks: Sequence[HiddenStateModel], options: Options, architecture: ModelArchitecture) -> None:
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStateModel],
+        options: Options,
+        architecture: ModelArchitecture,
+        *,
+        in_training: bool,
+    ) -> None:
         self.chunks = list(chunks)
+        self.moves = in_training
+        self.parts = ("weights",) if in_training else ()
         self._options = options
         self._architecture = architecture
 

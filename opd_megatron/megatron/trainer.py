@@ -28,6 +28,7 @@ from opd_megatron.config.resolve import (
     check_optimizer_kind,
     optimizer_kind,
     schedule_steps,
+    teaches_itself_by_average,
     teaches_itself_now,
 )
 from opd_megatron.megatron import checkpoint, cpu, distributed
@@ -44,6 +45,7 @@ from opd_megatron.megatron.frozen import (
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
+from opd_megatron.megatron.moving_average import MovingAverage
 from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, gradients_of, tensors_of, weights_of
 from opd_megatron.megatron.optimizer import (
     build_optimizer,
@@ -113,8 +115,21 @@ class MegatronTrainer:
             if self.options.offload.offload_teacher:
                 self.memory.add(name, Part(partial(weights_of, [scorer.model]), store, constant=True))
         if teaches_itself_now(self.options):
-            self.frozen["teacher"] = OwnTeacher(self.chunks, self.options, spec.architecture)
+            self.frozen["teacher"] = OwnTeacher(self.chunks, self.options, spec.architecture, in_training=True)
+        self.average: MovingAverage | None = None
+        if teaches_itself_by_average(self.options):
+            self.average = self._begin_average(store)
         self._teacher_rows: TeacherRows | None = None
+
+    def _begin_average(self, store: HostStore) -> MovingAverage:
+        """The average of the student's weights, which begins at them, as the teacher."""
+        chunks = build_from_options(self.options, self.spec.architecture)
+        with self.memory.holding("weights"):
+            average = MovingAverage(chunks, self.chunks, self.options.opd.opd_self_ema_decay)
+        if self.options.offload.offload_teacher:
+            self.memory.add("teacher", Part(average.tensors, store))
+        self.frozen["teacher"] = OwnTeacher(chunks, self.options, self.spec.architecture, in_training=False)
+        return average
 
     def _let_leave(self, store: HostStore) -> None:
         """Tell the memory which parts of the training may leave, as the ``--offload-*`` options want it."""
@@ -137,6 +152,9 @@ class MegatronTrainer:
         options, start = self.options.checkpoint, self.spec.start
         if start.source != "load" or options.finetune or not checkpoint.has_training_state(start.folder):
             return None
+        if self.average is not None:
+            with self.memory.holding("teacher"):
+                self.average.restore(start.folder)
         with self.memory.holding("weights", "optimizer"):
             return checkpoint.load_training_state(
                 start.folder,
@@ -214,8 +232,11 @@ class MegatronTrainer:
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
             result = self._train(samples, rollout_id)
-            if self.options.offload.offload_train:
+            if self.options.offload.offload_train or self.average is not None:
                 gather_weights(self.wrapped)
+            if self.average is not None:
+                with self.memory.holding("teacher"):
+                    self.average.follow()
             return result
 
     def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
@@ -276,7 +297,7 @@ class MegatronTrainer:
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept."""
         options = self.options.checkpoint
-        with self.memory.holding("weights", "optimizer"):
+        with self.memory.holding("weights", "optimizer", "teacher" if self.average is not None else "weights"):
             gather_weights(self.wrapped)
             checkpoint.save_checkpoint(
                 folder,
@@ -286,6 +307,7 @@ class MegatronTrainer:
                 optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,
                 run_state={**run_state, "optimizer": optimizer_kind(self.options)},
+                more=None if self.average is None else self.average.entries(to_write=True),
             )
         if dist.get_rank() == 0:
             remove_old_steps(folder, step, options)

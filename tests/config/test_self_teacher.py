@@ -47,12 +47,17 @@ CASES: dict[str, tuple[str, str]] = {
         OWN + "--opd-self-weights current --offload-teacher",
         "--offload-teacher has no effect with --opd-self-weights current",
     ),
+    "a decay of nothing": (
+        OWN + "--opd-self-ema-decay 0.9",
+        "--opd-self-ema-decay goes with --opd-self-weights ema only",
+    ),
     "a server's options": (OWN + "--opd-teacher-timeout 3", "--opd-teacher-timeout goes with --opd-type sglang only"),
 }
 
 ACCEPTED: dict[str, str] = {
     "frozen": OWN,
     "current": OWN + "--opd-self-weights current",
+    "average": OWN + "--opd-self-weights ema --opd-self-ema-decay 0.9 --offload-teacher",
     "another template": BASE + "--opd-teacher self --opd-self-template {prompt}!",
     "masked": OWN + "--opd-overlong mask --opd-max-failed-frac 0.5",
 }

@@ -44,8 +44,10 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("weights", ["frozen", "current"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("weights", "form"),
+    [("frozen", "sampled"), ("frozen", "teacher's top"), ("current", "quiet"), ("current", "whole"), ("ema", "whole")],
+)
 def test_three_steps(student: Path, solved: Path, tmp_path: Path, weights: str, form: str) -> None:
     metrics = run_training(student, solved, tmp_path / "run", **OWN, **FORMS[form], opd_self_weights=weights)
     assert [line["step"] for line in metrics] == [1, 2, 3]
@@ -77,13 +79,17 @@ def test_the_teacher_s_prompt_is_recorded_and_a_recording_needs_no_teacher(
     assert replayed[0]["opd/reverse_kl"] == pytest.approx(first[0]["opd/reverse_kl"], abs=1e-7)
 
 
-@pytest.mark.parametrize("weights", ["frozen", "current"])
+@pytest.mark.parametrize("weights", ["frozen", "current", "ema"])
 def test_a_resumed_run_goes_on_bit_for_bit(student: Path, solved: Path, tmp_path: Path, weights: str) -> None:
     settings = {**OWN, **WHOLE, "opd_self_weights": weights, "lr": 1e-2, "lr_decay_iters": 20}
     whole = run_training(student, solved, tmp_path / "whole", **settings, num_rollout=4)
     run_training(student, solved, tmp_path / "parts", **settings, num_rollout=2)
     saved = tmp_path / "parts" / "checkpoints"
     resumed = run_training(student, solved, tmp_path / "parts", **settings, num_rollout=4, load=saved)
+    if weights == "ema":  # an average that began anew at the checkpoint's weights would be another teacher
+        began = tmp_path / "began"
+        other = run_training(student, solved, began, **settings, num_rollout=1, load=saved, finetune=True)
+        assert other[-1]["opd/reverse_kl_exact"] != whole[2]["opd/reverse_kl_exact"]
     for name in ("train/loss", "train/grad_norm", "opd/reverse_kl", "opd/reverse_kl_exact"):
         assert [line[name] for line in resumed[2:]] == [line[name] for line in whole[2:]], name
 
@@ -99,3 +105,10 @@ def test_contexts_that_do_not_fit_follow_the_policy(student: Path, solved: Path,
     metrics = run_training(student, solved, tmp_path / "masked", **masked, **WHOLE, opd_max_failed_frac=1.0)
     assert any(0 < line["opd/teacher_failed_frac"] < 1 for line in metrics)
     assert all(np.isfinite(line["train/loss"]) for line in metrics)
+
+
+def test_a_checkpoint_without_an_average_cannot_go_on_with_one(student: Path, solved: Path, tmp_path: Path) -> None:
+    run_training(student, solved, tmp_path / "run", **OWN, num_rollout=1)
+    saved = tmp_path / "run" / "checkpoints"
+    with pytest.raises(UserError, match="holds no moving average of the weights"):
+        run_training(student, solved, tmp_path / "run", **OWN, opd_self_weights="ema", num_rollout=2, load=saved)

@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_megatron.megatron.hf_weights import export_hf_weights
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
     VOCAB_SIZE,
     assert_same_tensors,
+    exported,
     load_reference,
     make_samples,
     make_trainer,
     reference_gradients,
     reference_log_probs,
     reference_logits,
+    relative_error,
     step_gradients,
 )
 
@@ -70,7 +73,7 @@ def far_from(found: np.ndarray, expected: np.ndarray) -> bool:
     return bool(np.abs(found - expected).max(initial=0.0) > 1e-2)
 
 
-@pytest.mark.parametrize("weights", ["frozen", "current"])
+@pytest.mark.parametrize("weights", ["frozen", "ema", "current"])
 @pytest.mark.parametrize("packed", ["thd", "bshd"])
 def test_the_scores_are_those_of_the_response_behind_the_privileged_prompt(
     folders: dict[str, Path], weights: str, packed: str
@@ -168,3 +171,42 @@ def test_micro_batches_of_the_teacher_follow_its_own_lengths(folders: dict[str, 
         scored(trainer, samples)
         found.append(trainer.train(samples).metrics)
     assert found[1] == pytest.approx(found[0], rel=1e-5, abs=1e-6)
+
+
+def averages(trainer: MegatronTrainer) -> dict[str, Tensor]:
+    """The average's weights by Hugging Face name."""
+    assert trainer.average is not None
+    return {name: tensor.clone() for name, tensor in export_hf_weights(trainer.average.chunks)}
+
+
+def test_the_average_follows_the_student(folders: dict[str, Path]) -> None:
+    """Against the recursion in float64 on the exported weights; the teacher of a rollout is that of its beginning."""
+    decay = 0.8
+    flags: dict[str, Any] = {"opd_self_ema_decay": decay, "lr": 1e-2, "advantage_estimator": "none"}
+    trainer, samples = own_trainer(folders["qwen3"], "ema", global_batch_size=4, **flags), privileged_samples(3)
+    expected = {name: tensor.double() for name, tensor in exported(trainer).items()}
+    assert_same_tensors(averages(trainer), expected, 1e-7)
+    for _ in range(3):
+        scored(trainer, samples)
+        trainer.train(samples)
+        student = exported(trainer)
+        expected = {name: decay * expected[name] + (1 - decay) * student[name].double() for name in student}
+        assert_same_tensors(averages(trainer), expected, 1e-6)
+    moved = [relative_error(student[name], expected[name]) for name in student]
+    assert max(moved) > 1e-2
+
+
+def test_small_steps_are_not_rounded_away_in_bfloat16(folders: dict[str, Path]) -> None:
+    """A hundred steps of a thousandth towards weights that moved once: 1 - 0.999^100 of the way, not none of it."""
+    trainer = own_trainer(folders["qwen3"], "ema", opd_self_ema_decay=0.999, bf16=True, offload_teacher=True)
+    assert trainer.average is not None
+    before = {name: tensor.double() for name, tensor in exported(trainer).items()}
+    with trainer.memory.holding("teacher"), torch.no_grad():
+        for chunk in trainer.chunks:
+            for weight in chunk.parameters():
+                weight.mul_(1.5)
+        for _ in range(100):
+            trainer.average.follow()
+        found = averages(trainer)
+    share = 0.5 * (1 - 0.999**100)
+    assert_same_tensors(found, {name: (1 + share) * tensor for name, tensor in before.items()}, 5e-3)

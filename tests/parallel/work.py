@@ -124,7 +124,7 @@ def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], te
 def self_distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> list[dict[str, float]]:
     """As :func:`distillation` with the student as its own teacher, behind prompts of other lengths."""
     taught = {"use_opd": True, "opd_type": "megatron", "opd_teacher": "self", "opd_self_weights": "current"}
-    settings = TRAINING | flags | taught | {"opd_loss": "distribution", "advantage_estimator": "none"}
+    settings = TRAINING | taught | flags | {"opd_loss": "distribution", "advantage_estimator": "none"}
     trainer = MegatronTrainer(make_spec(folder, **settings, global_batch_size=6), rendezvous)
     found = []
     for number in range(2):

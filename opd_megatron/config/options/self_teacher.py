@@ -20,9 +20,12 @@ class SelfTeacherOptions:
     )
     opd_self_weights: str = option(
         "frozen",
-        "weights of --opd-teacher self: frozen, those of the start (--ref-load, else --hf-checkpoint); current, those "
-        "that sampled the rollout",
-        choices=("frozen", "current"),
+        "weights of --opd-teacher self: frozen, those of the start (--ref-load, else --hf-checkpoint); ema, a moving "
+        "average of the student's; current, those that sampled the rollout",
+        choices=("frozen", "ema", "current"),
+    )
+    opd_self_ema_decay: float = option(
+        0.99, "what --opd-self-weights ema keeps of itself after each rollout", minimum=0.0, below=1.0
     )
     opd_self_context_key: str | None = option(
         None,
