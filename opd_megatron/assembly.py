@@ -21,7 +21,6 @@ from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
-    has_megatron_teacher,
     is_self_taught,
     needs_teacher_hidden,
     starting_point,
@@ -45,8 +44,11 @@ from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
-from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
+from opd_megatron.rollout.sglang_engine import SGLangEngine
+from opd_megatron.teacher.build import AnyTeacher, build_teacher
+from opd_megatron.teacher.connect import check_prompt_routes, part_of_prompts, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
+from opd_megatron.teacher.own_engine import EngineTeacher
 from opd_megatron.teacher.preflight import (
     JUDGED_TEXTS,
     JUDGED_TOKENS,
@@ -55,8 +57,6 @@ from opd_megatron.teacher.preflight import (
     check_privileged_length,
     text_samples,
 )
-from opd_megatron.teacher.routing import RoutedTeachers
-from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
 
@@ -87,7 +87,7 @@ class Parts:
     flow: RolloutFlow | None
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
-    teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None
+    teacher: AnyTeacher | None
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
 
@@ -132,7 +132,8 @@ def assemble(options: Options) -> Iterator[Parts]:
             stack.callback(engine.close)
         trainer = start_trainer_group(_trainer_spec(options, num_rollouts))
         stack.callback(trainer.close)
-        teacher = None if replayed else _teacher(options, trainer, tokenizer)
+        addresses = engine.addresses if isinstance(engine, SGLangEngine) else None
+        teacher = None if replayed else build_teacher(options, trainer, addresses)
         if teacher is not None:
             stack.callback(teacher.close)
         generator, flow = None, None
@@ -227,23 +228,7 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
     return TrainerSpec(options, architecture, start, num_rollouts, frozen_models(options, architecture))
 
 
-def _teacher(
-    options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase
-) -> MegatronTeacher | SGLangTeacher | RoutedTeachers | None:
-    opd = options.opd
-    if not opd.use_opd:
-        return None
-    if has_megatron_teacher(options):
-        return MegatronTeacher(
-            trainer,
-            "self" if is_self_taught(options) else str(opd.opd_teacher_load),
-            temperature=options.rollout.rollout_temperature,
-            vocab_size=teacher_architecture(options).vocab_size,
-        )
-    return connect_teachers(options, student_architecture(options).vocab_size)
-
-
-def _exact_kl_possible(options: Options, teacher: MegatronTeacher | SGLangTeacher | RoutedTeachers | None) -> bool:
+def _exact_kl_possible(options: Options, teacher: AnyTeacher | None) -> bool:
     if not isinstance(teacher, MegatronTeacher):
         return False
     sizes = teacher_architecture(options).vocab_size, student_architecture(options).vocab_size
@@ -314,6 +299,8 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     options, teacher = parts.options, parts.teacher
     if teacher is None:
         return []
+    if isinstance(teacher, EngineTeacher):
+        return teacher.preflight(_longest_sample(parts), options.opd.opd_overlong)
     if is_self_taught(options) and isinstance(teacher, MegatronTeacher):
         positions = student_architecture(options).max_position_embeddings
         return check_privileged_length(_longest_sample(parts), positions, options.opd.opd_overlong)
@@ -340,7 +327,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         samples=options.samples_per_rollout,
         group=options.rollout.n_samples_per_prompt,
         prompt_tokens=int(np.median(prompts)) if prompts else 1,
-        response_tokens=options.rollout.rollout_max_response_len,
+        response_tokens=options.training_response_len,
         steps=parts.num_rollouts,
     )
     return [
@@ -355,6 +342,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
             overlong=options.opd.opd_overlong,
             sizes=sizes.part(part_of_prompts(options, server.name, [record.metadata for record in records])),
         )
+        if not (is_self_taught(options) and finding.check == "same model")
     ]
 
 
@@ -372,7 +360,7 @@ def _length_notes(parts: Parts) -> list[str]:
     lengths = dict.fromkeys(sets, options.eval_max_response_len)
     if parts.prompts is not None and parts.flow is not None:
         sets["--prompt-data"] = parts.prompts.records
-        lengths["--prompt-data"] = options.rollout.rollout_max_response_len
+        lengths["--prompt-data"] = options.training_response_len
     notes = []
     for flag, records in sets.items():
         prompt = _longest_prompt(parts, records)
@@ -395,4 +383,4 @@ def _longest_sample(parts: Parts) -> int:
     seen = max(
         (len(record.teacher_prompt_tokens) for record in records if record.teacher_prompt_tokens is not None), default=0
     )
-    return max(seen, _longest_prompt(parts, records)) + parts.options.rollout.rollout_max_response_len
+    return max(seen, _longest_prompt(parts, records)) + parts.options.training_response_len

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from opd_megatron.assembly import Parts
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
+    estimates_advantages,
     measures_exact_kl,
     needs_old_log_probs,
     needs_reference,
@@ -22,6 +24,7 @@ from opd_megatron.config.resolve import (
 )
 from opd_megatron.flow import score_rollout
 from opd_megatron.flow.masking import leave_out_failed
+from opd_megatron.flow.prefix import train_on_prefix
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
@@ -69,6 +72,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         rollout = parts.flow.make(rollout_id)
         samples = rollout.samples
         metrics |= rollout.metrics
+    train_on_prefix(samples, options.opd.opd_prefix_len if options.opd.use_opd else None)
     metrics |= rollout_metrics(samples)
     if options.objective.loss_type != "sft_loss":
         metrics |= _reward_metrics(samples)
@@ -149,7 +153,8 @@ def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, m
     The greedy responses are seen by nobody else; recorded samples keep what was recorded.
     """
     objective = parts.options.objective
-    if objective.loss_type == "sft_loss" or not chosen_estimator(objective).needs_greedy:
+    compares = objective.loss_type != "sft_loss" and chosen_estimator(objective).needs_greedy
+    if not compares or not estimates_advantages(parts.options):
         return
     if parts.generator is not None:
         greedy = parts.generator.greedy(samples, rollout_id)
@@ -206,6 +211,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         leave_out_failed(options, samples)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
+        metrics["opd/only"] = float(not estimates_advantages(options))
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":
@@ -238,8 +244,11 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     kls = None
     if objective.kl_coef > 0:
         kls = [log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)) for sample in samples]
+    # Without a reward every estimator gives 0, also those that would ask for a greedy response first.
+    estimated = estimates_advantages(parts.options)
+    estimator = objective if estimated else replace(objective, advantage_estimator="none")
     advantages = task_advantages(
-        objective,
+        estimator,
         [float(sample.reward or 0.0) for sample in samples],
         [sample.group_index for sample in samples],
         [sample.loss_mask for sample in samples],

@@ -109,6 +109,22 @@ def has_megatron_teacher(options: Options) -> bool:
     return options.opd.use_opd and options.opd.opd_type == "megatron" and not recorded
 
 
+def has_task(options: Options) -> bool:
+    """Whether a task reward takes part in what is learned; ``--rm-type zero`` is none.
+
+    An estimator of the user's own may make advantages of anything.
+    """
+    objective = options.objective
+    if objective.custom_advantage_path is not None:
+        return True
+    return objective.advantage_estimator != "none" and options.reward.rm_type != "zero"
+
+
+def estimates_advantages(options: Options) -> bool:
+    """Whether anything but distillation makes advantages: a task, or the KL to a reference as a reward."""
+    return has_task(options) or options.objective.kl_coef > 0
+
+
 def is_self_taught(options: Options) -> bool:
     """Whether the student is its own teacher."""
     return options.opd.use_opd and options.opd.opd_teacher == "self"

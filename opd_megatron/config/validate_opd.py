@@ -8,6 +8,7 @@ from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import has_megatron_teacher, is_self_taught, knows_teacher, needs_teacher_hidden
 from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_distribution import distribution_faults
+from opd_megatron.config.validate_prefixes import prefix_faults
 from opd_megatron.config.validate_self import SELF_ONLY, self_teacher_faults
 
 _SGLANG_ONLY = (
@@ -64,7 +65,7 @@ def opd_faults(options: Options) -> list[str]:
         faults += _megatron_faults(options)
     else:
         faults += _sglang_faults(options)
-    faults += [*distribution_faults(options), *self_teacher_faults(options)]
+    faults += [*distribution_faults(options), *self_teacher_faults(options), *prefix_faults(options)]
     if not opd.opd_allow_sampling_mismatch:
         faults += _sampling_faults(options)
     return faults
@@ -129,7 +130,8 @@ def _sglang_faults(options: Options) -> list[str]:
         ]
         faults += read_teachers(opd.opd_teachers)[1]
     else:
-        if not opd.opd_teacher_url and options.rollout.load_debug_rollout_data is None:
+        engine_teaches = is_self_taught(options) and opd.opd_self_weights == "current"
+        if not (opd.opd_teacher_url or engine_teaches) and options.rollout.load_debug_rollout_data is None:
             faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
         if "opd_teacher_route_key" in options.given:
             faults.append("--opd-teacher-route-key has no effect without --opd-teachers: leave it out")

@@ -34,7 +34,7 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
     if "opd_self_ema_decay" in given and opd.opd_self_weights != "ema":
         yield "--opd-self-ema-decay goes with --opd-self-weights ema only"
     if opd.opd_type == "sglang":
-        yield "--opd-teacher self needs --opd-type megatron: no server has the student's weights"
+        yield from _server_faults(options)
     if options.rollout.load_debug_rollout_data is not None:
         return
     if opd.opd_self_context_key is None:
@@ -47,6 +47,8 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
             yield "--opd-self-template holds {context}: name its field by --opd-self-context-key"
     elif "{context}" not in opd.opd_self_template:
         yield "--opd-self-context-key has no effect: put {context} into --opd-self-template"
+    if opd.opd_type != "megatron":
+        return
     if opd.opd_overlong == "drop":
         yield (
             "--opd-overlong drop replaces samples during the rollout, which --opd-type megatron scores afterwards: "
@@ -56,13 +58,32 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
         yield "--opd-max-failed-frac has no effect with --opd-overlong stop: choose mask"
 
 
+def _server_faults(options: Options) -> Iterator[str]:
+    """Who among the servers has the weights that are asked for."""
+    opd = options.opd
+    if "opd_teachers" in options.given:
+        yield "--opd-teachers does not go with --opd-teacher self, which is one teacher: leave it out"
+    if opd.opd_self_weights == "ema":
+        yield "--opd-self-weights ema needs --opd-type megatron: no server has the moving average"
+    if opd.opd_self_weights != "current":
+        return
+    if options.engine.rollout_engine != "sglang":
+        yield (
+            "--opd-self-weights current with --opd-type sglang needs --rollout-engine sglang, whose servers have the "
+            "current weights: choose it, or --opd-type megatron"
+        )
+    for name in (name for name in ("opd_teacher_url", "opd_teacher_api_key_env") if name in options.given):
+        yield f"{_flag(name)} has no effect with --opd-self-weights current: the rollout engine's servers are asked"
+
+
 def self_teacher_weight_faults(options: Options) -> Iterator[str]:
     """Whether the weights of ``--opd-teacher self`` are there, and can leave the device where that is asked for."""
     if not (options.opd.use_opd and options.opd.opd_teacher == "self"):
         return
     if options.rollout.load_debug_rollout_data is not None or options.checkpoint.hf_checkpoint is None:
         return
-    if options.opd.opd_self_weights == "frozen" and reference_folder(options) is None:
+    in_trainer = options.opd.opd_type == "megatron" and options.opd.opd_self_weights == "frozen"
+    if in_trainer and reference_folder(options) is None:
         yield "--opd-self-weights frozen needs weights to keep: give --ref-load, or weights in --hf-checkpoint"
     if options.offload.offload_teacher and teaches_itself_now(options) and not needs_reference(options):
         yield (

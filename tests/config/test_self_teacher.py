@@ -54,11 +54,30 @@ CASES: dict[str, tuple[str, str]] = {
     "a server's options": (OWN + "--opd-teacher-timeout 3", "--opd-teacher-timeout goes with --opd-type sglang only"),
 }
 
+SERVED = OWN.replace("--opd-type megatron", "--opd-type sglang")
+CASES |= {
+    "a server of nothing": (SERVED, "--opd-type sglang needs --opd-teacher-url"),
+    "an average behind a server": (
+        SERVED + "--opd-teacher-url http://127.0.0.1:1 --opd-self-weights ema",
+        "--opd-self-weights ema needs --opd-type megatron",
+    ),
+    "current weights of nobody": (
+        SERVED + "--opd-self-weights current",
+        "--opd-self-weights current with --opd-type sglang needs --rollout-engine sglang",
+    ),
+    "two servers of the current weights": (
+        SERVED + "--opd-self-weights current --rollout-engine sglang --opd-teacher-url http://127.0.0.1:1",
+        "--opd-teacher-url has no effect with --opd-self-weights current",
+    ),
+}
+
 ACCEPTED: dict[str, str] = {
     "frozen": OWN,
     "current": OWN + "--opd-self-weights current",
     "average": OWN + "--opd-self-weights ema --opd-self-ema-decay 0.9 --offload-teacher",
     "another template": BASE + "--opd-teacher self --opd-self-template {prompt}!",
+    "frozen behind a server": SERVED + "--opd-teacher-url http://127.0.0.1:1 --opd-overlong drop",
+    "the engine": SERVED + "--opd-self-weights current --rollout-engine sglang",
     "masked": OWN + "--opd-overlong mask --opd-max-failed-frac 0.5",
 }
 

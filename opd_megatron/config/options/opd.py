@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
 from opd_megatron.config.options.distribution import DistributionOptions
+from opd_megatron.config.options.prefixes import PrefixOptions
 from opd_megatron.config.options.self_teacher import SelfTeacherOptions
 
 
@@ -130,7 +131,12 @@ class MegatronTeacherOptions:
 
 @dataclass(frozen=True)
 class OpdOptions(
-    ServerTeacherOptions, TeacherFailureOptions, MegatronTeacherOptions, SelfTeacherOptions, DistributionOptions
+    ServerTeacherOptions,
+    TeacherFailureOptions,
+    MegatronTeacherOptions,
+    SelfTeacherOptions,
+    PrefixOptions,
+    DistributionOptions,
 ):
     """On-policy distillation"""
 
