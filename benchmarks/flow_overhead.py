@@ -63,7 +63,7 @@ class InstantTeacher:
         """Nothing to bound."""
 
     def statistics(self) -> dict[str, float]:
-        return {}
+        return dict.fromkeys(("requests", "retries", "samples", "wait_seconds", "in_flight_limit"), 0.0)
 
     async def aclose(self) -> None:
         """Nothing is open."""

@@ -66,7 +66,7 @@ class Teacher:
         """Nothing to bound."""
 
     def statistics(self) -> dict[str, float]:
-        return {}
+        return dict.fromkeys(("requests", "retries", "samples", "wait_seconds", "in_flight_limit"), 0.0)
 
     async def aclose(self) -> None:
         """Nothing is open."""

@@ -25,7 +25,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opd_megatron.config.options import EngineOptions
 from opd_megatron.data.column_arithmetic import build_tokenizer
 from opd_megatron.megatron.checkpoint import write_hf_folder
-from opd_megatron.rollout.sglang_engine import SGLangEngine, SpokenModel
+from opd_megatron.rollout.sglang_engine import SGLangEngine
+from opd_megatron.rollout.sglang_fleet import SpokenModel
 from opd_megatron.rollout.sglang_launch import ServedModel, server_launches
 from opd_megatron.rollout.weight_check import probe_tokens
 from opd_megatron.rollout.weight_folders import WeightFolders

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,21 +18,29 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd_megatron.cluster.group import TrainerGroup, start_trainer_group
-from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
+    has_megatron_teacher,
     is_self_taught,
-    needs_teacher_hidden,
+    needs_student_ids,
     starting_point,
     student_architecture,
-    teacher_architecture,
 )
+from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.privileged import extra_keys, with_teacher_prompts
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.flow import RolloutFlow, stages_of
+from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
+from opd_megatron.flow.target_models import (
+    check_megatron,
+    check_references,
+    combination,
+    compares_distributions,
+    megatron_teacher,
+)
+from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.frozen import frozen_models
@@ -45,9 +54,14 @@ from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.rollout.sglang_engine import SGLangEngine
-from opd_megatron.teacher.build import AnyTeacher, build_teacher
-from opd_megatron.teacher.connect import check_prompt_routes, part_of_prompts, servers_of
-from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
+from opd_megatron.teacher.connect import (
+    check_prompt_routes,
+    connect_server,
+    connect_teachers,
+    part_of_prompts,
+    servers_of,
+)
+from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.own_engine import EngineTeacher
 from opd_megatron.teacher.preflight import (
     JUDGED_TEXTS,
@@ -57,10 +71,14 @@ from opd_megatron.teacher.preflight import (
     check_privileged_length,
     text_samples,
 )
+from opd_megatron.teacher.routing import RoutedTeachers
+from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
+
+AnyTeacher: TypeAlias = MegatronTeacher | SGLangTeacher | RoutedTeachers | StudentIdsTeacher | EngineTeacher
 
 
 @dataclass(frozen=True)
@@ -88,8 +106,9 @@ class Parts:
     reward: RewardFunction | None
     evaluation_reward: RewardFunction | None
     teacher: AnyTeacher | None
+    weighting: OpdWeighting
     exact_kl_possible: bool = False
-    """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary size."""
+    """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary."""
 
 
 @contextmanager
@@ -107,6 +126,7 @@ def assemble(options: Options) -> Iterator[Parts]:
         records = with_teacher_prompts(options, records, tokenizer)
         if options.opd.use_opd:
             check_prompt_routes(options, (record.metadata for record in records))
+            check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
             check_sft_lengths(records, tokenizer, student_architecture(options).max_position_embeddings)
@@ -132,8 +152,7 @@ def assemble(options: Options) -> Iterator[Parts]:
             stack.callback(engine.close)
         trainer = start_trainer_group(_trainer_spec(options, num_rollouts))
         stack.callback(trainer.close)
-        addresses = engine.addresses if isinstance(engine, SGLangEngine) else None
-        teacher = None if replayed else build_teacher(options, trainer, addresses)
+        teacher = None if replayed else _teacher(options, trainer, engine)
         if teacher is not None:
             stack.callback(teacher.close)
         generator, flow = None, None
@@ -155,7 +174,8 @@ def assemble(options: Options) -> Iterator[Parts]:
             reward=reward,
             evaluation_reward=evaluation_reward,
             teacher=teacher,
-            exact_kl_possible=_exact_kl_possible(options, teacher),
+            weighting=OpdWeighting(options, tokenizer.all_special_ids),
+            exact_kl_possible=isinstance(teacher, MegatronTeacher) and compares_distributions(options),
         )
 
 
@@ -228,23 +248,24 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
     return TrainerSpec(options, architecture, start, num_rollouts, frozen_models(options, architecture))
 
 
-def _exact_kl_possible(options: Options, teacher: AnyTeacher | None) -> bool:
-    if not isinstance(teacher, MegatronTeacher):
-        return False
-    sizes = teacher_architecture(options).vocab_size, student_architecture(options).vocab_size
-    possible = sizes[0] == sizes[1]
-    if (options.opd.opd_top_k or 0) > min(sizes):
-        raise UserError(f"--opd-top-k {options.opd.opd_top_k} is more than the {min(sizes)} tokens of the vocabulary")
-    if not possible and needs_teacher_hidden(options):
-        flag = f"--opd-baseline {options.opd.opd_baseline}"
-        if options.opd.opd_loss == "distribution":
-            flag = "--opd-loss distribution"
-        raise UserError(
-            f"{flag} needs a teacher with the student's vocabulary size: it has {sizes[0]}, the student {sizes[1]}"
+def _teacher(options: Options, trainer: TrainerGroup, engine: RolloutEngine | None) -> AnyTeacher | None:
+    opd = options.opd
+    if not opd.use_opd:
+        return None
+    if has_megatron_teacher(options):
+        return megatron_teacher(options, trainer)
+    vocab_size = student_architecture(options).vocab_size
+    if is_self_taught(options) and opd.opd_self_weights == "current":
+        assert isinstance(engine, SGLangEngine)
+        key = options.engine.rollout_engine_api_key_env
+        return EngineTeacher(
+            engine.addresses, lambda urls: connect_server(options, vocab_size, tuple(urls), key, name="self")
         )
-    if not possible and options.opd.opd_exact_kl_interval:
-        logger.warning("opd/reverse_kl_exact is not measured: teacher and student have vocabularies of other sizes")
-    return possible
+    combine = combination(options, len(read_teachers(opd.opd_teachers)[0]) if opd.opd_teachers else 1)
+    servers = connect_teachers(options, vocab_size, combine)
+    if not needs_student_ids(options):
+        return servers
+    return StudentIdsTeacher(servers, lambda samples: trainer.top_ids(samples, opd.opd_top_k or 1), policy_of(options))
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], source: Path) -> Iterator[tuple[str, Tensor]]:
@@ -298,7 +319,7 @@ def preflight(parts: Parts, done: int) -> list[str]:
 def _check_teacher(parts: Parts) -> list[Finding]:
     options, teacher = parts.options, parts.teacher
     if teacher is None:
-        return []
+        return check_references(options, Student(parts.tokenizer))
     if isinstance(teacher, EngineTeacher):
         return teacher.preflight(_longest_sample(parts), options.opd.opd_overlong)
     if is_self_taught(options) and isinstance(teacher, MegatronTeacher):
@@ -320,8 +341,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
     )
     if isinstance(teacher, MegatronTeacher):
-        tokenizer = _teacher_tokenizer(str(options.opd.opd_teacher_load))
-        return preflight_megatron(teacher, student, tokenizer, vocab_size=teacher_architecture(options).vocab_size)
+        return check_megatron(teacher, student) + check_references(options, student)
     prompts = [len(record.prompt_tokens) for record in records]
     sizes = RunSizes(
         samples=options.samples_per_rollout,
@@ -330,9 +350,9 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         response_tokens=options.training_response_len,
         steps=parts.num_rollouts,
     )
-    return [
+    return check_references(options, student) + [
         finding
-        for server in servers_of(teacher)
+        for server in servers_of(teacher.servers if isinstance(teacher, StudentIdsTeacher) else teacher)
         for finding in preflight_sglang(
             server,
             student,
@@ -344,13 +364,6 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         )
         if not (is_self_taught(options) and finding.check == "same model")
     ]
-
-
-def _teacher_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
-    hf_folder = inspect_checkpoint(folder).hf_folder
-    if hf_folder is None or not (hf_folder / "tokenizer_config.json").exists():
-        return None
-    return load_tokenizer(hf_folder)
 
 
 def _length_notes(parts: Parts) -> list[str]:

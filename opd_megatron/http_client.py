@@ -214,8 +214,9 @@ class HttpClient:
         self._headers = {}
         if parts.username is not None:
             user, password = unquote(parts.username), unquote(parts.password or "")
-            self._secrets.append(password)
-            self._headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+            token = base64.b64encode(f"{user}:{password}".encode()).decode()
+            self._secrets += [token, password, parts.password or ""]
+            self._headers["Authorization"] = f"Basic {token}"
         if api_key_env is not None:
             if parts.username is not None:
                 raise UserError(f"{self.server}: give a user name in the address or an API key, not both")
@@ -269,7 +270,7 @@ class HttpClient:
         status = response.status
         if status != 200:
             transient = status == 429 or status >= 500
-            reason = f"HTTP {status}: {self._masked(error_message(content, response.reason))}"
+            reason = f"HTTP {status}: {error_message(content, response.reason, self._masked)}"
             pause = _retry_after(response.headers.get("Retry-After")) if transient else 0.0
             raise failure(reason, HttpFault.STATUS, status=status, transient=transient, pause=pause)
         try:
@@ -300,17 +301,17 @@ class HttpClient:
         return text
 
 
-def error_message(content: bytes, reason: str | None) -> str:
+def error_message(content: bytes, reason: str | None, mask: Callable[[str], str] = str) -> str:
     """What a server says is wrong, on one line, from any of the forms that it uses.
 
     Known forms: ``{"error": {"message": text}}``, ``{"error": text}``, ``{"object": "error", "message": text}``,
     ``{"detail": text}``, ``{"detail": [{"loc": [...], "msg": text}]}``, and plain text. ``reason`` stands in for an
-    empty body.
+    empty body. ``mask`` takes the secrets out before the line is cut, which could leave a part of one.
     """
     text = content.decode("utf-8", errors="replace")
     with contextlib.suppress(ValueError, RecursionError):
         text = "; ".join(_messages(json.loads(content))) or text
-    line = " ".join(text.split()) or reason or "no message"
+    line = mask(" ".join(text.split()) or reason or "no message")
     return line if len(line) <= MESSAGE_LENGTH else line[:MESSAGE_LENGTH] + "..."
 
 

@@ -21,6 +21,7 @@ from opd_megatron.config.validate_paths import earlier_run_faults
 from opd_megatron.flow import scores_later
 from opd_megatron.flow.clock import teacher_wait
 from opd_megatron.interrupt import Interrupt, resume_command, unwinding_at_sigterm
+from opd_megatron.observe.alarms import Alarms
 from opd_megatron.observe.log import configure_logging
 from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
@@ -69,6 +70,7 @@ def restore(parts: Parts, state: dict[str, Any] | None) -> int:
         return 0
     if parts.prompts is not None and state.get("prompts") is not None:
         parts.prompts.load_state_dict(state["prompts"])
+    parts.weighting.load_state_dict(state.get("pass_rates", {}))
     logger.info("resumed after rollout %d", state["rollouts"])
     return int(state["rollouts"])
 
@@ -78,6 +80,7 @@ def train(
 ) -> dict[str, Any]:
     """All remaining rollouts. Step 0 of the metrics is the first evaluation, step k what follows rollout k."""
     earlier = folder.read_metrics() if done else []
+    alarms = Alarms(earlier)
     last: dict[str, Any] = earlier[-1] if earlier else {}
     if done == 0 and parts.evaluation_sets and not parts.options.evaluation.skip_eval_before_train:
         last = metrics.log(0, steps.evaluate_all(parts, 0))
@@ -91,7 +94,7 @@ def train(
                 steps.rest_engine(parts, found)
             if scores_later(parts.teacher):
                 with progress.phase("teacher"):
-                    steps.teach(parts, samples, rollout_id)
+                    steps.teach(parts, samples, rollout_id, found)
         steps.record(parts, samples, rollout_id, folder)
         with progress.phase("train"):
             steps.learn(parts, samples, rollout_id, found)
@@ -110,7 +113,10 @@ def train(
         found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
         # The line comes before the checkpoint: a resumed run forgets lines that have no checkpoint, but could not make
         # up for one that is missing.
-        last = {**last, **metrics.log(step, found)}
+        line = metrics.log(step, found)
+        last = {**last, **line}
+        for warning in alarms.see(line):
+            logger.warning("%s, see docs/troubleshooting.md", warning)
         if steps.due(step, parts.options.checkpoint.save_interval, is_last or interrupted or reached):
             with progress.phase("save"):
                 save(parts, step)
@@ -143,7 +149,11 @@ def saved_before(parts: Parts, rollouts: int) -> Iterator[None]:
 def save(parts: Parts, step: int) -> None:
     """Write a checkpoint, and Hugging Face weights where they are asked for."""
     options = parts.options
-    run_state = {"rollouts": step, "prompts": parts.prompts.state_dict() if parts.prompts is not None else None}
+    run_state = {
+        "rollouts": step,
+        "prompts": parts.prompts.state_dict() if parts.prompts is not None else None,
+        "pass_rates": parts.weighting.state_dict(),
+    }
     parts.trainer.save(options.save_folder, step, parts.hf_folder, run_state)
     if options.checkpoint.save_hf is not None:
         steps.write_hf(parts, Path(options.checkpoint.save_hf.replace("{rollout_id}", str(step))))

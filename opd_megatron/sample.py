@@ -56,8 +56,9 @@ class TeacherScores:
     """What a teacher says about the ``T`` response tokens of one sample.
 
     ``log_probs_T`` are log-probabilities at ``temperature``; where ``valid_T`` is false they mean nothing.
-    ``top_ids_TK``/``top_log_probs_TK`` are the teacher's most probable tokens in descending order and
-    ``tail_log_mass_T`` the log of the mass outside them.
+    ``top_ids_TK`` are the most probable tokens of the teacher, or of the student where it was asked about those, in
+    descending order. ``top_log_probs_TK`` are the teacher's log-probabilities of them and ``tail_log_mass_T`` the log
+    of its mass outside them.
     """
 
     log_probs_T: np.ndarray = _per_token(np.float32)
@@ -84,9 +85,12 @@ class Sample:
 
     ``index`` is unique in a rollout; samples of one prompt share ``group_index``. ``loss_mask`` is 1 on the response
     tokens that are trained on. ``rollout_log_probs`` come from the rollout engine at the sampling temperature.
-    ``old_log_probs`` and ``ref_log_probs`` come from the trainer; ``advantages`` exclude the OPD term, which is added
+    ``old_log_probs`` and ``ref_log_probs`` come from the trainer, and so do ``entropies``, the student's at the tokens
+    before the step, where tokens are chosen by them; ``advantages`` exclude the OPD term, which is added
     in the loss, multiplied by ``opd_weights`` (None: 1); ``opd_future`` is what its discount adds of the tokens that
-    follow. ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
+    follow, and ``opd_target`` takes the place of the teacher's log-probabilities in it (None: theirs). ``values`` are
+    what a critic expected before each token and ``returns`` what it is to learn; both are of the task alone.
+    ``greedy_reward`` is that of the greedy response to the prompt, where an estimator compares with it.
     ``teacher_failure`` is the kind of failure for which the sample has no teacher scores, while the task still trains
     on it: its ``teacher_scores`` are valid nowhere. ``weight_version`` is that of the engine's weights that made the
     response and ``weight_versions`` all of them, in order, where there were several. Every per-token field covers the
@@ -106,9 +110,13 @@ class Sample:
     rollout_log_probs: np.ndarray | None = _per_token(np.float32)
     old_log_probs: np.ndarray | None = _per_token(np.float32)
     ref_log_probs: np.ndarray | None = _per_token(np.float32)
+    entropies: np.ndarray | None = _per_token(np.float32)
     advantages: np.ndarray | None = _per_token(np.float32)
+    values: np.ndarray | None = _per_token(np.float32)
+    returns: np.ndarray | None = _per_token(np.float32)
     opd_weights: np.ndarray | None = _per_token(np.float32)
     opd_future: np.ndarray | None = _per_token(np.float32)
+    opd_target: np.ndarray | None = _per_token(np.float32)
     teacher_scores: TeacherScores | None = None
     teacher_failure: str | None = None
     reward: float | None = None
@@ -139,6 +147,13 @@ class Sample:
                 f"sample {self.index}: the teacher scored {len(self.teacher_scores.log_probs_T)} tokens, "
                 f"the response has {len(self.response_tokens)}"
             )
+
+    @property
+    def target_log_probs(self) -> np.ndarray | None:
+        """What the distillation term compares with, ``[T]``; None where no teacher scored the sample."""
+        if self.opd_target is not None or self.teacher_scores is None:
+            return self.opd_target
+        return self.teacher_scores.log_probs_T
 
     @property
     def response_length(self) -> int:

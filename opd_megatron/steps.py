@@ -12,19 +12,22 @@ import numpy as np
 import torch
 
 from opd_megatron.assembly import Parts
+from opd_megatron.config.critic import has_critic
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     estimates_advantages,
+    measures_diagnostics,
     measures_exact_kl,
-    needs_old_log_probs,
-    needs_reference,
     needs_teacher_hidden,
-    student_architecture,
 )
-from opd_megatron.flow import score_rollout
+from opd_megatron.diagnostics import diagnose
+from opd_megatron.flow import StudentIdsTeacher, score_rollout
 from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.flow.prefix import train_on_prefix
+from opd_megatron.flow.recorded import recorded_samples
+from opd_megatron.flow.student_pass import ask_student
+from opd_megatron.flow.targets import score_references, target_statistics
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
@@ -36,8 +39,10 @@ from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
 from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.sft import sft_samples
-from opd_megatron.sample import Sample, read_samples, write_samples
+from opd_megatron.sample import Sample, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
+from opd_megatron.teacher.own_engine import EngineTeacher
+from opd_megatron.valuing import add_values, value_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +66,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     options = parts.options
     recorded = options.rollout.load_debug_rollout_data
     if recorded is not None:
-        samples = _recorded_samples(options, Path(recorded.replace("{rollout_id}", str(rollout_id))))
+        samples = recorded_samples(options, Path(recorded.replace("{rollout_id}", str(rollout_id))))
     elif parts.flow is None:
         assert parts.prompts is not None
         assert options.rollout.rollout_batch_size is not None
@@ -77,59 +82,6 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     if options.objective.loss_type != "sft_loss":
         metrics |= _reward_metrics(samples)
     return samples
-
-
-def _recorded_samples(options: Options, path: Path) -> list[Sample]:
-    if not path.is_file():
-        raise UserError(f"--load-debug-rollout-data: {path} does not exist")
-    try:
-        samples = list(read_samples(path))
-    except ValueError as error:
-        raise UserError(f"--load-debug-rollout-data: {error}") from error
-    if len(samples) != options.samples_per_rollout:
-        raise UserError(
-            f"--load-debug-rollout-data: {path} has {len(samples)} samples, --rollout-batch-size times "
-            f"--n-samples-per-prompt is {options.samples_per_rollout}"
-        )
-    if options.opd.use_opd and any(sample.teacher_scores is None for sample in samples):
-        raise UserError(f"--load-debug-rollout-data: {path} has samples without teacher scores, which --use-opd needs")
-    for sample in samples:
-        fault = _recorded_fault(sample, options)
-        if fault:
-            raise UserError(f"--load-debug-rollout-data: {path}, sample {sample.index}: {fault}")
-    return samples
-
-
-def _recorded_fault(sample: Sample, options: Options) -> str | None:
-    """What makes a recorded sample unfit for this run, or None."""
-    if not isinstance(sample.reward, int | float | None):
-        return "the reward is not a number"
-    if not len(sample.prompt_tokens):
-        return "the prompt has no tokens"
-    student = student_architecture(options)
-    if len(sample.tokens) and (sample.tokens.min() < 0 or sample.tokens.max() >= student.vocab_size):
-        return "a token is not in the student's vocabulary"
-    if len(sample.tokens) > student.max_position_embeddings:
-        return f"it has {len(sample.tokens)} tokens, the student {student.max_position_embeddings} positions"
-    objective = options.objective
-    if objective.loss_type == "policy_loss":
-        if objective.use_tis and sample.rollout_log_probs is None:
-            return "it has no log-probabilities of the rollout engine, which --use-tis needs"
-        if chosen_estimator(objective).needs_greedy and sample.greedy_reward is None:
-            return f"it has no greedy_reward, which --advantage-estimator {objective.advantage_estimator} needs"
-    scores = sample.teacher_scores
-    if scores is None or not options.opd.use_opd:
-        return None
-    scored = scores.log_probs_T[scores.valid_T]
-    if np.isnan(scored).any() or (scored > 1e-3).any():
-        return "the teacher's scores are no log-probabilities"
-    top = scores.top_ids_TK
-    if options.opd.opd_loss == "distribution" and (top is None or top.shape[1] != options.opd.opd_top_k):
-        return f"the teacher's scores do not hold the {options.opd.opd_top_k} most probable tokens of each position"
-    wanted = options.rollout.rollout_temperature
-    if scores.temperature != wanted and not options.opd.opd_allow_sampling_mismatch:
-        return f"the teacher scored at temperature {scores.temperature:g}, --rollout-temperature is {wanted:g}"
-    return None
 
 
 def _reward_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -173,12 +125,17 @@ def rest_engine(parts: Parts, metrics: dict[str, float]) -> None:
         parts.engine.rest()
 
 
-def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> None:
+def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Attach the scores of a teacher that takes whole rollouts. Evaluation never comes here."""
     assert parts.teacher is not None
+    if isinstance(parts.teacher, StudentIdsTeacher):
+        metrics |= parts.teacher.teach(samples)
+        return
     if isinstance(parts.teacher, MegatronTeacher):
-        measured = measures_exact_kl(parts.options.opd, rollout_id)
+        opd = parts.options.opd
+        measured = measures_exact_kl(opd, rollout_id) or measures_diagnostics(opd, rollout_id)
         parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
+    assert not isinstance(parts.teacher, EngineTeacher)  # which is asked sample by sample
     score_rollout(parts.options, parts.teacher, samples)
 
 
@@ -205,13 +162,17 @@ def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: Run
 def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Compute advantages over the whole rollout, take its optimizer steps and report them."""
     options = parts.options
+    statistics = ask_student(options, parts.trainer, samples)
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
+        metrics |= value_metrics(samples)
     if options.opd.use_opd:
         leave_out_failed(options, samples)
+        metrics |= parts.weighting.apply(samples, rollout_id, statistics)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
         metrics["opd/only"] = float(not estimates_advantages(options))
+        metrics |= diagnose(parts, samples, rollout_id)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":
@@ -230,22 +191,17 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
             [score.log_probs_T for score in scores if score is not None],
             [sample.loss_mask for sample in samples],
             [score.valid_T for score in scores if score is not None],
-        )
+        ) | target_statistics(parts.options, samples)
 
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     objective = parts.options.objective
-    if needs_old_log_probs(parts.options):
-        for sample, log_probs in zip(samples, parts.trainer.score("student", samples), strict=True):
-            sample.old_log_probs = log_probs
-    if needs_reference(parts.options):
-        for sample, log_probs in zip(samples, parts.trainer.score("reference", samples), strict=True):
-            sample.ref_log_probs = log_probs
+    score_references(parts.options, parts.trainer, samples)
     kls = None
     if objective.kl_coef > 0:
         kls = [log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)) for sample in samples]
     # Without a reward every estimator gives 0, also those that would ask for a greedy response first.
-    estimated = estimates_advantages(parts.options)
+    estimated = estimates_advantages(parts.options) or has_critic(parts.options)
     estimator = objective if estimated else replace(objective, advantage_estimator="none")
     advantages = task_advantages(
         estimator,
@@ -254,6 +210,7 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
         [sample.loss_mask for sample in samples],
         kls,
         [float(sample.greedy_reward) for sample in samples if sample.greedy_reward is not None] or None,
+        add_values(parts.trainer, objective, samples, kls),
     )
     if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
         _add_futures(parts.options.opd, samples)
@@ -266,7 +223,7 @@ def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
     scores = [sample.teacher_scores for sample in samples]
     futures = future_distances(
         [sample.old_log_probs for sample in samples if sample.old_log_probs is not None],
-        [score.log_probs_T for score in scores if score is not None],
+        [sample.target_log_probs for sample in samples if sample.target_log_probs is not None],
         [sample.loss_mask for sample in samples],
         [score.valid_T for score in scores if score is not None],
         discount=opd.opd_kl_discount,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.http_client import HttpClient, HttpError, HttpFault, RetryPolicy, blocking, retried
+from opd_megatron.http_client import MESSAGE_LENGTH, HttpClient, HttpError, HttpFault, RetryPolicy, blocking, retried
 from opd_megatron.system import free_port
 from tests.teacher.scripted_server import Handler, ScriptedServer, Step, drop, reply
 
@@ -170,6 +170,25 @@ def test_user_and_password_are_sent_and_shown_nowhere(
     for shown in (str(caught.value), caplog.text, repr(caught.value.__cause__)):
         assert "s3cr" not in shown
         assert "ann" not in shown
+
+
+def test_a_secret_is_taken_out_before_a_message_is_cut(
+    serve: Callable[..., ScriptedServer], key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A part of it would no longer be recognised."""
+    long = "x" * (MESSAGE_LENGTH - len(key) // 2)
+    server = serve(reply(400, {"error": f"{long}{key} is no key"}))
+    with caplog.at_level(logging.DEBUG), pytest.raises(HttpError) as caught:
+        ask(server.url, "/model_info", api_key_env="TEACHER_KEY")
+    for shown in (str(caught.value), caplog.text):
+        assert key[:5] not in shown
+
+
+def test_what_a_server_repeats_of_basic_authentication_is_taken_out(serve: Callable[..., ScriptedServer]) -> None:
+    token = base64.b64encode(b"ann:s3cr@t").decode()
+    server = serve(reply(401, {"error": f"bad Basic {token}, not s3cr@t or s3cr%40t"}))
+    with pytest.raises(HttpError, match=r"bad Basic \*\*\*, not \*\*\* or \*\*\*"):
+        ask(server.url.replace("http://", "http://ann:s3cr%40t@"), "/model_info")
 
 
 def test_a_path_in_front_of_the_endpoints_is_kept(serve: Callable[..., ScriptedServer]) -> None:

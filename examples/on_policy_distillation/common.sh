@@ -165,7 +165,8 @@ submit() {
     id=opd-$(date +%Y%m%d-%H%M%S)-$$
     local command=(
         "${ray[@]}" submit --address "$address" --submission-id "$id"
-        -- env "PYTHONPATH=$PYTHONPATH" "$PYTHON" "$REPOSITORY/train.py" "$@" --ray-address auto
+        # a job begins in a folder of Ray's, and the arguments may name files from here
+        -- env -C "$PWD" "PYTHONPATH=$PYTHONPATH" "$PYTHON" "$REPOSITORY/train.py" "$@" --ray-address auto
     )
     check "$@"
     if [[ $DRY_RUN == 1 ]]; then

@@ -37,6 +37,21 @@ class TrainerGroup(Protocol):
     ) -> list[np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response under a model, at the rollout temperature or another."""
 
+    def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """What the critic expects before each response token, ``[T]`` float32 per sample."""
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position."""
+
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """Log-probability, entropy and divergence from the teacher ``[T, 3]`` float32 of each response."""
+
+    def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """What student and teacher think at each response token: structured arrays ``[T]``."""
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        """Parts and noise of the gradient of the first optimizer step that the samples will make."""
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
@@ -88,6 +103,21 @@ class LocalTrainerGroup:
     ) -> list[np.ndarray]:
         scored = self._trainer.score(name, samples, keep_hidden=keep_hidden, temperature=temperature)
         return merge_arrays([scored], len(samples))
+
+    def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.values(samples)], len(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.top_ids(samples, k)], len(samples))
+
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.token_statistics(samples)], len(samples))
+
+    def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays([self._trainer.token_diagnostics(samples)], len(samples))
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        return self._trainer.gradient_diagnostics(samples, rollout_id)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results([self._trainer.train(samples, rollout_id)], len(samples))

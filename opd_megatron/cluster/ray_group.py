@@ -186,6 +186,22 @@ class RayTrainerGroup:
         scored = self._all("score", name, shared, keep_hidden=keep_hidden, temperature=temperature)
         return merge_arrays(scored, len(samples))
 
+    def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays(self._all("values", ray.put(list(samples))), len(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
+        return merge_arrays(self._all("top_ids", ray.put(list(samples)), k), len(samples))
+
+    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays(self._all("token_statistics", ray.put(list(samples))), len(samples))
+
+    def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        return merge_arrays(self._all("token_diagnostics", ray.put(list(samples))), len(samples))
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        found: dict[str, float] = self._all("gradient_diagnostics", ray.put(list(samples)), rollout_id)[0]
+        return found
+
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results(self._all("train", ray.put(list(samples)), rollout_id), len(samples))
 

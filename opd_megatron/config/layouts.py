@@ -83,7 +83,7 @@ def _layouts(options: Options, models: Models) -> Iterator[Options]:
 
 
 def _all(models: Models) -> list[ModelArchitecture]:
-    return [models.student, *([models.teacher] if models.teacher else [])]
+    return [models.student, *models.as_teacher]
 
 
 def _powers_of_two(largest: int) -> list[int]:

@@ -12,42 +12,51 @@ from dataclasses import dataclass
 
 from opd_megatron.config.activations import Work, activation_bytes, number_bytes, share
 from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.critic import has_critic
+from opd_megatron.config.head_memory import head_bytes, keeps_hidden_rows, teacher_head_bytes, teacher_number_bytes
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
 from opd_megatron.config.resolve import (
-    has_megatron_teacher,
     has_own_layout,
     knows_teacher,
-    needs_reference,
-    needs_teacher_hidden,
     teacher_parallel,
     teaches_itself_by_average,
     teaches_itself_now,
 )
-from opd_megatron.config.vocab_chunks import (
-    BLOCK_ELEMENTS,
-    CHUNK_ELEMENTS,
-    LEAST_CHUNK_TOKENS,
-    DeviceKind,
-    tokens_of_chunk,
-)
-
-STATISTICS_BYTES = 64
-"""Bytes per response token of ids, log-probabilities, weights and the like on the device."""
+from opd_megatron.config.targets import OPD_REFERENCE, kept_reference, loads_reference, named_architectures
+from opd_megatron.config.vocab_chunks import DeviceKind
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run; ``teacher`` is that of the trainer, of ``--opd-teacher-load`` or the student."""
+    """The models of a run; ``teacher`` is that of the trainer, of ``--opd-teacher-load`` or the student.
+
+    ``further`` are those of ``config.targets.named_models`` by name, which run as the teacher does.
+    """
 
     student: ModelArchitecture
     teacher: ModelArchitecture | None = None
     has_reference: bool = False
+    has_critic: bool = False
+    further: Mapping[str, ModelArchitecture] = dataclasses.field(default_factory=dict)
+
+    @property
+    def as_teacher(self) -> list[ModelArchitecture]:
+        """Those that run in the teacher's layout and precision."""
+        return [*([self.teacher] if self.teacher else []), *self.further.values()]
+
+    def keeping_rows(self, options: Options) -> list[ModelArchitecture]:
+        """Those whose hidden rows of a rollout are kept on the host."""
+        reference = kept_reference(options)
+        models = [model for name, model in self.further.items() if name != OPD_REFERENCE]
+        models = [self.teacher, *models] if self.teacher and keeps_hidden_rows(options) else []
+        return models if reference is None else [*models, self.further.get(reference, self.student)]
 
     @classmethod
     def of(cls, options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None) -> Models:
         """``teacher`` is left out where the options give it nothing to do."""
-        return cls(student, teacher if knows_teacher(options) else None, needs_reference(options))
+        own = teacher if knows_teacher(options) else None
+        return cls(student, own, loads_reference(options), has_critic(options), named_architectures(options))
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class RankMemory:
 
     ``activations`` are kept between forward and backward, ``recomputed`` those of the layers that are made again at a
     time. ``head`` are the chunked vocabulary head's buffers and gradients, ``rollout`` the local engine with its cache
-    of keys and values, which only the controller's device has. ``host`` is what the rank keeps in the host's memory:
+    of keys and values, which only the controller's device has. ``critic`` are weights, gradients and optimizer of a
+    critic, whose activations are those of the student. ``host`` is what the rank keeps in the host's memory:
     the teacher's hidden rows, its output weight where that comes from another layout, and what is offloaded. ``total``
     is the most that the device has at once; the engine counts always, since the controller's process keeps the memory
     that it has freed.
@@ -71,6 +81,7 @@ class RankMemory:
     head: int
     teacher: int
     reference: int
+    critic: int
     rollout: int
     host: int
     total: int
@@ -97,39 +108,76 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
     held = _parameters(options, student, options.parallel, stage)
     is_last = stage == options.parallel.pipeline_model_parallel_size - 1
     activations, recomputed = activation_bytes(options, student, stage, device)
+    critic = critic_bytes(options, models, stage)
+    frozen = [_teacher_bytes(options, model, stage) for model in models.as_teacher]
     parts = {
         "weights": number * held.total,
         "gradients": gradient_number_bytes(settings) * held.total,
         "optimizer": optimizer_bytes(options, held),
         "activations": activations,
         "recomputed": recomputed,
-        "head": head_bytes(options, models, device) if is_last else 0,
-        "teacher": _teacher_bytes(options, models, stage),
+        "head": head_bytes(options, student, models.keeping_rows(options), device) if is_last else 0,
+        "teacher": sum(frozen),
         "reference": number * held.total if models.has_reference else 0,
+        "critic": sum(critic),
         "rollout": rollout_bytes(options, student) if stage == 0 else 0,
     }
-    host = sum(parts[name] for name in _kept_on_host(options))
-    if models.teacher is not None and keeps_hidden_rows(options) and is_last:
+    host = sum(parts[name] for name in _kept_on_host(options)) + _critic_on_host(options, *critic)
+    for model in models.keeping_rows(options) if is_last else []:
         rows = Work.of(options, student).rollout_rows
-        host += rows * models.teacher.hidden_size * teacher_number_bytes(options, hidden=True)
-        copied = has_own_layout(options) or teaches_itself_now(options)
-        host += teacher_head_bytes(options, models.teacher) if copied else 0
-    return RankMemory(stage=stage, host=host, total=_most_at_once(options, parts), **parts)
+        host += rows * model.hidden_size * teacher_number_bytes(options, hidden=True)
+        host += teacher_head_bytes(options, model) if has_own_layout(options) or teaches_itself_now(options) else 0
+    total = _most_at_once(options, parts, max([*frozen, parts["reference"]]), *critic)
+    return RankMemory(stage=stage, host=host, total=total, **parts)
 
 
-def _most_at_once(options: Options, parts: Mapping[str, int]) -> int:
-    """The largest of the phases: forward and backward, the optimizer's step, and scoring by a frozen model."""
+def _most_at_once(options: Options, parts: Mapping[str, int], largest: int, critic: int, critic_state: int) -> int:
+    """The largest of the phases: a model's passes, its optimizer's step, and scoring by a frozen model.
+
+    ``largest`` is what the largest frozen model takes.
+    ``critic`` are the bytes of its weights and gradients, ``critic_state`` those of its optimizer.
+    """
     offload = options.offload
     frozen = parts["teacher"] + parts["reference"]
     standing = 0 if offload.offload_teacher else frozen
-    trained, state = parts["weights"] + parts["gradients"], parts["optimizer"]
-    working = parts["activations"] + parts["recomputed"] + parts["head"]
-    passes = trained + working + standing + (0 if offload.offload_optimizer else state)
-    step = trained + state + standing
-    scoring = max(parts["teacher"], parts["reference"]) if offload.offload_teacher else frozen
-    if not offload.offload_train:
-        scoring += trained + (0 if offload.offload_optimizer else state)
-    return parts["rollout"] + max(passes, step, scoring)
+    layers = parts["activations"] + parts["recomputed"]
+    scoring = largest if offload.offload_teacher else frozen
+
+    def at_rest(trained: int, state: int) -> int:
+        if offload.offload_train:
+            return 0
+        return trained + (0 if offload.offload_optimizer else state)
+
+    def at_work(trained: int, state: int, working: int) -> int:
+        passes = working + (0 if offload.offload_optimizer else state)
+        return trained + max(passes, state)
+
+    student = (parts["weights"] + parts["gradients"], parts["optimizer"])
+    phases = [
+        at_work(*student, layers + parts["head"]) + at_rest(critic, critic_state) + standing,
+        scoring + at_rest(*student) + at_rest(critic, critic_state),
+    ]
+    if critic:
+        phases.append(at_work(critic, critic_state, layers) + at_rest(*student) + standing)
+    return parts["rollout"] + max(phases)
+
+
+def critic_bytes(options: Options, models: Models, stage: int) -> tuple[int, int]:
+    """A critic's weights and gradients, and its optimizer."""
+    if not models.has_critic:
+        return 0, 0
+    settings = options.optimizer
+    held = _parameters(options, models.student, options.parallel, stage, is_critic=True)
+    return (number_bytes(settings) + gradient_number_bytes(settings)) * held.total, optimizer_bytes(options, held)
+
+
+def _critic_on_host(options: Options, trained: int, state: int) -> int:
+    """What has room on the host of a critic that leaves; gradients need none."""
+    number, settings = number_bytes(options.optimizer), options.optimizer
+    weights = trained * number // (number + gradient_number_bytes(settings))
+    offload = options.offload
+    kept = state if offload.offload_optimizer or offload.offload_train else 0
+    return kept + (weights if offload.offload_train else 0)
 
 
 def _kept_on_host(options: Options) -> set[str]:
@@ -140,30 +188,26 @@ def _kept_on_host(options: Options) -> set[str]:
     return teacher | optimizer | ({"weights"} if offload.offload_train else set())
 
 
-def _teacher_bytes(options: Options, models: Models, stage: int) -> int:
-    """Weights of the teacher in its own layout and precision; of its largest stage where its pipeline is another."""
-    if models.teacher is None or teaches_itself_now(options):
+def _teacher_bytes(options: Options, model: ModelArchitecture, stage: int) -> int:
+    """Weights of a teacher in its own layout and precision; of its largest stage where its pipeline is another.
+
+    A student that is its own teacher has none but its own, or those of the average, which is in float32.
+    """
+    if teaches_itself_now(options):
         return 0
-    parallel = teacher_parallel(options, models.teacher)
+    parallel = teacher_parallel(options, model)
     pipeline = parallel.pipeline_model_parallel_size
     stages = [stage] if pipeline == options.parallel.pipeline_model_parallel_size else range(pipeline)
-    exact = 4 if teaches_itself_by_average(options) and teacher_number_bytes(options) < 4 else 0
-    return (teacher_number_bytes(options) + exact) * max(
-        _parameters(options, models.teacher, parallel, one).total for one in stages
-    )
+    number = teacher_number_bytes(options)
+    number += 4 if teaches_itself_by_average(options) and number < 4 else 0
+    return number * max(_parameters(options, model, parallel, one).total for one in stages)
 
 
-def teacher_number_bytes(options: Options, hidden: bool = False) -> int:
-    """Bytes of a weight of the teacher or, with ``hidden``, of its hidden rows on the host."""
-    own = options.opd.opd_teacher_dtype
-    if hidden and options.opd.opd_teacher_hidden_dtype != "same":
-        own = options.opd.opd_teacher_hidden_dtype
-    return {"same": number_bytes(options.optimizer), "float32": 4, "bfloat16": 2}[own]
-
-
-def _parameters(options: Options, model: ModelArchitecture, parallel: ParallelOptions, stage: int) -> Parameters:
+def _parameters(
+    options: Options, model: ModelArchitecture, parallel: ParallelOptions, stage: int, *, is_critic: bool = False
+) -> Parameters:
     divisible_by = options.model.make_vocab_size_divisible_by
-    return rank_parameters(model, parallel, stage, vocab_divisible_by=divisible_by)
+    return rank_parameters(model, parallel, stage, vocab_divisible_by=divisible_by, is_critic=is_critic)
 
 
 def gradient_number_bytes(settings: OptimizerOptions) -> int:
@@ -196,52 +240,6 @@ def expert_copies(options: Options) -> int:
         return dense_copies(options)
     holders = parallel.expert_tensor_size * parallel.expert_model_parallel_size
     return options.world_size // (holders * parallel.pipeline_model_parallel_size)
-
-
-def head_bytes(options: Options, models: Models, device: DeviceKind) -> int:
-    """Largest of what the vocabulary head holds besides its inputs: forward, backward, or measuring the exact KL.
-
-    Forward: a chunk's logits in float32 and three blocks of temporaries (with ``--bf16`` first the logits in that).
-    Backward: gradients of hidden rows and of the weight, the latter in float32, a chunk's logits and its part of
-    either gradient; with ``--bf16`` also the logits' gradient, and at the end the weight's, in that. The exact KL:
-    a chunk's logits of both models and two blocks of temporaries (with a teacher in bf16 first its logits in that), and
-    the teacher's hidden rows; and its output weight where the teacher itself is elsewhere.
-    """
-    student, number = models.student, number_bytes(options.optimizer)
-    rows = Work.of(options, student).rows
-    tensor = options.parallel.tensor_model_parallel_size
-    padded = student.padded_vocab_size(options.model.make_vocab_size_divisible_by, tensor) // tensor
-    columns = min(padded, student.vocab_size)
-    chunk = min(rows, tokens_of_chunk(padded, CHUNK_ELEMENTS[device], LEAST_CHUNK_TOKENS))
-    logits = chunk * columns
-    block = min(max(1, BLOCK_ELEMENTS[device] // columns) * columns, logits)
-    short = number if number < 4 else 0
-    weight = padded * student.hidden_size
-    forward = 4 * logits + max(12 * block, short * logits)
-    product = number * max(chunk * student.hidden_size, min(logits, weight) // 4)
-    temporary = max(short * logits + product, short * weight)
-    backward = number * rows * student.hidden_size + 4 * weight + 4 * logits + temporary
-    exact = 0
-    if models.teacher is not None and keeps_hidden_rows(options):
-        teacher_short = teacher_number_bytes(options) if teacher_number_bytes(options) < 4 else 0
-        exact = 8 * logits + max(8 * block, teacher_short * logits)
-        exact += teacher_number_bytes(options, hidden=True) * rows * models.teacher.hidden_size
-        if options.offload.offload_teacher or has_own_layout(options) or teaches_itself_now(options):
-            exact += teacher_head_bytes(options, models.teacher)
-    return max(forward, backward, exact) + STATISTICS_BYTES * rows
-
-
-def teacher_head_bytes(options: Options, teacher: ModelArchitecture) -> int:
-    """The teacher's output weight for the columns that the student has on a rank."""
-    tensor = options.parallel.tensor_model_parallel_size
-    columns = teacher.padded_vocab_size(options.model.make_vocab_size_divisible_by, tensor) // tensor
-    return teacher_number_bytes(options) * columns * teacher.hidden_size
-
-
-def keeps_hidden_rows(options: Options) -> bool:
-    """Whether the teacher's hidden rows of a rollout are kept on the host, for the exact KL or the term itself."""
-    measured = has_megatron_teacher(options) and options.opd.opd_exact_kl_interval > 0
-    return measured or needs_teacher_hidden(options)
 
 
 def rollout_bytes(options: Options, student: ModelArchitecture) -> int:

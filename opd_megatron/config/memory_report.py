@@ -20,6 +20,7 @@ LABELS = {
     "head": "vocabulary head",
     "teacher": "teacher",
     "reference": "reference",
+    "critic": "critic",
     "rollout": "rollout engine (first rank)",
 }
 """The parts of an estimate in words."""
@@ -54,9 +55,11 @@ def layout_flags(options: Options) -> str:
 
 
 def candidate_table(tried: Sequence[Candidate]) -> str:
-    """One line for each layout; the parts in GiB, those of both frozen models together."""
-    names = ("TP", "CP", "PP", "EP", "DP", "weights", "grads", "optim", "activ", "head", "frozen", "rollout", "total")
-    rows = [[*names, ""]]
+    """One line for each layout; the parts in GiB, those of both frozen models together, a critic's if there is one."""
+    has_critic = any(candidate.memory.critic for candidate in tried)
+    critic = ("critic",) if has_critic else ()
+    parts_of = ("weights", "grads", "optim", "activ", "head", "frozen", *critic, "rollout", "total")
+    rows = [["TP", "CP", "PP", "EP", "DP", *parts_of, ""]]
     for candidate in tried:
         memory = candidate.memory
         parts = (
@@ -66,6 +69,7 @@ def candidate_table(tried: Sequence[Candidate]) -> str:
             memory.activations + memory.recomputed,
             memory.head,
             memory.teacher + memory.reference,
+            *((memory.critic,) if has_critic else ()),
             memory.rollout,
             memory.total,
         )

@@ -33,11 +33,17 @@ def total_parameters(model: ModelArchitecture) -> int:
 
 
 def rank_parameters(
-    model: ModelArchitecture, parallel: ParallelOptions, stage: int, *, vocab_divisible_by: int
+    model: ModelArchitecture,
+    parallel: ParallelOptions,
+    stage: int,
+    *,
+    vocab_divisible_by: int,
+    is_critic: bool = False,
 ) -> Parameters:
     """Weights of a rank of pipeline stage ``stage``, counted from 0.
 
-    ``vocab_divisible_by`` is ``--make-vocab-size-divisible-by``. The sizes must divide (see ``validate``).
+    ``vocab_divisible_by`` is ``--make-vocab-size-divisible-by``. A critic has one number for each hidden channel, and a
+    bias, where the model has its output weight. The sizes must divide (see ``validate``).
     """
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layers = model.num_layers // pipeline
@@ -46,10 +52,12 @@ def rank_parameters(
         counted += layer_parameters(model, parallel, has_experts=model.has_experts(layer))
     is_first, is_last = stage == 0, stage == pipeline - 1
     # A tied output weight of another stage than the embedding's is a copy of it.
-    matrices = int(is_first) + int(is_last and (model.untie_embeddings_and_output_weights or not is_first))
+    output = is_last and (model.untie_embeddings_and_output_weights or not is_first) and not is_critic
+    matrices = int(is_first) + int(output)
     rows = model.padded_vocab_size(vocab_divisible_by, tensor) // tensor
     final_norm = model.hidden_size if is_last else 0
-    return counted + Parameters(matrices * rows * model.hidden_size + final_norm)
+    value_head = model.hidden_size + 1 if is_last and is_critic else 0
+    return counted + Parameters(matrices * rows * model.hidden_size + final_norm + value_head)
 
 
 def layer_parameters(model: ModelArchitecture, parallel: ParallelOptions, *, has_experts: bool) -> Parameters:

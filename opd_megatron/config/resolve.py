@@ -61,7 +61,29 @@ def needs_old_log_probs(options: Options) -> bool:
     With one step they are those of the step's own forward pass, unless something is made of them before it.
     """
     discounted = options.opd.use_opd and options.opd.opd_kl_discount > 0
-    return options.steps_per_rollout > 1 or options.objective.kl_coef > 0 or discounted
+    return options.steps_per_rollout > 1 or options.objective.kl_coef > 0 or discounted or selects_tokens(options.opd)
+
+
+def selects_tokens(opd: OpdOptions) -> bool:
+    """Whether the student says before the step how much there is to learn at each token."""
+    return opd.use_opd and opd.opd_token_select != "all"
+
+
+def selects_by_divergence(opd: OpdOptions) -> bool:
+    """Whether the choice of tokens compares the student's distributions with the teacher's."""
+    return selects_tokens(opd) and opd.opd_token_score != "entropy"
+
+
+def learns_from_chosen_tokens(options: Options) -> bool:
+    """Whether nothing but the distillation term of the chosen tokens is in the loss: the others need no gradient.
+
+    Not where the ratio of a whole response, which all its tokens make, decides about the chosen ones.
+    """
+    objective = options.objective
+    task = objective.advantage_estimator != "none" or objective.custom_advantage_path is not None
+    other = objective.use_kl_loss or objective.entropy_coef > 0 or objective.custom_loss_path is not None
+    of_responses = (objective.policy_loss == "gspo" or objective.use_opsm) and options.steps_per_rollout > 1
+    return selects_tokens(options.opd) and not (task or other or of_responses)
 
 
 def measures_exact_kl(opd: OpdOptions, rollout_id: int) -> bool:
@@ -69,10 +91,51 @@ def measures_exact_kl(opd: OpdOptions, rollout_id: int) -> bool:
     return opd.opd_exact_kl_interval > 0 and rollout_id % opd.opd_exact_kl_interval == 0
 
 
+def measures_diagnostics(opd: OpdOptions, rollout_id: int) -> bool:
+    """Whether ``--opd-diagnostics-interval`` names rollout ``rollout_id`` (from 0)."""
+    return opd.opd_diagnostics_interval > 0 and rollout_id % opd.opd_diagnostics_interval == 0
+
+
+def measures_gradients(opd: OpdOptions, rollout_id: int) -> bool:
+    """Whether ``--opd-gradient-diagnostics-interval`` names rollout ``rollout_id`` (from 0)."""
+    interval = opd.opd_gradient_diagnostics_interval
+    return interval > 0 and rollout_id % interval == 0
+
+
 def needs_teacher_hidden(options: Options) -> bool:
     """Whether every rollout is trained with the hidden states of a Megatron teacher."""
     opd = options.opd
-    return has_megatron_teacher(options) and (opd.opd_baseline != "none" or opd.opd_loss == "distribution")
+    compared = opd.opd_baseline != "none" or opd.opd_loss == "distribution" or selects_by_divergence(opd)
+    return has_megatron_teacher(options) and compared
+
+
+def has_advantages(options: Options) -> bool:
+    """Whether the policy loss has something to weigh: a task advantage, or a distillation term that is one."""
+    objective, opd = options.objective, options.opd
+    own = objective.custom_advantage_path is not None or objective.custom_loss_path is not None
+    tasked = own or objective.loss_type != "policy_loss" or objective.advantage_estimator != "none"
+    return tasked or not opd.use_opd or (opd.opd_loss == "sampled" and not opd.opd_importance)
+
+
+def sampled_tokens_learn(options: Options) -> bool:
+    """Whether the loss has a gradient through the log-probabilities of the sampled tokens, or through the entropy.
+
+    Pure distillation by whole distributions has none: its task advantages are 0.
+    """
+    objective = options.objective
+    regularised = objective.use_kl_loss or objective.entropy_coef > 0
+    return has_advantages(options) or regularised or options.opd.opd_loss == "kl_loss" or options.opd.opd_importance
+
+
+def needs_student_ids(options: Options) -> bool:
+    """Whether a teacher behind servers is asked about the tokens that the student finds likeliest.
+
+    The trainer names those when the whole rollout is there.
+    """
+    opd = options.opd
+    recorded = options.rollout.load_debug_rollout_data is not None
+    of_student = opd.opd_loss == "distribution" and opd.opd_support == "student_topk"
+    return opd.use_opd and opd.opd_type == "sglang" and of_student and not recorded
 
 
 def reference_folder(options: Options) -> Path | None:
@@ -249,10 +312,12 @@ def check_optimizer_kind(options: Options, saved: Mapping[str, Any]) -> None:
 def schedule_steps(options: Options, num_rollouts: int) -> tuple[int, int]:
     """(decay, warm-up) of the learning rate in optimizer steps for a run of ``num_rollouts``.
 
-    Raises :class:`UserError` if the warm-up does not end before the decay does.
+    The rollouts of ``--num-critic-only-steps`` have none of these steps. Raises :class:`UserError` if the
+    warm-up does not end before the decay does.
     """
     settings = options.optimizer
-    decay = settings.lr_decay_iters or num_rollouts * options.steps_per_rollout
+    rollouts = max(1, num_rollouts - options.objective.num_critic_only_steps)
+    decay = settings.lr_decay_iters or rollouts * options.steps_per_rollout
     warmup = settings.lr_warmup_iters
     if settings.lr_warmup_fraction is not None:
         warmup = int(settings.lr_warmup_fraction * decay)

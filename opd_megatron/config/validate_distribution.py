@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.resolve import needs_student_ids
 
 _OF_FORM = {
     "sampled": ("opd_kl_discount", "opd_log_ratio_clip", "opd_importance", "opd_baseline"),
@@ -77,6 +78,10 @@ def _divergence_faults(options: Options, opd: OpdOptions) -> Iterator[str]:
                 yield f"{_flag(name)} needs --opd-divergence-to: name the second divergence"
     elif opd.opd_divergence_mix is None and opd.opd_divergence_schedule is None:
         yield "--opd-divergence-to needs --opd-divergence-mix, --opd-divergence-schedule or both"
+    if opd.opd_divergence_to == opd.opd_divergence:
+        yield f"--opd-divergence-to {opd.opd_divergence} is the first divergence again: name another, or leave it out"
+    if opd.opd_divergence_mix == 0.0:
+        yield "--opd-divergence-mix 0 gives --opd-divergence-to no weight: leave both out"
 
 
 def _either(kinds: Sequence[str]) -> str:
@@ -98,8 +103,8 @@ def _support_faults(options: Options, opd: OpdOptions) -> Iterator[str]:
         yield f"--opd-support {opd.opd_support} needs --opd-top-k: say how many tokens"
     elif opd.opd_top_k == 1 and opd.opd_tail == "renormalized":
         yield "--opd-tail renormalized needs an --opd-top-k of at least 2: one token has probability 1 on both sides"
-    if opd.opd_support == "student_topk" and opd.opd_type == "sglang":
-        yield "--opd-support student_topk needs --opd-type megatron: use teacher_topk with a server"
+    if needs_student_ids(options):
+        yield from _student_ids_faults(opd)
     if opd.opd_type == "megatron" and options.rollout.load_debug_rollout_data is not None:
         yield "--opd-loss distribution needs the Megatron teacher itself: recorded rollouts hold its scores only"
     temperature = opd.opd_temperature or options.rollout.rollout_temperature
@@ -108,3 +113,20 @@ def _support_faults(options: Options, opd: OpdOptions) -> Iterator[str]:
             f"--opd-temperature {temperature:g} with --opd-type sglang needs --opd-tail renormalized: the mass outside "
             "a server's top tokens is known at temperature 1 only"
         )
+
+
+def _student_ids_faults(opd: OpdOptions) -> Iterator[str]:
+    if opd.opd_top_k is not None and opd.opd_top_k > opd.opd_max_union_ids:
+        yield (
+            f"--opd-support student_topk with --opd-top-k {opd.opd_top_k} asks a server for more than "
+            f"--opd-max-union-ids {opd.opd_max_union_ids} ids at every position: lower the first or raise the second"
+        )
+    for flag, policy in (
+        ("--opd-on-teacher-failure", opd.opd_on_teacher_failure),
+        ("--opd-overlong", opd.opd_overlong),
+    ):
+        if policy == "drop":
+            yield (
+                f"{flag} drop does not go with --opd-support student_topk and --opd-type sglang, which scores a "
+                "rollout when it is whole: choose stop or mask"
+            )

@@ -37,6 +37,13 @@ def engine_faults(options: Options) -> Iterator[str]:
     if options.engine.rollout_engine_url:
         for name in (name for name in _STARTED_ONLY if name in given):
             yield f"{_flag(name)} has no effect on the servers of --rollout-engine-url: leave one of them out"
+    elif options.engine.rollout_engine_api_key_env is not None:
+        yield (
+            "--rollout-engine-api-key-env goes with --rollout-engine-url only: servers that the run starts are reached "
+            "from this machine alone"
+        )
+    if options.engine.rollout_weight_transfer == "distributed" and options.engine.rollout_weights_dir is not None:
+        yield "--rollout-weights-dir has no effect with --rollout-weight-transfer distributed: leave one of them out"
     if options.rollout.load_debug_rollout_data is not None:
         yield "--rollout-engine sglang has nothing to sample with --load-debug-rollout-data: leave it out"
     elif options.objective.loss_type == "sft_loss" and not options.evaluation.eval_prompt_data:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import needs_reference, reference_folder
+from opd_megatron.config.resolve import has_advantages, reference_folder
+from opd_megatron.config.targets import REFERENCE, loads_reference, opd_reference_name
 
 _SWITCHES: dict[str, tuple[str, ...]] = {
     "use_kl_loss": ("kl_loss_coef", "kl_loss_type"),
@@ -21,13 +22,29 @@ _POLICY_ONLY = (
     "advantage_estimator",
     "custom_advantage_path",
     "normalize_advantages",
+    "disable_grpo_std_normalization",
+    "gamma",
     "policy_loss",
     "custom_loss_path",
+    "eps_clip",
+    "eps_clip_high",
+    "eps_clip_c",
     "ppo_epochs",
     "use_tis",
     "use_opsm",
 )
 """Options of the policy loss that change what is trained when they are not at their default."""
+
+_OF_ADVANTAGES = (
+    "normalize_advantages",
+    "policy_loss",
+    "eps_clip",
+    "eps_clip_high",
+    "eps_clip_c",
+    "use_tis",
+    "use_opsm",
+)
+"""Options that change nothing where every advantage is 0."""
 
 
 def objective_faults(options: Options) -> Iterator[str]:
@@ -47,8 +64,10 @@ def objective_faults(options: Options) -> Iterator[str]:
         return
     yield from _advantage_faults(options)
     yield from _policy_loss_faults(options)
-    if needs_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
+    if loads_reference(options) and options.checkpoint.hf_checkpoint and reference_folder(options) is None:
         flag = "--use-kl-loss" if objective.use_kl_loss else "--kl-coef"
+        if opd_reference_name(options) == REFERENCE:
+            flag = "--opd-reward-scale"
         yield f"{flag} needs a reference: give --ref-load, or weights in --hf-checkpoint"
 
 
@@ -60,8 +79,8 @@ def _advantage_faults(options: Options) -> Iterator[str]:
         if objective.disable_grpo_std_normalization:
             yield "--disable-grpo-std-normalization belongs to --advantage-estimator grpo: leave it out"
         return
-    if "gamma" in given and objective.advantage_estimator != "reinforce_plus_plus":
-        yield "--gamma belongs to --advantage-estimator reinforce_plus_plus: leave it out"
+    if "gamma" in given and objective.advantage_estimator not in ("reinforce_plus_plus", "ppo"):
+        yield "--gamma belongs to --advantage-estimator reinforce_plus_plus or ppo: leave it out"
     if objective.disable_grpo_std_normalization and objective.advantage_estimator != "grpo":
         yield "--disable-grpo-std-normalization belongs to --advantage-estimator grpo: leave it out"
     if objective.advantage_estimator == "none" and objective.kl_coef > 0:
@@ -70,6 +89,12 @@ def _advantage_faults(options: Options) -> Iterator[str]:
 
 def _policy_loss_faults(options: Options) -> Iterator[str]:
     objective, given = options.objective, options.given
+    if not has_advantages(options):
+        form = "importance" if options.opd.opd_loss == "sampled" else f"loss {options.opd.opd_loss}"
+        for name in (name for name in _OF_ADVANTAGES if name in given and getattr(objective, name)):
+            yield (
+                f"{_flag(name)} has no effect: with --advantage-estimator none and --opd-{form} every advantage is 0"
+            )
     if objective.use_kl_loss and objective.kl_loss_coef == 0:
         yield "--use-kl-loss has no effect with --kl-loss-coef 0, its default: give a coefficient"
     if objective.custom_loss_path is not None and "policy_loss" in given:

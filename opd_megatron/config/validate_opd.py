@@ -7,9 +7,12 @@ import dataclasses
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import has_megatron_teacher, is_self_taught, knows_teacher, needs_teacher_hidden
 from opd_megatron.config.teachers_file import read_teachers
+from opd_megatron.config.validate_diagnostics import diagnostics_faults
 from opd_megatron.config.validate_distribution import distribution_faults
 from opd_megatron.config.validate_prefixes import prefix_faults
 from opd_megatron.config.validate_self import SELF_ONLY, self_teacher_faults
+from opd_megatron.config.validate_targets import OF_MIXTURE, target_faults
+from opd_megatron.config.validate_weights import weight_faults
 
 _SGLANG_ONLY = (
     "opd_teacher_url",
@@ -40,6 +43,7 @@ _MEGATRON_ONLY = (
     "opd_teacher_hidden_dtype",
     "opd_exact_kl_interval",
     "opd_baseline",
+    "opd_more_teachers",
 )
 
 
@@ -66,6 +70,9 @@ def opd_faults(options: Options) -> list[str]:
     else:
         faults += _sglang_faults(options)
     faults += [*distribution_faults(options), *self_teacher_faults(options), *prefix_faults(options)]
+    faults += weight_faults(options)
+    faults += diagnostics_faults(options)
+    faults += target_faults(options)
     if not opd.opd_allow_sampling_mismatch:
         faults += _sampling_faults(options)
     return faults
@@ -82,7 +89,7 @@ def idle_opd_options(options: Options) -> list[str]:
     elif options.rollout.load_debug_rollout_data is not None:
         # a baseline is part of the objective, which a recording cannot serve: that is refused wherever it stands
         of_type = {"megatron": _MEGATRON_ONLY, "sglang": _SGLANG_ONLY}.get(options.opd.opd_type or "", ())
-        names = (*SELF_ONLY, *(name for name in of_type if name != "opd_baseline"))
+        names = (*SELF_ONLY, *(name for name in of_type if name != "opd_baseline"), *OF_MIXTURE)
     return [name for name in names if name in options.given]
 
 
@@ -101,8 +108,8 @@ def _megatron_faults(options: Options) -> list[str]:
     baseline = options.opd.opd_baseline
     if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
         faults.append(f"--opd-baseline {baseline} needs the teacher itself: recorded rollouts hold its scores only")
-    unused = not needs_teacher_hidden(options) and not options.opd.opd_exact_kl_interval
-    if "opd_teacher_hidden_dtype" in options.given and unused:
+    measured = options.opd.opd_exact_kl_interval or options.opd.opd_diagnostics_interval
+    if "opd_teacher_hidden_dtype" in options.given and not needs_teacher_hidden(options) and not measured:
         faults.append(
             "--opd-teacher-hidden-dtype has no effect: --opd-exact-kl-interval 0 and --opd-baseline none keep no "
             "hidden states: leave it out"

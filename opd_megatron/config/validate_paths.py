@@ -12,6 +12,7 @@ from opd_megatron.config.checkpoint_paths import TRACKER, inspect_checkpoint, re
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import holds_checkpoint, starting_point, teacher_folder
+from opd_megatron.config.targets import named_folder_faults, named_models
 
 ROLLOUT_ID = "{rollout_id}"
 
@@ -34,6 +35,7 @@ def path_faults(options: Options, check_prompts: PromptCheck | None) -> list[str
             *_hf_checkpoint_faults(options),
             *_weight_faults(options),
             *_teacher_faults(options),
+            *named_folder_faults(options),
             *_prompt_faults(options, check_prompts),
             *_recorded_faults(options),
             *_target_faults(options),
@@ -227,5 +229,7 @@ def _folders_read(options: Options) -> list[tuple[str, str]]:
         ("--hf-checkpoint", options.checkpoint.hf_checkpoint),
         ("--ref-load", options.checkpoint.ref_load),
         ("--opd-teacher-load", teacher_folder(options)),
+        *((flag, folder) for _, flag, folder in named_models(options)),
+        ("--critic-load", options.objective.critic_load),
     )
     return [(flag, folder) for flag, folder in folders if folder is not None]

@@ -13,7 +13,6 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
     has_own_layout,
-    needs_reference,
     schedule_steps,
     student_architecture,
     teacher_architecture,
@@ -21,6 +20,8 @@ from opd_megatron.config.resolve import (
     teacher_parallel,
     weight_differences,
 )
+from opd_megatron.config.targets import loads_reference, named_architectures
+from opd_megatron.config.validate_critic import critic_faults
 from opd_megatron.config.validate_engine import engine_faults
 from opd_megatron.config.validate_moe import (
     SizeName,
@@ -44,6 +45,7 @@ def run_faults(options: Options) -> list[str]:
         *_offload_faults(options),
         *objective_faults(options),
         *self_teacher_weight_faults(options),
+        *critic_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),
         *engine_faults(options),
@@ -141,6 +143,12 @@ def _model_faults(options: Options) -> Iterator[str]:
             yield from _teacher_layout_faults(options, models[-1])
         except UserError as error:
             yield str(error)
+    try:
+        further = list(named_architectures(options).values())
+        models += further
+        yield from (fault for model in further for fault in _teacher_layout_faults(options, model))
+    except UserError as error:
+        yield str(error)
     spread = options.parallel.expert_model_parallel_size > 1 or options.parallel.expert_tensor_parallel_size is not None
     if models and spread and not any(model.mixture for model in models):
         flags = "--expert-model-parallel-size and --expert-tensor-parallel-size"
@@ -219,7 +227,7 @@ def _recompute_faults(options: Options) -> Iterator[str]:
 
 def _offload_faults(options: Options) -> Iterator[str]:
     offload = options.offload
-    if offload.offload_teacher and not has_megatron_teacher(options) and not needs_reference(options):
+    if offload.offload_teacher and not has_megatron_teacher(options) and not loads_reference(options):
         yield "--offload-teacher has no effect: there is neither a Megatron teacher nor a reference: leave it out"
     if offload.offload_dir is not None and not (
         offload.offload_teacher or offload.offload_optimizer or offload.offload_train

@@ -31,6 +31,8 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
         return
     for name in (name for name in _EXTERNAL_ONLY if name in given):
         yield f"{_flag(name)} does not go with --opd-teacher self, which has the student's weights and layout"
+    for name in (name for name in ("opd_more_teachers", "opd_teacher_mixture") if name in given):
+        yield f"{_flag(name)} does not go with --opd-teacher self, which is one teacher"
     if "opd_self_ema_decay" in given and opd.opd_self_weights != "ema":
         yield "--opd-self-ema-decay goes with --opd-self-weights ema only"
     if opd.opd_type == "sglang":
@@ -67,6 +69,8 @@ def _server_faults(options: Options) -> Iterator[str]:
         yield "--opd-self-weights ema needs --opd-type megatron: no server has the moving average"
     if opd.opd_self_weights != "current":
         return
+    if opd.opd_support == "student_topk":
+        yield "--opd-support student_topk is not asked of the rollout engine's servers: use teacher_topk"
     if options.engine.rollout_engine != "sglang":
         yield (
             "--opd-self-weights current with --opd-type sglang needs --rollout-engine sglang, whose servers have the "

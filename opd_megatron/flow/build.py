@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.options import Options
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import build_filter
 from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages
 from opd_megatron.reward import RewardFunction
-from opd_megatron.teacher.protocol import StreamingTeacher, Teacher
+from opd_megatron.teacher.protocol import StreamingTeacher
 
 
-def scores_later(teacher: Teacher | StreamingTeacher | None) -> bool:
+def scores_later(teacher: object) -> bool:
     """Whether the teacher scores whole rollouts, when they are finished, and not sample by sample."""
     return teacher is not None and not _streams(teacher)
 
 
-def _streams(teacher: Teacher | StreamingTeacher | None) -> TypeGuard[StreamingTeacher]:
+def _streams(teacher: object) -> TypeGuard[StreamingTeacher]:
     return hasattr(teacher, "score_one")
 
 
-def failure_policy(opd: OpdOptions) -> FailurePolicy:
-    """What the options say about samples without a score."""
+def policy_of(options: Options) -> FailurePolicy:
+    """What these options do about samples that the teacher cannot score."""
+    opd = options.opd
     return FailurePolicy(
         on_failure=opd.opd_on_teacher_failure,
         on_overlong=opd.opd_overlong,
@@ -36,9 +37,9 @@ def stages_of(
     source: SampleSource,
     prompts: PromptSource,
     reward: RewardFunction | None,
-    teacher: Teacher | StreamingTeacher | None,
+    teacher: object,
 ) -> Stages:
-    """What a rollout of these options goes through."""
+    """What a rollout of these options goes through; a ``teacher`` that scores whole rollouts comes after it."""
     rollout = options.rollout
     if rollout.rollout_batch_size is None:
         raise ValueError("rollout_batch_size is not set")
@@ -52,7 +53,7 @@ def stages_of(
         keep=build_filter(rollout),
         max_refills=rollout.dynamic_filter_max_refills * rollout.rollout_batch_size,
         teacher=teacher if _streams(teacher) else None,
-        policy=failure_policy(options.opd),
+        policy=policy_of(options),
         # The rounding of the local engine depends on what it decodes together.
         refill_at_once=options.engine.rollout_engine != "local",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
+from opd_megatron.teacher.protocol import FailureKind, StreamingTeacher, TeacherError, TeacherFailure
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,14 @@ class FailureCount:
         """``opd/teacher_failed_frac``, of the samples asked about, and ``opd/teacher_failed/<kind>``, counts."""
         found = {f"opd/teacher_failed/{kind}": float(count) for kind, count in sorted(self._by_kind.items())}
         return {"opd/teacher_failed_frac": self._by_kind.total() / max(self.asked, 1), **found}
+
+
+def teacher_metrics(teacher: StreamingTeacher) -> dict[str, float]:
+    """``opd/teacher_*`` of what was exchanged with the teacher's servers since the last call."""
+    found = teacher.statistics()
+    return {
+        "opd/teacher_requests": found["requests"],
+        "opd/teacher_retries": found["retries"],
+        "opd/teacher_answer_seconds": found["wait_seconds"] / max(found["samples"], 1.0),
+        "opd/teacher_in_flight_limit": found["in_flight_limit"],
+    }

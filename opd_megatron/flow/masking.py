@@ -13,13 +13,14 @@ from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.protocol import FailureKind
 
 
-def mask(sample: Sample, kind: FailureKind, teacher: str) -> None:
+def mask(sample: Sample, kind: FailureKind, teacher: str) -> TeacherScores:
     """Leave the sample out of the distillation term: its scores are valid nowhere and no number to mistake for one."""
     length = sample.response_length
     sample.teacher_failure = str(kind)
     sample.teacher_scores = TeacherScores(
         np.full(length, np.nan, dtype=np.float32), np.zeros(length, dtype=np.bool_), teacher=teacher
     )
+    return sample.teacher_scores
 
 
 def complete_masked(samples: Sequence[Sample]) -> None:

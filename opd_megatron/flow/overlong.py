@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import is_self_taught, student_architecture
-from opd_megatron.flow.build import failure_policy
+from opd_megatron.flow.build import policy_of
 from opd_megatron.flow.failures import FailureCount
 from opd_megatron.flow.masking import mask
 from opd_megatron.sample import Sample
@@ -21,7 +21,7 @@ def score_rollout(options: Options, teacher: Teacher, samples: Sequence[Sample])
     are masked as ``--opd-overlong`` says. Raises :class:`~opd_megatron.teacher.protocol.TeacherError` where there are
     too many of them.
     """
-    policy = failure_policy(options.opd)
+    policy = policy_of(options)
     failures = FailureCount(policy, len(samples))
     positions = student_architecture(options).max_position_embeddings if is_self_taught(options) else None
     asked = []

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from opd_megatron.config.errors import RunError
 from opd_megatron.flow.clock import StageClock
-from opd_megatron.flow.failures import FailureCount, FailurePolicy
+from opd_megatron.flow.failures import FailureCount, FailurePolicy, teacher_metrics
 from opd_megatron.flow.filters import FilterError, GroupFilter
 from opd_megatron.flow.gate import Gate
 from opd_megatron.flow.masking import complete_masked, mask
@@ -126,7 +126,6 @@ class _Making:
         self.groups: list[_Group] = []
         self.filtered = 0
         self.limits: set[asyncio.Timeout] = set()
-        self.late = False
 
     async def finish(self) -> Rollout:
         if self.stages.teacher is not None:
@@ -146,7 +145,7 @@ class _Making:
         complete_masked(samples)
         metrics = {"rollout/filtered_groups": float(self.filtered), **self.clock.metrics()}
         if self.stages.teacher is not None:
-            metrics |= self.failures.metrics()
+            metrics |= self.failures.metrics() | teacher_metrics(self.stages.teacher)
         return Rollout(samples, metrics)
 
     def _check_complete(self) -> None:
@@ -214,7 +213,7 @@ class _Making:
         self.failures.asked += 1
         try:
             with self.gate.passing(), self.clock.at_work("teacher"):
-                async with asyncio.timeout(0 if self.late else None) as limit:
+                async with asyncio.timeout(None) as limit:
                     self.limits.add(limit)
                     try:
                         sample.teacher_scores = await teacher.score_one(sample)
@@ -258,12 +257,17 @@ class _Making:
             self.tasks.create_task(self._sample(1))
 
     async def _watch_deadline(self) -> None:
-        """End the calls that are open when the step has waited for the teacher alone for too long."""
-        while (left := self.stages.policy.deadline - self.clock.teacher_wait) > 0:
-            await asyncio.sleep(left)
-        self.late = True
-        for limit in self.limits:
-            limit.reschedule(asyncio.get_running_loop().time())
+        """End the calls that are open when the step has waited for the teacher alone for too long.
+
+        What takes the place of what was dropped then has as much time again.
+        """
+        began = 0.0
+        while True:
+            while (left := self.stages.policy.deadline - (self.clock.teacher_wait - began)) > 0:
+                await asyncio.sleep(left)
+            began = self.clock.teacher_wait
+            for limit in self.limits:
+                limit.reschedule(asyncio.get_running_loop().time())
 
 
 def _deadline_failure(teacher: str, sample: Sample, seconds: float) -> TeacherFailure:

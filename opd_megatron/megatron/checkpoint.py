@@ -91,24 +91,42 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     run_state: dict[str, Any] | None = None,
-    more: Entries | None = None,
+    beside: tuple[Entries, dict[str, Any]] = ({}, {}),
 ) -> Path:
     """Write one step folder; all ranks call it.
 
     ``run_state`` is a JSON-like mapping; without it only the weights are written. Without an optimizer and its
-    scheduler a run can resume with new ones only. ``more`` are pieces of other tensors to write beside them.
+    scheduler a run can resume with new ones only. ``beside`` is what else the step folder is to hold, a critic for one:
+    this rank's pieces and what is not sharded.
 
     The folder is written under a name that ends in ``.tmp`` and renamed when it is whole, then the tracker is replaced;
     a process that dies on the way leaves the earlier checkpoint as it was.
     """
-    entries = model_entries(chunks_of(models), to_write=True) | (more or {})
-    common: dict[str, Any] = {}
+    entries, common = entries_of(models, optimizer, scheduler)
     if run_state is not None:
         common |= {"run": run_state, "rng": torch.get_rng_state()}
-    if optimizer is not None and scheduler is not None:
-        entries |= optimizer_entries(optimizer, chunks_of(models), to_write=True)
-        common |= {"scheduler": scheduler.state_dict(), "optimizer_steps": steps_taken(optimizer)}
-    return save_entries(Path(folder), step, entries, common, hf_folder)
+    return save_entries(Path(folder), step, entries | beside[0], common | beside[1], hf_folder)
+
+
+def entries_of(
+    models: Models, optimizer: MegatronOptimizer | None, scheduler: OptimizerParamScheduler | None
+) -> tuple[Entries, dict[str, Any]]:
+    """What this rank writes of a model and of its optimizer, where there is one, and what is not sharded of them."""
+    entries = model_entries(chunks_of(models), to_write=True)
+    if optimizer is None or scheduler is None:
+        return entries, {}
+    entries |= optimizer_entries(optimizer, chunks_of(models), to_write=True)
+    return entries, {"scheduler": scheduler.state_dict(), "optimizer_steps": steps_taken(optimizer)}
+
+
+def renamed(entries: Entries, prefix: str) -> Entries:
+    """The same pieces of tensors whose names begin with ``prefix``."""
+    return {prefix + name: entry for name, entry in entries.items()}
+
+
+def stores(folder: Path, name: str) -> bool:
+    """Whether a step folder has the tensor ``name``; raises ``UserError`` if its metadata is damaged."""
+    return name in StepReader(folder).tensors()
 
 
 def save_entries(root: Path, step: Step, entries: Entries, common: dict[str, Any], hf_folder: Path) -> Path:
@@ -151,9 +169,8 @@ def stored_dtype(source: Path) -> torch.dtype:
     if (source / "config.json").exists():
         return hf_weights_dtype(source)
     stored = StepReader(source).tensors()
-    dtypes = [
-        entry.properties.dtype for name, entry in stored.items() if not name.startswith(("optimizer", "moving_average"))
-    ]
+    beside = ("optimizer", "critic.", "moving_average.")
+    dtypes = [entry.properties.dtype for name, entry in stored.items() if not name.startswith(beside)]
     if not dtypes:
         raise UserError(f"{source} holds no weights of a model")
     return reduce(torch.promote_types, dtypes)
@@ -164,16 +181,17 @@ def load_weights(models: Models, path: str | Path, step: Step | None = None) -> 
     load_model_folder(models, resolve_step(path, step))
 
 
-def load_model_folder(models: Models, source: Path) -> None:
+def load_model_folder(models: Models, source: Path, prefix: str = "") -> None:
     """Load weights from a Hugging Face folder or from one torch_dist step folder, piece by piece into their place.
 
-    Raises ``UserError`` if they are those of another model, or damaged.
+    ``prefix`` stands before their names in the step folder of another model. Raises ``UserError`` if they are those of
+    another model, or damaged.
     """
     chunks = chunks_of(models)
     if (source / "config.json").exists():
         load_hf_weights(chunks, source)
         return
-    wanted = model_entries(chunks, to_write=False)
+    wanted = renamed(model_entries(chunks, to_write=False), prefix)
     vocab_size = chunks[0].architecture.vocab_size
 
     def read() -> None:
@@ -237,16 +255,31 @@ def load_training_state(
     run_state: dict[str, Any] = common["run"]
     if with_optimizer:
         check(run_state)
-        if "optimizer_steps" not in common:
-            raise UserError(f"{source} was saved without the optimizer's state: resume with --no-load-optim")
-        wanted = optimizer_entries(optimizer, chunks_of(models), to_write=False)
-        vocab_size = chunks_of(models)[0].architecture.vocab_size
-        _together(lambda: _read_optimizer(StepReader(source), wanted, vocab_size))
-        set_steps_taken(optimizer, common["optimizer_steps"])
-        scheduler.load_state_dict(common["scheduler"])
+        load_optimizer(source, common, models, optimizer, scheduler)
     if with_rng:
         torch.set_rng_state(common["rng"])
     return run_state
+
+
+def load_optimizer(
+    source: Path,
+    saved: dict[str, Any],
+    models: Models,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    prefix: str = "",
+) -> None:
+    """Read optimizer and schedule from a step folder; ``saved`` is what it holds of them that is not sharded.
+
+    ``prefix`` is that of :func:`load_model_folder`. Raises ``UserError`` if they are not there or of another model.
+    """
+    if "optimizer_steps" not in saved:
+        raise UserError(f"{source} was saved without the optimizer's state: resume with --no-load-optim")
+    wanted = renamed(optimizer_entries(optimizer, chunks_of(models), to_write=False), prefix)
+    vocab_size = chunks_of(models)[0].architecture.vocab_size
+    _together(lambda: _read_optimizer(StepReader(source), wanted, vocab_size))
+    set_steps_taken(optimizer, saved["optimizer_steps"])
+    scheduler.load_state_dict(saved["scheduler"])
 
 
 def _read_optimizer(reader: StepReader, wanted: Entries, vocab_size: int) -> None:

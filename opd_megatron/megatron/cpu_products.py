@@ -33,6 +33,14 @@ def _fits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype == torch.float32 and min(a.shape) > 1 and b.shape[1] > 1
 
 
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b + bias`` by oneDNN, whose fast loops want a second factor without gaps in memory."""
+    weight = b.t()
+    if not weight.is_contiguous() and not b.is_contiguous():
+        weight = weight.contiguous()
+    return _linear(a, weight, bias, "none", [], "")
+
+
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of ``[m, k]`` and ``[k, n]``."""
     if not _fits(a, b):
@@ -40,8 +48,8 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[0] > b.shape[1] and a.stride(0) == 1 < a.stride(1):
         # oneDNN is given a copy of a first factor that is transposed, but not of the second: of a weight's gradient,
         # whose factors are as long as the batch, the narrower one goes first.
-        return _linear(b.t(), a, None, "none", [], "").t().contiguous()
-    return _linear(a, b.t(), None, "none", [], "")
+        return _product(b.t(), a.t()).t().contiguous()
+    return _product(a, b)
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -50,8 +58,8 @@ def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float =
         out = a.new_empty((a.shape[0], b.shape[1]))
         return torch.ops.aten.addmm.out(bias, a, b, beta=beta, alpha=alpha, out=out)
     if bias.dim() == 1 and len(bias) == b.shape[1]:
-        return _linear(a, b.t(), bias, "none", [], "")
-    return _linear(a, b.t(), None, "none", [], "").add_(bias)
+        return _product(a, b, bias)
+    return _product(a, b).add_(bias)
 
 
 @cache

@@ -14,19 +14,16 @@ import torch
 from torch import Tensor
 
 from opd_megatron.config.options import OpdOptions
-from opd_megatron.megatron.vocab_head import full_divergence, record_divergence, selected_log_probs, top_k
+from opd_megatron.megatron.vocab_head import (
+    Mixture,
+    Side,
+    Target,
+    record_divergence,
+    selected_log_probs,
+    target_divergence,
+    top_k,
+)
 from opd_megatron.objectives.divergences import Divergence, forward_kl
-
-
-class Side(NamedTuple):
-    """Hidden rows ``[N, h]`` and this rank's rows ``[V, h]`` of the output weight of one model."""
-
-    rows_Nh: Tensor
-    weight_Vh: Tensor
-
-    def at(self, places_M: Tensor) -> Side:
-        """Only some of the tokens."""
-        return Side(self.rows_Nh.index_select(0, places_M), self.weight_Vh)
 
 
 class Record(NamedTuple):
@@ -60,7 +57,7 @@ class DistributionTerm:
     divergence: Divergence
     head: dict[str, Any]
 
-    def __call__(self, student: Side, teacher: Side | Record, mask_N: Tensor) -> Tensor:
+    def __call__(self, student: Side, teacher: Target | Record, mask_N: Tensor) -> Tensor:
         """``[N]`` with a gradient to the student, 0 where ``mask_N`` (bool) is false.
 
         ``D`` or, with ``--opd-entropy-aware w``, ``D + w H(T)/ln V * KL(T||S)`` (cf. arXiv 2603.07079): the forward KL
@@ -74,9 +71,10 @@ class DistributionTerm:
             value_M = value_M + self.options.opd_entropy_aware * share_M * compared(forward_kl)
         return value_M.new_zeros(mask_N.shape).index_copy(0, places_M, value_M)
 
-    def _compared(self, student: Side, teacher: Side | Record) -> Callable[[Divergence], Tensor]:
-        if isinstance(teacher, Side) and self.options.opd_support == "full":
-            return lambda divergence: full_divergence(*student, *teacher, divergence, **self.head)
+    def _compared(self, student: Side, teacher: Target | Record) -> Callable[[Divergence], Tensor]:
+        if not isinstance(teacher, Record) and self.options.opd_support == "full":
+            return lambda divergence: target_divergence(*student, teacher, divergence, **self.head)
+        assert not isinstance(teacher, Mixture)  # whose most probable tokens nobody knows
         record = self._record(student, teacher) if isinstance(teacher, Side) else teacher
         renormalized = self.options.opd_tail == "renormalized"
         return lambda divergence: record_divergence(
@@ -94,8 +92,9 @@ class DistributionTerm:
         return Record(ids_MK, log_probs_MK, tail_M)
 
     @torch.no_grad()
-    def _teacher_entropy(self, teacher: Side | Record) -> Tensor:
+    def _teacher_entropy(self, teacher: Target | Record) -> Tensor:
         """``[M]`` in nats; of a record that of its classes."""
+        assert not isinstance(teacher, Mixture)
         if isinstance(teacher, Record):
             return teacher.entropy(renormalized=self.options.opd_tail == "renormalized")
         no_ids_M0 = torch.zeros((len(teacher.rows_Nh), 0), dtype=torch.int64, device=teacher.rows_Nh.device)

@@ -23,17 +23,18 @@ from opd_megatron.megatron.vocab_head import token_log_probs
 from opd_megatron.sample import Sample
 
 LastStage = Callable[[MicroBatch, Tensor], Any]
-"""What the last pipeline stage makes of a micro-batch and its hidden rows ``[N, h]``."""
+"""What the last pipeline stage makes of a micro-batch and its hidden rows ``[N, h]``, or a critic's values."""
 
 
 def response_rows(model: HiddenStateModel, batch: MicroBatch, hidden: Tensor) -> Tensor:
-    """``[N, h]`` hidden states that predict the response tokens, ready for the vocabulary head.
+    """``[N, h]`` of the model's output, hidden states mostly, where it predicts the response tokens.
 
-    The mapping applied here adds up the head's gradient over the tensor-parallel ranks in backward.
+    Where the head that follows is split, the mapping applied here adds up its gradient over the tensor-parallel ranks
+    in backward.
     """
     if model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    else:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=model.has_split_head)
+    elif model.has_split_head:
         hidden = copy_to_tensor_model_parallel_region(hidden)
     return hidden.flatten(0, 1).index_select(0, batch.rows_N)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,23 +25,24 @@ from opd_megatron.config.resolve import (
     has_megatron_teacher,
     has_own_layout,
     is_self_taught,
-    needs_reference,
     reference_folder,
     teacher_architecture,
     teacher_parallel,
     teaches_itself_by_average,
     teaches_itself_now,
 )
+from opd_megatron.config.targets import loads_reference, named_architectures, named_models
 from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
 from opd_megatron.megatron.forward import check_tokens
 from opd_megatron.megatron.micro_batch import MicroBatch
-from opd_megatron.megatron.model import HiddenStateModel, build_chunks
+from opd_megatron.megatron.model import HiddenStateModel, Model, build_chunks
 from opd_megatron.megatron.scoring import response_log_probs
 from opd_megatron.sample import Sample
 
-ModelName = Literal["student", "reference", "teacher"]
+ModelName: TypeAlias = str
+"""``student``, ``teacher``, or one of :mod:`opd_megatron.config.targets`."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -66,8 +67,11 @@ class FrozenModel:
 def frozen_models(options: Options, student: ModelArchitecture) -> dict[ModelName, FrozenModel]:
     """The models with weights of their own that the objective needs; raises ``UserError`` where those are not there."""
     frozen: dict[ModelName, FrozenModel] = {}
-    if needs_reference(options):
-        frozen["reference"] = FrozenModel(student, _starting_weights(options, "a KL to the reference"))
+    if loads_reference(options):
+        frozen["reference"] = FrozenModel(student, _starting_weights(options, "the reference"))
+    architectures = named_architectures(options)
+    for name, _, named in named_models(options):
+        frozen[name] = replace(teacher_model(options, architectures[name], Path(named)), step=None)
     if not has_megatron_teacher(options) or teaches_itself_now(options) or teaches_itself_by_average(options):
         return frozen
     folder = Path(str(options.opd.opd_teacher_load))
@@ -106,12 +110,24 @@ def build_from_options(
     parallel: ParallelOptions | None = None,
 ) -> list[HiddenStateModel]:
     """This rank's part of a model of the run, its weights not yet set; None means that of training."""
+    return build_of_kind(HiddenStateModel, options, architecture, dtype, parallel)
+
+
+def build_of_kind(
+    kind: type[Model],
+    options: Options,
+    architecture: ModelArchitecture,
+    dtype: str | None = None,
+    parallel: ParallelOptions | None = None,
+) -> list[Model]:
+    """As :func:`build_from_options`, for a model that ends in something else than hidden states."""
     return build_chunks(
         architecture,
         parallel or options.parallel,
         dtype=DTYPES[dtype or ("bfloat16" if options.optimizer.bf16 else "float32")],
         make_vocab_size_divisible_by=options.model.make_vocab_size_divisible_by,
         router_dtype=options.model.moe_router_dtype,
+        kind=kind,
     )
 
 

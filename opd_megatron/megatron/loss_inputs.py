@@ -9,8 +9,8 @@ Shape legend: ``N`` response tokens that this rank predicts, sample after sample
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -19,15 +19,17 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import measures_exact_kl
-from opd_megatron.megatron.distribution import DistributionTerm, Record, Side
+from opd_megatron.config.options import OpdOptions, Options
+from opd_megatron.config.resolve import learns_from_chosen_tokens, measures_exact_kl, sampled_tokens_learn
+from opd_megatron.config.targets import more_teachers, opd_reference_name, teacher_weights
+from opd_megatron.megatron.distribution import DistributionTerm, Record
 from opd_megatron.megatron.forward import head_log_probs
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.teacher_rows import TeacherRows
-from opd_megatron.megatron.vocab_head import kl_and_baseline
+from opd_megatron.megatron.vocab_head import Mixture, Side, Target, target_moments
 from opd_megatron.objectives.distribution import chosen_divergence, opd_coefficient
+from opd_megatron.objectives.divergences import Divergence, jensen_shannon
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective, sft_objective
 from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.sample import Sample, TeacherScores
@@ -45,17 +47,17 @@ Inputs = TypeVar("Inputs")
 class StepLoss:
     """The loss of any micro-batch of one optimizer step, called on the last pipeline stage.
 
-    ``loss_weights`` hold one ``[T]`` array for each of ``samples`` that the step trains on. ``teacher_rows`` are there
-    where the exact KL is measured or whole distributions are compared. ``rollout_id`` says where the schedules of the
-    distillation term are. The call returns the loss, and with it the statistics and this rank's
-    log-probabilities by place in ``samples``.
+    ``loss_weights`` hold one ``[T]`` array for each of ``samples`` that the step trains on. ``kept_rows`` are those of
+    the frozen models by name, where the exact KL is measured or whole distributions are compared. ``rollout_id`` says
+    where the schedules of the distillation term are. The call returns the loss, and with it the statistics and this
+    rank's log-probabilities by place in ``samples``.
     """
 
     options: Options
     student: HiddenStateModel
     samples: Sequence[Sample]
     loss_weights: Sequence[np.ndarray]
-    teacher_rows: TeacherRows | None = None
+    kept_rows: Mapping[str, TeacherRows] = field(default_factory=dict)
     rollout_id: int = 0
 
     def __call__(self, batch: MicroBatch, rows_Nh: Tensor) -> tuple[Tensor, tuple[Statistics, dict[int, np.ndarray]]]:
@@ -78,11 +80,31 @@ class LossInputs:
 
     @cached_property
     def _head(self) -> tuple[Tensor, Tensor]:
-        return head_log_probs(self.student, self.batch, self.rows_Nh, self.options.rollout.rollout_temperature)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and sampled_tokens_learn(self.options)):
+            return self._of_sampled_tokens()
+
+    def _of_sampled_tokens(self) -> tuple[Tensor, Tensor]:
+        temperature = self.options.rollout.rollout_temperature
+        heard_N, old_N = self.opd_weights_N, self.old_log_probs_N
+        if heard_N is None or old_N is None or not learns_from_chosen_tokens(self.options):
+            return head_log_probs(self.student, self.batch, self.rows_Nh, temperature)
+        # what the loss does not hear of costs no logits: its numbers are those from before the step
+        places_M = (heard_N * self.loss_mask_N).nonzero()[:, 0]
+        part = replace(self.batch, targets_N=self.batch.targets_N.index_select(0, places_M))
+        found = head_log_probs(self.student, part, self.rows_Nh.index_select(0, places_M), temperature)
+        before = old_N, _required(self._of_samples(lambda sample: sample.entropies), "entropies")
+        log_probs_N, entropy_N = (
+            whole_N.index_copy(0, places_M, part_M) for whole_N, part_M in zip(before, found, strict=True)
+        )
+        return log_probs_N, entropy_N
 
     @property
     def log_probs_N(self) -> Tensor:
-        """Of the response tokens under the weights in training, at the rollout temperature, with a gradient."""
+        """Of the response tokens under the weights in training, at the rollout temperature.
+
+        With a gradient where the loss has one through them. Tokens that the loss says nothing of may have those of the
+        weights that sampled, and entropies likewise.
+        """
         return self._head[0]
 
     @property
@@ -128,7 +150,7 @@ class LossInputs:
     def teacher_log_probs_N(self) -> Tensor | None:
         if not self.options.opd.use_opd:
             return None
-        return _required(self._of_teacher(lambda scores: scores.log_probs_T), "teacher scores")
+        return _required(self._of_samples(lambda sample: sample.target_log_probs), "teacher scores")
 
     @cached_property
     def teacher_valid_N(self) -> Tensor | None:
@@ -143,7 +165,7 @@ class LossInputs:
 
     @property
     def opd_weights_N(self) -> Tensor | None:
-        """None where the teacher scored every sample of the rollout."""
+        """None where all of them are 1."""
         return self._of_samples(lambda sample: sample.opd_weights)
 
     @property
@@ -157,21 +179,51 @@ class LossInputs:
         opd = self.options.opd
         if not opd.use_opd or opd.opd_loss != "distribution":
             return None
+        compared_N = self._scored_N if self.opd_weights_N is None else self._scored_N & (self.opd_weights_N != 0)
+        return self._compared(opd, chosen_divergence(opd, self.rollout_id), self._target(), compared_N)
+
+    @property
+    def jensen_shannon_N(self) -> Tensor:
+        """Of weight 1/2 between student and teacher where the teacher scored, else 0; over the term's own support."""
+        plain = replace(self.options.opd, opd_entropy_aware=0.0)
+        return self._compared(plain, jensen_shannon(0.5), self._teacher_side(), self._scored_N)
+
+    @property
+    def _scored_N(self) -> Tensor:
+        return self.loss_mask_N if self.teacher_valid_N is None else self.loss_mask_N & self.teacher_valid_N
+
+    def _compared(self, opd: OpdOptions, divergence: Divergence, target: Target | Record, places_N: Tensor) -> Tensor:
+        """``[N]``; only the places are looked at, the others have 0."""
         head = {
             "temperature": self._opd_temperature,
             "vocab_size": self.student.architecture.vocab_size,
             "group": parallel_state.get_tensor_model_parallel_group(),
         }
-        term = DistributionTerm(opd, chosen_divergence(opd, self.rollout_id), head)
-        scored_N = self.loss_mask_N if self.teacher_valid_N is None else self.loss_mask_N & self.teacher_valid_N
-        return term(Side(self.rows_Nh, self.student.head_weight()), self._teacher_side(), scored_N)
+        term = DistributionTerm(opd, divergence, head)
+        return term(Side(self.rows_Nh, self.student.head_weight()), target, places_N)
 
     @cached_property
-    def _teacher_hidden(self) -> Side | None:
-        """Hidden rows and output weight of the teacher on the device; None where they were not kept."""
-        return None if self._step.teacher_rows is None else Side(*self._step.teacher_rows.of(self.batch))
+    def _teacher_hidden(self) -> Target | None:
+        """The teacher, or the mixture of several, on the device; None where hidden rows were not kept."""
+        names = ["teacher", *more_teachers(self.options)]
+        if any(name not in self._step.kept_rows for name in names):
+            return None
+        sides = [self._step.kept_rows[name].of(self.batch) for name in names]
+        if len(sides) == 1:
+            return sides[0]
+        weights = teacher_weights(self.options, len(sides))
+        mixture = self.options.opd.opd_teacher_mixture
+        return Mixture(tuple(zip(weights, sides, strict=True)), arithmetic=mixture == "arithmetic")
 
-    def _teacher_side(self) -> Side | Record:
+    def _target(self) -> Target | Record:
+        """What the divergence compares with: the teacher, or ``teacher^L reference^(1 - L)``."""
+        reference, scale = opd_reference_name(self.options), self.options.opd.opd_reward_scale
+        if reference is None or self._teacher_hidden is None:
+            return self._teacher_side()
+        side = self._step.kept_rows[reference].of(self.batch)
+        return Mixture(((scale, self._teacher_hidden), (1.0 - scale, side)))
+
+    def _teacher_side(self) -> Target | Record:
         if self._teacher_hidden is not None:
             return self._teacher_hidden
         record = [
@@ -194,10 +246,10 @@ class LossInputs:
         """
         if self._teacher_hidden is None:
             return None
-        return kl_and_baseline(
+        return target_moments(
             self.rows_Nh.detach(),
             self.student.head_weight(),
-            *self._teacher_hidden,
+            self._teacher_hidden,
             temperature=self.options.rollout.rollout_temperature,
             vocab_size=self.student.architecture.vocab_size,
             group=parallel_state.get_tensor_model_parallel_group(),

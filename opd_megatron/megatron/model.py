@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ class HiddenStateModel(GPTModel):
 
     architecture: ModelArchitecture
     sequence_layout: SequenceLayout
+    has_split_head = True
+    """Whether what follows the last stage's output is split over the tensor-parallel ranks, as a vocabulary is."""
 
     def _preprocess(
         self,
@@ -71,6 +73,9 @@ class HiddenStateModel(GPTModel):
             return weight
         return self.output_layer.weight
 
+
+Model = TypeVar("Model", bound=HiddenStateModel)
+"""A kind of model, such as one that ends in hidden states or in values."""
 
 Models = HiddenStateModel | Sequence[HiddenStateModel]
 """A rank's part of the model: one chunk, or one per virtual pipeline stage."""
@@ -158,7 +163,9 @@ def build_model(
                 router_dtype=router_dtype,
             )
     config = transformer_config(architecture, parallel, dtype, router_dtype)
-    return _build_chunk(config, architecture, parallel, make_vocab_size_divisible_by, virtual_stage=None)
+    return _build_chunk(
+        config, architecture, parallel, make_vocab_size_divisible_by, virtual_stage=None, kind=HiddenStateModel
+    )
 
 
 def build_chunks(
@@ -168,15 +175,16 @@ def build_chunks(
     dtype: torch.dtype,
     make_vocab_size_divisible_by: int,
     router_dtype: str | None = None,
-) -> list[HiddenStateModel]:
+    kind: type[Model],
+) -> list[Model]:
     """As :func:`build_model`, a chunk for each virtual stage of ``--num-layers-per-virtual-pipeline-stage``.
 
-    The last one is where the hidden states come out.
+    The last one is where the hidden states come out, or what ``kind`` makes of them.
     """
     stages = parallel.virtual_stages(architecture.num_layers)
     config = transformer_config(architecture, parallel, dtype, router_dtype, stages)
     return [
-        _build_chunk(config, architecture, parallel, make_vocab_size_divisible_by, virtual_stage=stage)
+        _build_chunk(config, architecture, parallel, make_vocab_size_divisible_by, virtual_stage=stage, kind=kind)
         for stage in (range(stages) if stages else [None])
     ]
 
@@ -187,9 +195,10 @@ def _build_chunk(
     parallel: ParallelOptions,
     make_vocab_size_divisible_by: int,
     virtual_stage: int | None,
-) -> HiddenStateModel:
+    kind: type[Model],
+) -> Model:
     last_stage = (config.virtual_pipeline_model_parallel_size or 1) - 1
-    model = HiddenStateModel(
+    model = kind(
         config=config,
         transformer_layer_spec=block_spec(config, virtual_stage),
         vocab_size=architecture.padded_vocab_size(make_vocab_size_divisible_by, parallel.tensor_model_parallel_size),

@@ -10,8 +10,9 @@ Shape legend: ``N`` tokens of this rank's micro-batch, ``n`` its sequences, ``E`
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,6 +281,19 @@ def set_load_balancing(chunks: Sequence[torch.nn.Module], options: Options) -> N
     )
     for router in _routers(chunks):
         router.balancing = balancing
+
+
+@contextlib.contextmanager
+def unbalanced(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Passes that a step does not count: no auxiliary loss, and nothing of them in :func:`router_statistics`."""
+    before = [(router, router.balancing, router.tally) for router in _routers(chunks)]
+    for router, _, _ in before:
+        router.balancing = LoadBalancing()
+    try:
+        yield
+    finally:
+        for router, balancing, tally in before:
+            router.balancing, router.tally = balancing, tally
 
 
 def router_statistics(chunks: Sequence[MegatronModule]) -> dict[str, float]:

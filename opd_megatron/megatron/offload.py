@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from opd_megatron.config.errors import RunError
+from opd_megatron.config.options import OffloadOptions
 from opd_megatron.megatron import cpu
 
 
@@ -175,3 +177,26 @@ def tensors_of(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
             for weight in group["params"]:
                 yield weight.data
                 yield from (value for value in part.optimizer.state.get(weight, {}).values() if torch.is_tensor(value))
+
+
+def let_leave(
+    memory: DeviceMemory,
+    store: HostStore,
+    offload: OffloadOptions,
+    models: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    prefix: str = "",
+) -> None:
+    """Tell ``memory`` which parts of a model in training may leave, as the ``--offload-*`` options want it.
+
+    They are ``gradients``, ``optimizer`` and ``weights`` with ``prefix`` before them.
+    """
+    weights = Part(partial(weights_of, models), store)
+    gradients = Part(partial(gradients_of, models), store, discarded=True)
+    state = Part(partial(tensors_of, optimizer), store, but_not=(weights, gradients))
+    if offload.offload_train:
+        memory.add(f"{prefix}gradients", gradients)
+    if offload.offload_train or offload.offload_optimizer:
+        memory.add(f"{prefix}optimizer", state)
+    if offload.offload_train:
+        memory.add(f"{prefix}weights", weights)

@@ -15,6 +15,7 @@ from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
 from opd_megatron.megatron.forward import add_over_context, check_tokens, head_log_probs, run_micro_batches
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, Models, chunks_of
+from opd_megatron.megatron.vocab_head import top_k
 from opd_megatron.observe.progress import track
 from opd_megatron.sample import Sample
 
@@ -61,6 +62,31 @@ def response_log_probs(
         return batch.split(head_log_probs(chunks[-1], batch, rows_Nh, temperature)[0])
 
     return merge_parts(run_micro_batches(chunks, chunks[-1], samples, micro_batches, last_stage, with_gradients=False))
+
+
+@torch.no_grad()
+def response_top_ids(
+    models: Models, samples: Sequence[Sample], micro_batches: Sequence[tuple[int, ...]], k: int
+) -> dict[int, np.ndarray]:
+    """Ids ``[T, k]`` int32 of the most probable tokens at each response position, as :func:`response_log_probs`.
+
+    Raises ``ValueError`` unless ``1 <= k <= vocab_size``.
+    """
+    chunks = chunks_of(models)
+    model = chunks[-1]
+
+    def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:
+        found = top_k(
+            rows_Nh,
+            model.head_weight(),
+            k,
+            temperature=1.0,  # which does not change the order
+            vocab_size=model.architecture.vocab_size,
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return batch.split(found.ids_NK.int())
+
+    return merge_parts(run_micro_batches(chunks, model, samples, micro_batches, last_stage, with_gradients=False))
 
 
 def score_samples(

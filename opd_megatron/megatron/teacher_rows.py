@@ -1,4 +1,4 @@
-"""What the exact KL and its baselines need of a Megatron teacher in training: hidden rows and output weight.
+"""What the exact KL and whole distributions need of a frozen model in training: hidden rows and output weight.
 
 The rows lie on the host between scoring and training, with the rank that trains on their sample.
 """
@@ -17,6 +17,7 @@ from opd_megatron.megatron import cpu
 from opd_megatron.megatron.batching import MicroBatches
 from opd_megatron.megatron.exchange import exchange
 from opd_megatron.megatron.micro_batch import MicroBatch, SequenceLayout
+from opd_megatron.megatron.vocab_head import Side
 from opd_megatron.sample import Sample
 
 Shares = Sequence[Sequence[MicroBatches]]
@@ -44,7 +45,7 @@ class OtherPrompts:
 
 
 class TeacherRows:
-    """Hidden rows of the teacher by place of their sample, in ``dtype`` (None: that of the teacher)."""
+    """Hidden rows of a frozen model by place of their sample, in ``dtype`` (None: that of the model)."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
@@ -53,7 +54,7 @@ class TeacherRows:
         self._part = 0
 
     def keep(self, batch: MicroBatch, rows_Nh: Tensor) -> None:
-        """Take the rows ``[N, h]`` of a micro-batch to the host; the teacher's process groups are in use."""
+        """Take the rows ``[N, h]`` of a micro-batch to the host; the model's process groups are in use."""
         self._part = parallel_state.get_context_parallel_rank()
         self._rows.update(batch.rows_by_place(rows_Nh.to("cpu", self._dtype)))
 
@@ -105,12 +106,12 @@ class TeacherRows:
                 brought[place] = rows[torch.from_numpy(np.argsort(offsets))]
         self._rows = brought
 
-    def of(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def of(self, batch: MicroBatch) -> Side:
         """On the device: the rows ``[N, h]`` of a micro-batch in the data type of the output weight, and that."""
         assert self._weight_Vh is not None
         self._weight_Vh = weight_Vh = self._weight_Vh.to(cpu.device())
         empty = weight_Vh.new_zeros((0, weight_Vh.shape[1]))
-        return torch.cat([empty, *(self._rows[place].to(weight_Vh) for place in batch.indices)]), weight_Vh
+        return Side(torch.cat([empty, *(self._rows[place].to(weight_Vh) for place in batch.indices)]), weight_Vh)
 
 
 def _trains() -> bool:

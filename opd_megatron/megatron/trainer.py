@@ -7,9 +7,9 @@ rank) and are empty elsewhere; the controller merges them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
-from opd_megatron.config.errors import RunError
+from opd_megatron.config.critic import has_critic
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     StartingPoint,
@@ -31,8 +31,11 @@ from opd_megatron.config.resolve import (
     teaches_itself_by_average,
     teaches_itself_now,
 )
+from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
+from opd_megatron.megatron.chunks import Entries
+from opd_megatron.megatron.critic import Critic
 from opd_megatron.megatron.forward import check_tokens, run_micro_batches
 from opd_megatron.megatron.frozen import (
     DTYPES,
@@ -42,24 +45,31 @@ from opd_megatron.megatron.frozen import (
     build_from_options,
     student_rule,
 )
+from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
+from opd_megatron.megatron.learner import (
+    apply_gradients,
+    mean_over_steps,
+    step_loss_weights,
+    sum_over_data_parallel,
+)
 from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
 from opd_megatron.megatron.moving_average import MovingAverage
-from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, gradients_of, tensors_of, weights_of
+from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, let_leave, weights_of
 from opd_megatron.megatron.optimizer import (
     build_optimizer,
     build_scheduler,
     gather_weights,
-    optimizer_step,
     wrap_model,
 )
 from opd_megatron.megatron.own_teacher import OwnTeacher
-from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs
+from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import OtherPrompts, TeacherRows
+from opd_megatron.megatron.token_diagnostics import token_diagnostics
+from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
-from opd_megatron.objectives.weights import token_loss_weights
 from opd_megatron.sample import Sample
 
 
@@ -108,7 +118,11 @@ class MegatronTrainer:
         self.scheduler = build_scheduler(self.optimizer, self.options.optimizer, decay, warmup)
         store = HostStore(None if self.options.offload.offload_dir is None else Path(self.options.offload.offload_dir))
         self.memory = DeviceMemory()
-        self._let_leave(store)
+        let_leave(self.memory, store, self.options.offload, self.chunks, self.optimizer)
+        self.critic: Critic | None = None
+        if has_critic(self.options):
+            start, length = spec.start, spec.num_rollouts
+            self.critic = Critic(self.options, spec.architecture, start, length, self.memory, store)
         self.frozen: dict[ModelName, FrozenScorer | OwnTeacher] = {}
         for name, model in spec.frozen.items():
             self.frozen[name] = scorer = FrozenScorer(model, self.options, spec.architecture)
@@ -119,7 +133,7 @@ class MegatronTrainer:
         self.average: MovingAverage | None = None
         if teaches_itself_by_average(self.options):
             self.average = self._begin_average(store)
-        self._teacher_rows: TeacherRows | None = None
+        self._kept_rows: dict[ModelName, TeacherRows] = {}
 
     def _begin_average(self, store: HostStore) -> MovingAverage:
         """The average of the student's weights, which begins at them, as the teacher."""
@@ -130,19 +144,6 @@ class MegatronTrainer:
             self.memory.add("teacher", Part(average.tensors, store))
         self.frozen["teacher"] = OwnTeacher(chunks, self.options, self.spec.architecture, in_training=False)
         return average
-
-    def _let_leave(self, store: HostStore) -> None:
-        """Tell the memory which parts of the training may leave, as the ``--offload-*`` options want it."""
-        offload = self.options.offload
-        weights = Part(partial(weights_of, self.chunks), store)
-        gradients = Part(partial(gradients_of, self.chunks), store, discarded=True)
-        optimizer = Part(partial(tensors_of, self.optimizer), store, but_not=(weights, gradients))
-        if offload.offload_train:
-            self.memory.add("gradients", gradients)
-        if offload.offload_train or offload.offload_optimizer:
-            self.memory.add("optimizer", optimizer)
-        if offload.offload_train:
-            self.memory.add("weights", weights)
 
     def resume(self) -> dict[str, Any] | None:
         """Restore what ``--load`` holds beside the weights if the run goes on from a trainer's checkpoint.
@@ -155,6 +156,8 @@ class MegatronTrainer:
         if self.average is not None:
             with self.memory.holding("teacher"):
                 self.average.restore(start.folder)
+        if self.critic is not None:
+            self.critic.resume(start.folder)
         with self.memory.holding("weights", "optimizer"):
             return checkpoint.load_training_state(
                 start.folder,
@@ -181,6 +184,11 @@ class MegatronTrainer:
         rank = parallel_state.get_data_parallel_rank()
         return [step[rank] for step in self._steps(samples)]
 
+    def _micro_batches(self, samples: Sequence[Sample]) -> MicroBatches:
+        """This rank's, one after the other; raises ``ValueError`` for a token outside the vocabulary."""
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        return [places for step in self._share(samples) for places in step]
+
     def score(
         self,
         name: ModelName,
@@ -192,20 +200,17 @@ class MegatronTrainer:
         """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
         They are at the rollout temperature unless another ``temperature`` is given. The teacher sees each response
-        behind the prompt that is meant for it. With ``keep_hidden`` its hidden rows stay on the host for the exact KL
-        of the next :meth:`train`.
+        behind the prompt that is meant for it. With ``keep_hidden`` the frozen model's hidden rows stay on the host for
+        the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
         temperature = self.temperature if temperature is None else temperature
         if name == "student":
-            check_tokens(samples, self.spec.architecture.vocab_size)
-            micro_batches = [places for step in self._share(samples) for places in step]
+            micro_batches = self._micro_batches(samples)
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
-        seen = samples
-        if name == "teacher":
-            self._teacher_rows = None
-            seen = [sample.seen_by_teacher() for sample in samples]
+        self._kept_rows.pop(name, None)
+        seen = [sample.seen_by_teacher() for sample in samples] if name == "teacher" else samples
         frozen = self.frozen[name]
         steps = frozen.steps(seen)
         rows = TeacherRows(DTYPES.get(self.options.opd.opd_teacher_hidden_dtype)) if keep_hidden else None
@@ -216,19 +221,74 @@ class MegatronTrainer:
                 rows.take_weight(frozen.head_weight(), leaves=leaves or frozen.moves)
         if rows:
             split, wanted = self.student.sequence_layout.split, self._steps(samples)
-            if split.size > 1 and any(sample.teacher_prompt_tokens is not None for sample in samples):
+            if split.size > 1 and any(one is not other for one, other in zip(seen, samples, strict=True)):
                 rows.bring_by_offset(steps, wanted, OtherPrompts(samples, self.student.sequence_layout))
             else:
                 rows.bring(steps, wanted, other_ranks=frozen.has_own_layout)
-            self._teacher_rows = rows
+            self._kept_rows[name] = rows
         return found
+
+    def values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """What the critic expects before each response token, ``[T]`` float32 by place in ``samples``.
+
+        Raises ``ValueError`` for a token outside the vocabulary, or without a critic.
+        """
+        check_tokens(samples, self.spec.architecture.vocab_size)
+        if self.critic is None:
+            raise ValueError("--advantage-estimator ppo alone has a critic")
+        return self.critic.values(samples, self._share(samples))
+
+    def top_ids(self, samples: Sequence[Sample], k: int) -> dict[int, np.ndarray]:
+        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position, by place."""
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            return response_top_ids(self.chunks, samples, micro_batches, k)
+
+    def token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """Of the student and by place, see :func:`~opd_megatron.megatron.token_statistics.token_statistics`.
+
+        It compares with the teacher's hidden rows that :meth:`score` kept. Raises ``ValueError`` for a token outside
+        the vocabulary.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            return token_statistics(self.chunks, self.options, samples, micro_batches, self._kept_rows)
+
+    def token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """What student and teacher think at each response token, by place: see :mod:`.token_diagnostics`.
+
+        With the teacher's hidden rows that :meth:`score` kept, if it kept them for these samples.
+        """
+        micro_batches = self._micro_batches(samples)
+        with self.memory.holding("weights"):
+            rows = None if more_teachers(self.options) else self._kept_rows.get("teacher")
+            return token_diagnostics(self.chunks, self.options, samples, micro_batches, rows)
+
+    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+        """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
+
+        See :func:`~opd_megatron.objectives.gradients.gradient_statistics`; with advantages as for :meth:`train`.
+        """
+        with self.memory.holding("weights", "gradients", "optimizer"):
+            loss = self._step_loss(samples, 0, rollout_id)
+            return gradient_diagnostics(self.wrapped, self.optimizer, loss, self._share(samples)[0])
+
+    def _step_loss(self, samples: Sequence[Sample], number: int, rollout_id: int) -> StepLoss:
+        """The loss of optimizer step ``number`` of a pass over the rollout."""
+        weights, _ = step_loss_weights(self.options, samples, number)
+        return StepLoss(self.options, self.student, samples, weights, self._kept_rows, rollout_id)
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
 
-        ``rollout_id`` (from 0) says where the schedules of the objective are.
+        ``rollout_id`` (from 0) says where the schedules of the objective are. The critic, where there is one, learns
+        first, and in the rollouts of ``--num-critic-only-steps`` alone.
         """
         check_tokens(samples, self.spec.architecture.vocab_size)
+        of_critic = {} if self.critic is None else self.critic.train(samples, self._share(samples))
+        if rollout_id < self.options.objective.num_critic_only_steps:
+            self._kept_rows = {}
+            return TrainResult(of_critic if self._is_reporter else None, self.score("student", samples))
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
             result = self._train(samples, rollout_id)
@@ -237,29 +297,21 @@ class MegatronTrainer:
             if self.average is not None:
                 with self.memory.holding("teacher"):
                     self.average.follow()
-            return result
+        return result if result.metrics is None else replace(result, metrics=result.metrics | of_critic)
 
     def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
         per_step: list[dict[str, float]] = []
         with_tokens: list[dict[str, float]] = []
         log_probs: dict[int, np.ndarray] = {}
-        size, objective = self.options.global_batch_size, self.options.objective
-        for number, micro_batches in [*enumerate(self._share(samples))] * objective.ppo_epochs:
-            first = number * size
-            weights = token_loss_weights(
-                [sample.loss_mask for sample in samples[first : first + size]],
-                objective.calculate_per_token_loss,
-                objective.loss_length_divisor,
-            )
-            by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
-            loss = StepLoss(self.options, self.student, samples, by_place, self._teacher_rows, rollout_id)
+        for number, micro_batches in [*enumerate(self._share(samples))] * self.options.objective.ppo_epochs:
+            loss = self._step_loss(samples, number, rollout_id)
             metrics, found = self._optimizer_step(samples, micro_batches, loss)
             per_step.append(metrics)
-            if any(weight.any() for weight in weights):
+            if any(weight.any() for weight in loss.loss_weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
-        self._teacher_rows = None
-        return TrainResult(_mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
+        self._kept_rows = {}
+        return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
@@ -272,20 +324,16 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.student, samples, micro_batches, loss, with_gradients=True)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        with self.memory.holding("optimizer"):
-            gradient_norm = optimizer_step(self.optimizer)
-            if self.options.offload.offload_optimizer or self.options.offload.offload_train:
-                self.optimizer.zero_grad()  # those of the master weights are copies, which would stay behind
-        if not math.isfinite(gradient_norm):
-            raise RunError(
-                f"the gradient norm is {gradient_norm}; nothing was saved since the last checkpoint. "
-                "Lower --lr, or see docs/troubleshooting.md"
-            )
-        self.scheduler.step(increment=1)
+        gradient_norm, learning_rate = apply_gradients(
+            self.optimizer,
+            self.scheduler,
+            holding=self.memory.holding("optimizer"),
+            forget_copies=self.options.offload.offload_optimizer or self.options.offload.offload_train,
+            rate_flag="--lr",
+        )
         metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
         if parallel_state.is_pipeline_last_stage():
-            metrics |= finalize_statistics(_sum_over_data_parallel(merge_statistics([part[0] for part in results])))
+            metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -297,7 +345,15 @@ class MegatronTrainer:
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept."""
         options = self.options.checkpoint
-        with self.memory.holding("weights", "optimizer", "teacher" if self.average is not None else "weights"):
+        with ExitStack() as stack:
+            stack.enter_context(self.memory.holding("weights", "optimizer"))
+            beside: tuple[Entries, dict[str, Any]] = ({}, {})
+            if self.critic is not None:
+                stack.enter_context(self.critic.on_device())
+                beside = self.critic.saved(with_optimizer=not options.no_save_optim)
+            if self.average is not None:
+                stack.enter_context(self.memory.holding("teacher"))
+                beside = beside[0] | self.average.entries(to_write=True), beside[1]
             gather_weights(self.wrapped)
             checkpoint.save_checkpoint(
                 folder,
@@ -307,7 +363,7 @@ class MegatronTrainer:
                 optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,
                 run_state={**run_state, "optimizer": optimizer_kind(self.options)},
-                more=None if self.average is None else self.average.entries(to_write=True),
+                beside=beside,
             )
         if dist.get_rank() == 0:
             remove_old_steps(folder, step, options)
@@ -315,18 +371,6 @@ class MegatronTrainer:
     def close(self) -> None:
         """Leave the process group."""
         distributed.shutdown()
-
-
-def _sum_over_data_parallel(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add up statistics over the data- and context-parallel ranks; every rank has the same names."""
-    names = sorted(statistics)
-    table = torch.stack([statistics[name] for name in names])
-    dist.all_reduce(table, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return dict(zip(names, table, strict=True))
-
-
-def _mean_over_steps(per_step: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([metrics[name] for metrics in per_step])) for name in per_step[0]}
 
 
 def peak_memory_bytes() -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ObjectiveOptions
 from opd_megatron.config.user_code import load_function
-from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS, AdvantageEstimator, RewardBatch
+from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS, AdvantageEstimator, RewardBatch, critic_returns
 from opd_megatron.objectives.tensors import TokenArray, as_float64, as_mask
 
 WHITENING_EPSILON = 1e-8
@@ -62,6 +62,7 @@ def task_advantages(
     loss_masks: Sequence[TokenArray],
     kls: Sequence[TokenArray] | None = None,
     greedy_rewards: Sequence[float] | None = None,
+    values: Sequence[TokenArray] | None = None,
 ) -> list[Tensor]:
     """Advantages of all samples of a rollout: one float32 ``[T]`` per sample, 0 where its loss mask is 0.
 
@@ -72,15 +73,15 @@ def task_advantages(
     ``E[r] - kl_coef * KL(policy||reference)`` of whole responses (at gamma 1). Adding ``-kl_coef * kl_t`` to a
     group-normalised advantage instead would divide only one of the two terms by the group's standard deviation and
     leave out the effect of a token on the KL of those that follow it. ``greedy_rewards`` are those of the greedy
-    response to each sample's prompt, for estimators that need them.
+    response to each sample's prompt and ``values`` the critic's before each token, for estimators that need them.
 
-    Raises ``ValueError`` when lengths disagree, a reward or an unmasked KL is not finite, or ``kl_coef`` has nothing
-    to act on, and ``UserError`` where a function of the user's own returns what is no advantage.
+    Raises ``ValueError`` when lengths disagree, a reward, an unmasked KL or value is not finite, or ``kl_coef`` has
+    nothing to act on, and ``UserError`` where a function of the user's own returns what is no advantage.
     """
     estimator = chosen_estimator(options)
     if options.kl_coef > 0 and not estimator.takes_kl:
         raise ValueError(f"kl_coef needs a reward; advantage_estimator {options.advantage_estimator} has none")
-    batch = _reward_batch(options, rewards, group_indices, loss_masks, kls, greedy_rewards)
+    batch = _reward_batch(options, rewards, group_indices, loss_masks, kls, greedy_rewards, values)
     advantages = estimator.estimate(batch, options)
     if options.normalize_advantages or estimator.always_whitened:
         advantages = whiten(advantages, batch.loss_masks)
@@ -90,6 +91,22 @@ def task_advantages(
     ]
 
 
+def critic_targets(
+    options: ObjectiveOptions,
+    rewards: Sequence[float],
+    loss_masks: Sequence[TokenArray],
+    values: Sequence[TokenArray],
+    kls: Sequence[TokenArray] | None = None,
+) -> list[Tensor]:
+    """Returns that a critic with ``values`` is to learn: one float32 ``[T]`` per sample, 0 where its loss mask is 0.
+
+    They are advantages plus values before any normalisation, of the task's reward and ``kls`` alone: no distillation
+    term is in them. Arguments and errors are those of :func:`task_advantages`.
+    """
+    batch = _reward_batch(options, rewards, list(range(len(rewards))), loss_masks, kls, None, values)
+    return [returns_T.float() for returns_T in critic_returns(batch, options)]
+
+
 def _reward_batch(
     options: ObjectiveOptions,
     rewards: Sequence[float],
@@ -97,6 +114,7 @@ def _reward_batch(
     loss_masks: Sequence[TokenArray],
     kls: Sequence[TokenArray] | None,
     greedy_rewards: Sequence[float] | None,
+    values: Sequence[TokenArray] | None,
 ) -> RewardBatch:
     if not len(rewards) == len(group_indices) == len(loss_masks):
         raise ValueError(
@@ -114,19 +132,28 @@ def _reward_batch(
     elif kls is None:
         raise ValueError(f"kl_coef is {options.kl_coef} but no KL to the reference was given")
     else:
-        kept_kls = [_unmasked_kl(i, kl, mask_T) for i, (kl, mask_T) in enumerate(zip(kls, masks, strict=True))]
+        kept_kls = _unmasked("KL to the reference", kls, masks)
+    kept_values = None if values is None else _unmasked("critic's value", values, masks)
     greedy_B = None if greedy_rewards is None else torch.tensor(greedy_rewards, dtype=torch.float64)
-    return RewardBatch(torch.tensor(rewards, dtype=torch.float64), group_indices, masks, kept_kls, greedy_B)
+    return RewardBatch(
+        torch.tensor(rewards, dtype=torch.float64), group_indices, masks, kept_kls, greedy_B, kept_values
+    )
 
 
-def _unmasked_kl(position: int, kl: TokenArray, mask_T: Tensor) -> Tensor:
-    kl_T = as_float64(kl)
-    if kl_T.shape != mask_T.shape:
-        raise ValueError(f"sample {position} has {len(mask_T)} response tokens but {len(kl_T)} KL values")
-    kl_T = torch.where(mask_T, kl_T, 0.0)
-    if not kl_T.isfinite().all():
-        raise ValueError(f"the KL to the reference of sample {position} is not finite at an unmasked token")
-    return kl_T
+def _unmasked(what: str, arrays: Sequence[TokenArray], masks: Sequence[Tensor]) -> list[Tensor]:
+    """One float64 ``[T]`` per sample, 0 at masked tokens."""
+    kept = []
+    for position, (array, mask_T) in enumerate(zip(arrays, masks, strict=True)):
+        values_T = as_float64(array)
+        if values_T.shape != mask_T.shape:
+            raise ValueError(
+                f"sample {position} has {len(mask_T)} response tokens but {len(values_T)} numbers for the {what}"
+            )
+        values_T = torch.where(mask_T, values_T, 0.0)
+        if not values_T.isfinite().all():
+            raise ValueError(f"the {what} of sample {position} is not finite at an unmasked token")
+        kept.append(values_T)
+    return kept
 
 
 def whiten(advantages: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opd_megatron.config.options import ObjectiveOptions
 from opd_megatron.objectives.catalogue import Catalogue
-from opd_megatron.objectives.returns import discounted_returns
+from opd_megatron.objectives.returns import discounted_returns, generalized_advantages
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation of a group's rewards."""
@@ -31,8 +31,8 @@ class RewardBatch:
     """What an estimator sees of one rollout: a reward, a group index, a loss mask (bool ``[T]``) and KLs per sample.
 
     ``kls`` (``[T]``) are per-token estimates of KL(policy||reference); they hold 0 at masked tokens, and everywhere
-    without ``--kl-coef``. ``greedy_rewards_B`` are those of the greedy response to each sample's prompt, where the
-    estimator asks for them.
+    without ``--kl-coef``. Where the estimator asks for them, ``greedy_rewards_B`` are those of the greedy response to
+    each sample's prompt, and ``values`` (``[T]``) the critic's before each token, which mean nothing at masked tokens.
     """
 
     rewards_B: Tensor
@@ -40,12 +40,22 @@ class RewardBatch:
     loss_masks: Sequence[Tensor]
     kls: Sequence[Tensor]
     greedy_rewards_B: Tensor | None = None
+    values: Sequence[Tensor] | None = None
 
     def shaped_rewards(self, options: ObjectiveOptions) -> Tensor:
         """``r - kl_coef * sum_t kl_t``, ``[B]``."""
         if not self.kls:
             return self.rewards_B
         return self.rewards_B - options.kl_coef * torch.stack([kl_T.sum() for kl_T in self.kls])
+
+    def token_rewards(self, options: ObjectiveOptions) -> list[Tensor]:
+        """``-kl_coef * kl_t`` of each unmasked token, the last also the reward of the response; ``[U]`` per sample."""
+        earned = []
+        for reward, mask_T, kl_T in zip(self.rewards_B, self.loss_masks, self.kls, strict=True):
+            rewards_U = -options.kl_coef * kl_T[mask_T]
+            rewards_U[-1:] += reward
+            earned.append(rewards_U)
+        return earned
 
     def lengths(self) -> Tensor:
         """Unmasked tokens of each response, ``[B]`` float64."""
@@ -58,6 +68,15 @@ class RewardBatch:
     def spread(self, values_B: Tensor) -> list[Tensor]:
         """Give every token of a response the value of the response."""
         return [value.expand(len(mask_T)) for value, mask_T in zip(values_B, self.loss_masks, strict=True)]
+
+    def at_tokens(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Put values of unmasked tokens, ``[U]`` per sample, into their places of the response, 0 elsewhere."""
+        found = []
+        for values_U, mask_T in zip(values, self.loss_masks, strict=True):
+            values_T = torch.zeros(len(mask_T), dtype=torch.float64)
+            values_T[mask_T] = values_U
+            found.append(values_T)
+        return found
 
 
 class Groups:
@@ -93,6 +112,8 @@ class AdvantageEstimator:
     """The advantage is relative to the other samples of the prompt: 0 where there are none."""
     needs_greedy: bool = False
     """The method compares with a greedy response to each prompt."""
+    needs_values: bool = False
+    """The method compares with what a critic expects."""
 
 
 def grpo(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
@@ -163,19 +184,41 @@ def reinforce_plus_plus(batch: RewardBatch, options: ObjectiveOptions) -> list[T
     Token t earns ``-kl_coef * kl_t``, the last unmasked one also the reward of the response; the advantage is the
     return (the paper's discount is 1).
     """
-    advantages = []
-    for reward, mask_T, kl_T in zip(batch.rewards_B, batch.loss_masks, batch.kls, strict=True):
-        rewards_U = -options.kl_coef * kl_T[mask_T]
-        rewards_U[-1:] += reward
-        advantage_T = torch.zeros_like(kl_T)
-        advantage_T[mask_T] = discounted_returns(rewards_U, options.gamma)
-        advantages.append(advantage_T)
-    return advantages
+    return batch.at_tokens([discounted_returns(rewards_U, options.gamma) for rewards_U in batch.token_rewards(options)])
 
 
 def reinforce_plus_plus_baseline(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
     """REINFORCE++-baseline (arXiv 2501.03262): the group's mean is subtracted, the scale is the whole batch's."""
     return batch.spread(batch.groups().centred(batch.shaped_rewards(options)))
+
+
+def ppo(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
+    """PPO (arXiv 1707.06347): generalised advantages of token rewards and a critic's values.
+
+    Token rewards are those of :func:`reinforce_plus_plus`, the sums those of
+    :func:`~opd_megatron.objectives.returns.generalized_advantages` with ``--gamma`` and ``--lambd``. At lambda 1 the
+    value is a baseline that depends on the prefix alone, so the expected gradient is that of the expected reward
+    whatever the critic says; below 1 only where the values are those of the policy. A truncated response ends where it
+    was cut. Raises ``ValueError`` without values.
+    """
+    return batch.at_tokens([advantages_U for advantages_U, _ in _generalized(batch, options)])
+
+
+def critic_returns(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
+    """What the critic of :func:`ppo` is to learn, advantage plus value before any normalisation: ``[T]``, masked 0."""
+    return batch.at_tokens([returns_U for _, returns_U in _generalized(batch, options)])
+
+
+def _generalized(batch: RewardBatch, options: ObjectiveOptions) -> list[tuple[Tensor, Tensor]]:
+    """Advantages and returns ``[U]`` of each sample."""
+    if batch.values is None:
+        raise ValueError("ppo needs the critic's values")
+    return [
+        generalized_advantages(rewards_U, values_T[mask_T], options.gamma, options.lambd)
+        for rewards_U, values_T, mask_T in zip(
+            batch.token_rewards(options), batch.values, batch.loss_masks, strict=True
+        )
+    ]
 
 
 def none(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
@@ -246,6 +289,16 @@ ADVANTAGE_ESTIMATORS.register(
     formula=r"$A = r - \bar r$, whitened",
     source="arXiv 2501.03262",
     proof="test_expected_advantages.py::test_the_groups_mean_shrinks_the_gradient_by_its_own_share",
+)
+ADVANTAGE_ESTIMATORS.register(
+    "ppo",
+    AdvantageEstimator(ppo, needs_values=True),
+    title="PPO, GAE",
+    more_flags="--gamma G --lambd L",
+    formula=r"$A_t = \sum_{u \ge t} (\gamma\lambda)^{u-t} (r_u + \gamma V_{u+1} - V_u)$, $r_u$ as in REINFORCE++, "
+    r"$V = 0$ after the last token",
+    source="arXiv 1506.02438, 1707.06347",
+    proof="test_expected_advantages.py::test_at_lambda_1_no_value_biases_generalised_advantages",
 )
 ADVANTAGE_ESTIMATORS.register(
     "none",

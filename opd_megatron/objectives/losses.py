@@ -101,6 +101,7 @@ def policy_objective(
         **found,
         **weight_metrics,
         **effect.metrics,
+        **effect.weighted_metrics,
         "train/ratio_mean": importance_ratio(log_probs_N, old_N),
         "train/advantage_mean": advantages_N,
         "train/task_advantage_abs_mean": task_N.abs(),
@@ -149,9 +150,11 @@ def _distillation(
     effect = OPD_LOSSES[opd.opd_loss](terms)
     if inputs.opd_weights_N is None:
         return effect
+    opd_weights_N = _keep(inputs.opd_weights_N, mask_N)
     parts = (effect.advantage_N, effect.loss_N)
-    advantage_N, loss_N = (None if part_N is None else inputs.opd_weights_N * part_N for part_N in parts)
-    return replace(effect, advantage_N=advantage_N, loss_N=loss_N)
+    advantage_N, loss_N = (None if part_N is None else opd_weights_N * part_N for part_N in parts)
+    weighted = {name: opd_weights_N * values_N for name, values_N in effect.weighted_metrics.items()}
+    return replace(effect, advantage_N=advantage_N, loss_N=loss_N, weighted_metrics=weighted)
 
 
 def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, dict[str, Tensor]]:

@@ -42,11 +42,15 @@ class OpdTerms:
 
 @dataclass(frozen=True)
 class OpdEffect:
-    """What is added to the advantage (detached) or to the loss, ``[N]``, and metrics of the same shape."""
+    """What is added to the advantage (detached) or to the loss, ``[N]``, and metrics of the same shape.
+
+    ``weighted_metrics`` are parts of the term: the weights of tokens multiply them as they do the term itself.
+    """
 
     advantage_N: Tensor | None = None
     loss_N: Tensor | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    weighted_metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 OpdLoss: TypeAlias = Callable[[OpdTerms], OpdEffect]
@@ -90,7 +94,7 @@ def distribution(terms: OpdTerms) -> OpdEffect:
     if terms.divergence_N is None:
         raise ValueError("--opd-loss distribution needs a divergence at each position")
     loss_N = torch.where(terms.scored_N, terms.divergence_N, 0.0)
-    return OpdEffect(loss_N=loss_N, metrics={"train/opd_divergence": loss_N})
+    return OpdEffect(loss_N=loss_N, weighted_metrics={"train/opd_divergence": loss_N})
 
 
 def kl_estimator(terms: OpdTerms) -> OpdEffect:

@@ -17,12 +17,21 @@ from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS
 from opd_megatron.objectives.kl import KL_LOSSES
 from opd_megatron.objectives.opd_losses import OPD_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
+from opd_megatron.objectives.sample_weights import PROMPT_WEIGHTS
+from opd_megatron.objectives.targets import TARGETS
+from opd_megatron.objectives.token_selection import TOKEN_SCORES, TOKEN_SELECTIONS
+from opd_megatron.objectives.values import VALUE_LOSSES
 from opd_megatron.objectives.weights import AGGREGATIONS
 
 CATALOGUES: tuple[Catalogue[Any], ...] = (
     OPD_LOSSES,
+    TARGETS,
     DIVERGENCES,
+    TOKEN_SCORES,
+    TOKEN_SELECTIONS,
+    PROMPT_WEIGHTS,
     ADVANTAGE_ESTIMATORS,
+    VALUE_LOSSES,
     POLICY_LOSSES,
     CORRECTIONS,
     AGGREGATIONS,

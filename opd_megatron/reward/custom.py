@@ -115,13 +115,20 @@ def _one_each(rewards: Any, samples: Sequence[Sample]) -> list[float | Exception
 
 
 async def _await(value: Awaitable[Any]) -> Any:
-    return await value
+    """What it gives; that something in it was cancelled, and not this task, is an error like any other."""
+    try:
+        return await value
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("the reward function was cancelled from within") from None
 
 
 async def _gather(function: Callable[..., Any], samples: Sequence[Sample]) -> list[float | Exception]:
     async def rate(sample: Sample) -> float | Exception:
         try:
-            return cast(float, await function(sample))
+            return cast(float, await _await(function(sample)))
         except UserError:
             raise
         except Exception as error:

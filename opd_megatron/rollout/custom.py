@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from opd_megatron.config.errors import RunError
 from opd_megatron.rollout.engine import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from opd_megatron.sample import Sample
 from opd_megatron.threads import Feed, stream_from_thread
@@ -41,7 +42,12 @@ async def stream_custom(
             if feed.closed:
                 return
             answer: Any = function(sample, SampleEngine(engine, (*stream, index)), sampling)
-            made = await answer if inspect.isawaitable(answer) else answer
+            try:
+                made = await answer if inspect.isawaitable(answer) else answer
+            except asyncio.CancelledError:
+                if feed.closed:
+                    raise
+                raise RunError(f"{path}, sample {index}: the generate function was cancelled from within") from None
             feed.put(_checked(made, index, group_index, path))
 
         async def make_all() -> None:

@@ -57,7 +57,8 @@ class Generation:
     ``tokens`` include the end token, or everything up to and including the token that completed a stop string.
     ``log_probs`` are those of the tokens at the sampling temperature before top-k and top-p (at temperature 0: at
     temperature 1). ``text`` is the decoded response without special tokens. ``T`` is 0 where ``finish`` says that the
-    prompt is too long. ``weight_version`` is that of the weights that spoke.
+    prompt is too long. ``weight_version`` is that of the weights that spoke, and ``weight_versions`` are all of them in
+    their order where an update came in between.
     """
 
     tokens: np.ndarray
@@ -65,6 +66,7 @@ class Generation:
     text: str
     finish: Status
     weight_version: str = ""
+    weight_versions: tuple[str, ...] = ()
 
 
 class RolloutEngine(Protocol):

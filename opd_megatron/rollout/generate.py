@@ -26,6 +26,7 @@ def fill_sample(sample: Sample, generation: Generation) -> None:
     sample.response = generation.text
     sample.status = generation.finish
     sample.weight_version = generation.weight_version or sample.weight_version
+    sample.weight_versions = generation.weight_versions
     sample.validate()
 
 

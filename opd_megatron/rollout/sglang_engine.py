@@ -3,53 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from opd_megatron.config.errors import RunError, UserError
+from opd_megatron.config.errors import RunError
 from opd_megatron.http_client import HttpError
 from opd_megatron.rollout.engine import GenerateRequest, Generation
 from opd_megatron.rollout.sglang_answer import UnusableAnswerError, cut_at_stop, generate_body, read_response
+from opd_megatron.rollout.sglang_fleet import Fleet, SpokenModel, Weights
 from opd_megatron.rollout.sglang_server import Launch, SGLangServer
 from opd_megatron.rollout.stop import StopStrings, TokenTexts
 from opd_megatron.rollout.weight_check import TOLERANCES, WeightCheck
-from opd_megatron.rollout.weight_folders import WeightFolders
 from opd_megatron.sample import Status
 from opd_megatron.threads import LoopThread
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 5
 """How often a response is asked for before the run ends."""
-MAX_RESTARTS = 3
-"""Restarts without a response between them that end the run."""
+UNNAMED = "default"
+"""What SGLang calls the weights that a server begins with."""
 _PAUSE = 0.5
 """Seconds before a response is asked for again, doubled each time."""
-
-
-@dataclass(frozen=True, eq=False)
-class SpokenModel:
-    """The model that speaks: its ``folder`` with the config, tokenizer, sizes, and the tokens that end a response.
-
-    ``dtype`` is that of its weights, a key of ``TOLERANCES``.
-    """
-
-    folder: Path
-    tokenizer: Any
-    vocab_size: int
-    positions: int
-    end_token_ids: tuple[int, ...]
-    dtype: str
 
 
 class SGLangEngine:
@@ -69,41 +48,37 @@ class SGLangEngine:
         self,
         model: SpokenModel,
         servers: Sequence[Launch | str],
-        folders: WeightFolders,
+        weights: Weights,
         *,
         probe: np.ndarray,
         reference: Callable[[np.ndarray], np.ndarray],
         timeout: float = 1800.0,
         max_in_flight: int = 256,
         free_memory: bool = False,
+        api_key_env: str | None = None,
     ) -> None:
         self._model = model
-        self._positions = model.positions
-        self._folders = folders
+        self._weights = weights
         self._probe = probe
         self._reference = reference
-        self._expected: np.ndarray | None = None
         self._free_memory = free_memory
         self._resting = False
         self._healthy = False
-        # Ids have one length: the server aborts every request whose id begins with the one it is given.
-        self._name = uuid.uuid4().hex[:12]
-        self._numbers = itertools.count()
         self._weight_version = ""
-        self._label = ""
         self._texts = TokenTexts(model.tokenizer, model.vocab_size)
         self._stops: dict[tuple[str, ...], StopStrings] = {}
         self._seconds: dict[str, float] = {}
-        self._restarts = 0
-        self._restarts_in_a_row = 0
         self._slots = asyncio.Semaphore(max_in_flight * len(servers))
         self._thread: LoopThread | None = LoopThread("rollout engine")
-        self._servers: list[SGLangServer] = []
+        started: list[SGLangServer] = []
+        self._fleet = Fleet(started, model, weights, probe)
         try:
             for server in servers:
                 check = WeightCheck(TOLERANCES[model.dtype])
-                where: dict[str, Any] = {"url": server} if isinstance(server, str) else {"launch": server}
-                self._servers.append(SGLangServer(check, timeout, **where))
+                where: dict[str, Any] = {"launch": server}
+                if isinstance(server, str):
+                    where = {"url": server, "api_key_env": api_key_env}
+                started.append(SGLangServer(check, timeout, **where))
         except BaseException:
             self.close()
             raise
@@ -114,29 +89,27 @@ class SGLangEngine:
 
     def addresses(self) -> list[str]:
         """Where the servers listen that have the newest weights."""
-        return [server.address for server in self._servers if not server.lost]
+        return [server.address for server in self._fleet.servers if not server.lost]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Write the weights to disk, let every server load them, and prove that it speaks with them.
+        """Take the weights, let every server load them, and prove that it speaks with them.
 
         Raises :class:`UserError` where a server does not come up in the first place, and :class:`RunError` where an
         update fails or its proof does; after that the engine refuses to speak until an update succeeds.
         """
-        self._weight_version, self._expected = "", None
+        self._weight_version = ""
         began = time.perf_counter()
-        self._folders.write(named_tensors)
+        self._weights.take(named_tensors)
         self._note("write", began)
         if not self._healthy:  # the time of the start is not that of an update
-            self._run(self._on_all(self._wait_for))
+            self._run(self._fleet.wait_until_healthy())
             self._healthy = True
         began = time.perf_counter()
-        self._label = f"{version}@{self._name}"
-        self._run(self._on_all(self._load))
+        self._run(self._fleet.load(version))
         self._resting = False
         self._note("load", began)
         began = time.perf_counter()
-        self._expected = self._reference(self._probe)
-        self._run(self._on_all(lambda server: self._prove(server, version)))
+        self._run(self._fleet.prove(self._reference(self._probe)))
         self._note("probe", began)
         self._weight_version = version
 
@@ -188,25 +161,25 @@ class SGLangEngine:
         if found:
             found["perf/weight_update_seconds"] = sum(self._seconds.values())
         self._seconds = {}
-        return found | {"rollout/engine_restarts": float(self._restarts)}
+        return found | {"rollout/engine_restarts": float(self._fleet.restarts)}
 
     def rest(self) -> None:
         """Give memory back until the next update of the weights, if the engine was made to."""
         if self._free_memory and not self._resting:
             self._weight_version = ""
-            self._run(self._on_all(lambda server: server.release_memory()))
+            self._run(self._fleet.rest())
             self._resting = True
 
     def close(self) -> None:
-        """Abort what is under way, end the servers that were started here and remove the weights on disk."""
+        """Abort what is under way, end the servers that were started here and forget the weights."""
         thread, self._thread, self._weight_version = self._thread, None, ""
         if thread is None:
             return
         try:
-            thread.run(self._on_all(lambda server: server.close()))
+            thread.run(self._fleet.close())
         finally:
             thread.close()
-            self._folders.remove()
+            self._weights.remove()
 
     def _check_ready(self) -> None:
         if self._thread is None:
@@ -223,63 +196,12 @@ class SGLangEngine:
     def _note(self, part: str, began: float) -> None:
         self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - began
 
-    async def _on_all(self, action: Callable[[SGLangServer], Coroutine[Any, Any, None]]) -> None:
-        """Do ``action`` on all servers at once; the first fault is raised when all have ended."""
-        results = await asyncio.gather(*(action(server) for server in self._servers), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def _wait_for(self, server: SGLangServer) -> None:
-        try:
-            await server.wait_until_healthy()
-            usable = await server.usable_positions(self._model.folder)
-        except HttpError as error:
-            raise UserError(f"--rollout-engine-url: {error}: start the server, or correct the address") from error
-        if usable < self._positions:
-            logger.warning(
-                "%s takes %d tokens of prompt and response, the model has %d positions: responses are cut there",
-                server.name,
-                usable,
-                self._positions,
-            )
-            self._positions = usable
-
-    async def _load(self, server: SGLangServer) -> None:
-        assert self._folders.newest is not None
-        if self._resting:
-            await server.resume_memory()
-        try:
-            await server.load(self._folders.newest, self._label)
-        except HttpError as error:
-            if server.lost:
-                return  # still gone; it is tried again with the next weights
-            if not server.is_ours:
-                server.lost = True
-                logger.error("%s does not answer any more and is left out: %s", server.name, error)
-                self._least_busy()
-                return
-            if not server.has_ended:
-                raise
-            await self._mend(server, server.epoch, error)
-        server.lost = False
-
-    async def _prove(self, server: SGLangServer, version: str) -> None:
-        assert self._expected is not None
-        if server.lost:
-            return
-        scores = await server.score(self._probe, self._next_id(), self._model.vocab_size)
-        server.check.compare(scores, self._expected, version, server.name)
-
-    def _next_id(self) -> str:
-        return f"{self._name}-{next(self._numbers):012d}"
-
     async def _ask_all(self, requests: Sequence[GenerateRequest], report: Callable[[int, Generation], None]) -> None:
         """Report every request's generation when it is there; a failure, or being cancelled, aborts the others."""
         prompts = self._check_prompts(requests)
         tasks = []
         for place, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
-            room = self._positions - len(prompt)
+            room = self._fleet.positions - len(prompt)
             if room < 1:
                 empty = np.zeros(0, np.int64), np.zeros(0, np.float32)
                 report(place, Generation(*empty, "", Status.PROMPT_TOO_LONG, self._weight_version))
@@ -309,87 +231,58 @@ class SGLangEngine:
     ) -> tuple[int, Generation]:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             async with self._slots:
-                server = self._least_busy()
+                server = self._fleet.least_busy()
                 epoch = server.epoch
                 try:
-                    body = generate_body(request, prompt, self._next_id(), limit, self._model.end_token_ids)
+                    body = generate_body(request, prompt, self._fleet.next_id(), limit, self._model.end_token_ids)
                     generation = self._read(await server.generate(body), request, limit, server)
-                    self._restarts_in_a_row = 0
+                    self._fleet.note_answer()
                     return place, generation
                 except (HttpError, UnusableAnswerError) as error:
                     if attempt == MAX_ATTEMPTS or (isinstance(error, HttpError) and not error.transient):
                         raise RunError(f"a response was asked for {attempt} times: {error}") from error
                     fault = error
-            await self._mend(server, epoch, fault)
+            await self._fleet.mend(server, epoch, fault)
             await asyncio.sleep(_PAUSE * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
-
-    def _least_busy(self) -> SGLangServer:
-        alive = [server for server in self._servers if not server.lost]
-        if not alive:
-            raise RunError("no server of the rollout engine is left: " + ", ".join(s.name for s in self._servers))
-        return min(alive, key=lambda server: server.in_flight)
 
     def _read(self, answer: Any, request: GenerateRequest, limit: int, server: SGLangServer) -> Generation:
         tokens, log_probs, finish = read_response(
             answer, limit=limit, vocab_size=self._model.vocab_size, server=server.name
         )
-        label = answer["meta_info"].get("weight_version")
-        if label != self._label:
-            raise RunError(
-                f"{server.name}: it speaks with weights {label!r}, this run gave it {self._label!r}: does something "
-                "else update it?"
-            )
+        versions = self._versions(answer["meta_info"], server.name)
         if request.sampling.stop:
             end = cut_at_stop(tokens, self._stop_strings(request.sampling.stop))
             if end is not None:
                 tokens, log_probs, finish = tokens[:end], log_probs[:end], Status.COMPLETED
         text = self._model.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Generation(tokens, log_probs, text, finish, self._weight_version)
+        return Generation(tokens, log_probs, text, finish, self._weight_version, versions if len(versions) > 1 else ())
+
+    def _versions(self, meta: dict[str, Any], server: str) -> tuple[str, ...]:
+        """Those that made a response, in order.
+
+        Raises :class:`UnusableAnswerError` where the server has not been given any, :class:`RunError` where those that
+        it was given are not this run's.
+        """
+        spans = meta.get("weight_versions")
+        labels = [span.get("version") for span in spans] if spans else []
+        own = "@" + self._fleet.label.partition("@")[2]
+        for label in [*labels, meta.get("weight_version")]:
+            if label == UNNAMED:
+                raise UnusableAnswerError(f"{server} began anew: it speaks with the weights that it was started with")
+            if not str(label).endswith(own):
+                raise RunError(
+                    f"{server}: it speaks with weights {label!r}, this run gave it {self._fleet.label!r}: "
+                    "does something else update it?"
+                )
+        if meta.get("weight_version") != self._fleet.label:
+            raise RunError(
+                f"{server}: it speaks with weights {meta.get('weight_version')!r}, "
+                f"this run gave it {self._fleet.label!r}: it has lost an update"
+            )
+        return tuple(str(label).removesuffix(own) for label in labels)
 
     def _stop_strings(self, stop: tuple[str, ...]) -> StopStrings:
         if stop not in self._stops:
             self._stops[stop] = StopStrings(self._texts, stop)
         return self._stops[stop]
-
-    async def _mend(self, server: SGLangServer, epoch: int, fault: Exception) -> None:
-        """Bring a server that gave no answer back, unless somebody did since ``epoch``; one that is not ours may go.
-
-        Raises :class:`RunError` where nobody is left to ask.
-        """
-        async with server.lock:
-            if server.epoch != epoch or server.lost:
-                return
-            logger.warning("%s", fault)
-            if server.is_ours:
-                if not await server.is_well():
-                    await self._start_again(server)
-                return
-            try:
-                await server.wait_until_healthy()
-                info = await server.model_info()
-            except HttpError as error:
-                server.lost = True
-                logger.error("%s does not answer any more and is left out: %s", server.name, error)
-                self._least_busy()
-                return
-            if info["weight_version"] != self._label:
-                await self._load_and_prove(server)
-                server.epoch += 1
-
-    async def _start_again(self, server: SGLangServer) -> None:
-        self._restarts += 1
-        self._restarts_in_a_row += 1
-        if self._restarts_in_a_row > MAX_RESTARTS:
-            raise RunError(f"{server.name} died {self._restarts_in_a_row} times in a row; read {server.log}")
-        logger.warning("%s died and is started again; its output is in %s", server.name, server.log)
-        await server.restart()
-        await self._load_and_prove(server)
-        server.epoch += 1
-
-    async def _load_and_prove(self, server: SGLangServer) -> None:
-        """Give a server that began anew the current weights; where the trainer has scored, it is proved again."""
-        assert self._folders.newest is not None
-        await server.load(self._folders.newest, self._label)
-        if self._expected is not None:
-            await self._prove(server, self._label.partition("@")[0])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,15 @@ class SGLangServer:
     ``epoch`` counts how often it was: who met a fault looks whether another one has mended it meanwhile.
     """
 
-    def __init__(self, check: WeightCheck, timeout: float, *, launch: Launch | None = None, url: str = "") -> None:
+    def __init__(
+        self,
+        check: WeightCheck,
+        timeout: float,
+        *,
+        launch: Launch | None = None,
+        url: str = "",
+        api_key_env: str | None = None,
+    ) -> None:
         self.check = check
         self.lock = asyncio.Lock()
         self.epoch = 0
@@ -63,9 +72,14 @@ class SGLangServer:
         self._timeout = timeout
         self._launch = launch
         self._process: LocalServer | None = None
-        self._client = HttpClient(url, kind="rollout engine", timeout=timeout) if launch is None else None
+        self.label = ""
+        """What it was last given."""
+        self._resting = False
+        self._client: HttpClient | None = None
         if launch is not None:
             self._start(launch)
+        else:
+            self._client = HttpClient(url, kind="rollout engine", timeout=timeout, api_key_env=api_key_env)
 
     def _start(self, launch: Launch) -> None:
         self._process = launch()
@@ -128,6 +142,7 @@ class SGLangServer:
         """End what is left of our process and start it anew, to health."""
         assert self._launch is not None
         await self.close()
+        self._resting = False
         self._start(self._launch)
         try:
             await self.wait_until_healthy()
@@ -157,8 +172,12 @@ class SGLangServer:
                         f"{self.name} has another model than --hf-checkpoint: {field} is {theirs[field]} there and "
                         f"{mine.get(field)} here"
                     )
-        longest = (await self._exchange("GET", "/server_info", None, timeout=ALIVE_TIMEOUT)).get("max_req_input_len")
-        return int(longest) - 1
+        return int((await self.server_info())["max_req_input_len"]) - 1
+
+    async def server_info(self) -> dict[str, Any]:
+        """What ``/server_info`` says; raises :class:`HttpError`."""
+        info: dict[str, Any] = await self._exchange("GET", "/server_info", None, timeout=ALIVE_TIMEOUT)
+        return info
 
     async def generate(self, body: dict[str, Any]) -> Any:
         """The answer to a request, which is aborted where it is given up."""
@@ -183,10 +202,8 @@ class SGLangServer:
 
         Raises :class:`HttpError`, or :class:`RunError` where the server says that it has failed.
         """
-        await self._exchange("POST", "/pause_generation", {"mode": "abort"})
-        try:
-            answer = await self._exchange(
-                "POST",
+        async with self.paused():
+            await self.tell(
                 "/update_weights_from_disk",
                 {
                     "model_path": str(folder),
@@ -195,10 +212,22 @@ class SGLangServer:
                     "flush_cache": True,
                 },
             )
+        self.label = label
+
+    async def tell(self, path: str, payload: Any) -> None:
+        """A request that the server answers with nothing but its success; raises like :meth:`load`."""
+        answer = await self._exchange("POST", path, payload)
+        if not (isinstance(answer, dict) and answer.get("success") is True):
+            raise RunError(f"{self.name}: POST {path} did not succeed: {answer}")
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncGenerator[None, None]:
+        """Abort what is being generated, and generate nothing in the block."""
+        await self._exchange("POST", "/pause_generation", {"mode": "abort"})
+        try:
+            yield
         finally:
             await asyncio.shield(self._exchange("POST", "/continue_generation", {}))
-        if not (isinstance(answer, dict) and answer.get("success") is True):
-            raise RunError(f"{self.name}: the weights of {folder} were not loaded: {answer}")
 
     async def score(self, tokens: np.ndarray, rid: str, vocab_size: int) -> np.ndarray:
         """Log-probabilities float32 of ``tokens[1:]`` at temperature 1; raises like :meth:`load`."""
@@ -211,10 +240,14 @@ class SGLangServer:
     async def release_memory(self) -> None:
         """Give the memory of weights and cache back; the server must be idle."""
         await self._exchange("POST", "/release_memory_occupation", {})
+        self._resting = True
 
     async def resume_memory(self) -> None:
-        """Take the memory again; the weights are undefined until they are loaded."""
-        await self._exchange("POST", "/resume_memory_occupation", {})
+        """Take the memory again where it was given back; the weights are undefined until they are loaded."""
+        # One that began anew meanwhile has its memory, and would end over the request.
+        if self._resting and (await self.model_info())["weight_version"] == self.label:
+            await self._exchange("POST", "/resume_memory_occupation", {})
+        self._resting = False
 
     async def _exchange(self, method: str, path: str, payload: Any, timeout: float | None = None) -> Any:
         return await self.client.attempt(method, path, payload, f"{method} {path}", timeout=timeout or self._timeout)

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from opd_megatron.rollout.sglang_server import SGLangServer
+
 NamedTensors = Iterable[tuple[str, Tensor]]
 WriteFolder = Callable[[NamedTensors, Path], None]
 """Writes a Hugging Face folder, which appears whole or not at all."""
 
 
 class WeightFolders:
-    """Folders ``weights_000001``, ... under ``root``, written by ``write``.
+    """Weights that servers read from disk: folders ``weights_000001``, ... under ``root``, written by ``write``.
 
     The newest one stays until the next is complete: an engine that is started again loads it.
     """
@@ -25,7 +27,7 @@ class WeightFolders:
         self._count = 0
         self.newest: Path | None = None
 
-    def write(self, named_tensors: NamedTensors) -> Path:
+    def take(self, named_tensors: NamedTensors) -> None:
         """Write the next folder; what an earlier process left under its name goes."""
         self._count += 1
         folder = self._root / f"weights_{self._count:06d}"
@@ -34,7 +36,11 @@ class WeightFolders:
         before, self.newest = self.newest, folder
         if before is not None:
             shutil.rmtree(before, ignore_errors=True)
-        return folder
+
+    async def load(self, server: SGLangServer, label: str) -> None:
+        """See :class:`~opd_megatron.rollout.sglang_fleet.Weights`."""
+        assert self.newest is not None
+        await server.load(self.newest, label)
 
     def remove(self) -> None:
         """Remove the newest folder, too, and the root if it is empty."""

@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from opd_megatron.config.errors import refuse
+from opd_megatron.config.errors import UserError, refuse
 from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import needs_student_ids
 from opd_megatron.config.teachers_file import TeacherEntry, read_teachers
+from opd_megatron.teacher.mixture import Combine, MixedServers
 from opd_megatron.teacher.routing import RoutedTeachers, check_routes
 from opd_megatron.teacher.sglang import SGLangTeacher
 
 
-def connect_teachers(options: Options, vocab_size: int) -> SGLangTeacher | RoutedTeachers:
+def connect_teachers(
+    options: Options, vocab_size: int, combine: Combine | None = None
+) -> SGLangTeacher | RoutedTeachers:
     """The teacher of ``--opd-teacher-url``, or those of ``--opd-teachers``; nothing is sent yet.
 
-    ``vocab_size`` is the student's. Raises :class:`UserError` where an address, a key or the file does not fit.
+    ``vocab_size`` is the student's; with ``combine`` the teachers of the file are mixed, and prompts choose none.
+    Raises :class:`UserError` where an address, a key or the file does not fit.
     """
     opd = options.opd
+    if needs_student_ids(options) and (opd.opd_top_k or 0) > vocab_size:
+        raise UserError(f"--opd-top-k {opd.opd_top_k} is more than the {vocab_size} tokens of the student's vocabulary")
     if opd.opd_teachers is None:
         return connect_server(options, vocab_size, opd.opd_teacher_url, opd.opd_teacher_api_key_env)
     teachers = {
         entry.name: connect_server(options, vocab_size, entry.urls, entry.api_key_env, entry.name)
         for entry in _entries(opd.opd_teachers)
     }
+    if combine is not None:
+        return MixedServers(teachers, combine)
     return RoutedTeachers(teachers, opd.opd_teacher_route_key)
 
 
@@ -39,7 +48,7 @@ def connect_server(
         max_in_flight=opd.opd_teacher_max_in_flight,
         timeout=opd.opd_teacher_timeout,
         max_retries=opd.opd_teacher_max_retries,
-        top_k=opd.opd_top_k or 0,
+        top_k=0 if needs_student_ids(options) else opd.opd_top_k or 0,
         max_union_ids=opd.opd_max_union_ids,
         api_key_env=api_key_env,
     )
@@ -48,16 +57,17 @@ def connect_server(
 def check_prompt_routes(options: Options, metadata: Iterable[Mapping[str, Any]]) -> None:
     """Raise :class:`UserError` if a prompt's ``metadata`` names no teacher of ``--opd-teachers``."""
     opd = options.opd
-    if opd.opd_teachers is not None:
+    if opd.opd_teachers is not None and opd.opd_teacher_mixture is None:
         names = [entry.name for entry in _entries(opd.opd_teachers)]
         check_routes(metadata, opd.opd_teacher_route_key, names, f"--prompt-data {options.data.prompt_data}")
 
 
 def part_of_prompts(options: Options, name: str, metadata: Sequence[Mapping[str, Any]]) -> float:
     """The part of the prompts that go to the teacher ``name``: 1 where there is one teacher, or no prompt is known."""
-    if options.opd.opd_teachers is None or not metadata:
+    opd = options.opd
+    if opd.opd_teachers is None or opd.opd_teacher_mixture is not None or not metadata:
         return 1.0
-    return sum(entry.get(options.opd.opd_teacher_route_key) == name for entry in metadata) / len(metadata)
+    return sum(entry.get(opd.opd_teacher_route_key) == name for entry in metadata) / len(metadata)
 
 
 def servers_of(teacher: SGLangTeacher | RoutedTeachers) -> list[SGLangTeacher]:

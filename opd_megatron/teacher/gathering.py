@@ -6,16 +6,17 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from opd_megatron.http_client import HttpError, HttpFault, retried
-from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.sample import TeacherScores
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.replicas import Replica, Replicas
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading
 
+Subject = TypeVar("Subject")
 MOST_TOKENS = 2**18
 """Tokens that several samples of one request have together at most."""
 
@@ -240,10 +241,10 @@ def _fail(
 
 
 async def score_together(
-    score_one: Callable[[Sample], Coroutine[Any, Any, TeacherScores]], samples: Sequence[Sample]
+    score_one: Callable[[Subject], Coroutine[Any, Any, TeacherScores]], subjects: Sequence[Subject]
 ) -> list[TeacherScores]:
-    """Scores of all samples, asked for at the same time; the first failure abandons the others and is raised."""
-    tasks = [asyncio.ensure_future(score_one(sample)) for sample in samples]
+    """Scores of all samples (or by all teachers), asked for at the same time; the first failure abandons the others."""
+    tasks = [asyncio.ensure_future(score_one(subject)) for subject in subjects]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

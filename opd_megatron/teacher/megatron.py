@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -34,35 +34,37 @@ if TYPE_CHECKING:
 class Scorer(Protocol):
     """The part of the trainer that scores samples with its frozen teacher."""
 
-    def score(
-        self, name: Literal["teacher"], samples: Sequence[Sample], *, keep_hidden: bool = False
-    ) -> list[np.ndarray]: ...
+    def score(self, name: str, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]: ...
 
 
 class MegatronTeacher:
     """Scores through the trainer's forward pass, without gradients, at the rollout temperature.
 
-    ``folder`` names the checkpoint in scores and messages; ``vocab_size`` is the teacher's. With ``keep_hidden`` the
+    ``folder`` names the checkpoint in scores and messages, ``model`` is the trainer's name of the frozen model;
+    ``vocab_size`` is the teacher's. With ``keep_hidden`` the
     trainer keeps the teacher's hidden states on the host for the exact KL of the following training step.
     """
 
-    def __init__(self, trainer: Scorer, folder: str, *, temperature: float, vocab_size: int) -> None:
+    def __init__(
+        self, trainer: Scorer, folder: str, *, temperature: float, vocab_size: int, model: str = "teacher"
+    ) -> None:
         self.name = folder
+        self.vocab_size = vocab_size
         self.keep_hidden = False
         self._trainer = trainer
         self._temperature = temperature
-        self._vocab_size = vocab_size
+        self._model = model
 
     def score(self, samples: Sequence[Sample]) -> list[TeacherScores]:
         """See :class:`~opd_megatron.teacher.protocol.Teacher`."""
         for sample in samples:
             tokens = sample.seen_by_teacher().tokens
-            if len(tokens) and tokens.max() >= self._vocab_size:
+            if len(tokens) and tokens.max() >= self.vocab_size:
                 raise TeacherError(
                     f"teacher {self.name} does not know token {tokens.max()} of sample {sample.index}: its "
-                    f"vocabulary has {self._vocab_size} tokens"
+                    f"vocabulary has {self.vocab_size} tokens"
                 )
-        scored = self._trainer.score("teacher", samples, keep_hidden=self.keep_hidden)
+        scored = self._trainer.score(self._model, samples, keep_hidden=self.keep_hidden)
         return [
             TeacherScores(log_probs_T=log_probs, temperature=self._temperature, teacher=self.name)
             for log_probs in scored
@@ -76,22 +78,14 @@ def preflight_megatron(
     teacher: MegatronTeacher,
     student: Student,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    vocab_size: int,
 ) -> list[Finding]:
-    """Check the loaded teacher, whose vocabulary has ``vocab_size`` ids, before the first step.
+    """Check the loaded teacher before the first step.
 
     Raises :class:`UserError` if its tokenizer is not the student's or its scores are not those of a language model.
     """
     name = f"teacher {teacher.name}"
-    if vocab_size <= student.highest_id:
-        raise UserError(
-            f"{name} has a vocabulary of {vocab_size} tokens, the student's tokenizer has ids to {student.highest_id}"
-        )
-    findings = [
-        Finding("vocabulary", f"of {vocab_size} ids; the student's tokenizer uses ids up to {student.highest_id}"),
-        *_check_tokenizer(student, teacher_tokenizer, name),
-    ]
+    vocab_size = teacher.vocab_size
+    findings = check_vocabulary(name, student, teacher_tokenizer, vocab_size=vocab_size)
 
     def score(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [scores.log_probs_T for scores in teacher.score(text_samples(texts))]
@@ -106,6 +100,20 @@ def preflight_megatron(
         own = None if student.log_probs is None else student.log_probs(texts)
         findings.append(plausibility(score(texts), own, vocab_size, name))
     return findings
+
+
+def check_vocabulary(
+    name: str, student: Student, theirs: PreTrainedTokenizerBase | None, *, vocab_size: int
+) -> list[Finding]:
+    """Whether a frozen model of ``vocab_size`` ids means the same by them; raises :class:`UserError` if it does not."""
+    if vocab_size <= student.highest_id:
+        raise UserError(
+            f"{name} has a vocabulary of {vocab_size} tokens, the student's tokenizer has ids to {student.highest_id}"
+        )
+    return [
+        Finding("vocabulary", f"of {vocab_size} ids; the student's tokenizer uses ids up to {student.highest_id}"),
+        *_check_tokenizer(student, theirs, name),
+    ]
 
 
 def _check_tokenizer(student: Student, theirs: PreTrainedTokenizerBase | None, name: str) -> list[Finding]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.sample import Sample
+from opd_megatron.teacher.agreement import EXACT, Tolerance
 from opd_megatron.teacher.tokenizer_checks import PROBE_TEXTS, encode
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def judged_texts(student: Student, longest: int | None = None) -> list[np.ndarra
     return [text[:longest] for text in student.texts or ([] if known is None else [known])]
 
 
-def check_scores(log_probs: np.ndarray, again: np.ndarray, teacher_name: str, tolerance: float = 1e-3) -> None:
+def check_scores(log_probs: np.ndarray, again: np.ndarray, teacher_name: str, tolerance: Tolerance = EXACT) -> None:
     """Raise :class:`UserError` unless both are the same finite log-probabilities of a model that distinguishes tokens.
 
     ``log_probs`` and ``again`` ``[N]`` are two answers about one text, which may differ by ``tolerance``.
@@ -101,8 +102,8 @@ def check_scores(log_probs: np.ndarray, again: np.ndarray, teacher_name: str, to
     what = f"{teacher_name} does not score a known text as a language model would:"
     if not (np.isfinite(log_probs).all() and np.isfinite(again).all() and (log_probs <= 1e-3).all()):
         raise UserError(f"{what} not all its log-probabilities are finite and at most 0; check its weights")
-    if (gap := float(np.abs(log_probs - again).max(initial=0.0))) > tolerance:
-        raise UserError(f"{what} the same text scored twice differs by {gap:.2g}; check the server's version and flags")
+    if (gap := tolerance.exceeded(log_probs, again)) is not None:
+        raise UserError(f"{what} the same text scored twice differs by {gap}; check the server's version and flags")
     if len(log_probs) > 2 and np.ptp(log_probs) < 1e-6:
         raise UserError(f"{what} every token has log-probability {log_probs[0]:.4g}; check that its weights are loaded")
 

@@ -100,7 +100,8 @@ class StreamingTeacher(Protocol):
     def statistics(self) -> dict[str, float]:
         """Counts since the last call, which sets them back.
 
-        ``requests``, ``retries``, ``samples``, ``wait_seconds`` (summed over the samples, from call to answer) and
+        ``requests``, ``retries``, ``samples``, ``wait_seconds`` (summed over the samples, from call to answer),
+        ``in_flight_limit`` (samples that the servers may be asked for at a time, at this moment) and
         ``failed_<kind>`` for each :class:`FailureKind` that occurred.
         """
         ...

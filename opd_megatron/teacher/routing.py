@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.flags import spoken, suggestion
 from opd_megatron.http_client import blocking
@@ -62,7 +64,7 @@ class RoutedTeachers:
     def score(self, samples: Sequence[Sample]) -> list[TeacherScores]:
         """See :class:`~opd_megatron.teacher.protocol.Teacher`; an unknown route fails before anything is sent."""
         for sample in samples:
-            self.route(sample).check(sample)
+            self.check(sample)
 
         async def score_all() -> list[TeacherScores]:
             try:
@@ -72,9 +74,17 @@ class RoutedTeachers:
 
         return blocking(score_all)
 
+    def check(self, sample: Sample) -> None:
+        """Raise :class:`TeacherFailure` if ``sample`` must not be sent."""
+        self.route(sample).check(sample)
+
     async def score_one(self, sample: Sample) -> TeacherScores:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
         return await self.route(sample).score_one(sample)
+
+    async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
+        """See :meth:`SGLangTeacher.score_ids`."""
+        return await self.route(sample).score_ids(sample, ids_TK)
 
     def begin_step(self, deadline: float | None) -> None:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""

@@ -12,42 +12,19 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.http_client import HttpClient, HttpError, RetryPolicy, blocking
+from opd_megatron.http_client import HttpClient, HttpError, HttpFault, RetryPolicy, blocking, retried
 from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.teacher.agreement import EXACT, ROUNDED, Identity
 from opd_megatron.teacher.gathering import Gatherer, Question, score_together
 from opd_megatron.teacher.in_flight import AdaptiveLimit
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.replicas import Replica, Replicas
-from opd_megatron.teacher.sglang_answer import AnswerError, Reading, read_answer
-
-EXACT_TOLERANCE = 1e-3
-"""Largest difference between the log-probabilities that two servers of the same float32 weights give a token."""
-ROUNDED_TOLERANCE = 0.1
-"""The same for weights of less precision, whose sums depend on what else is in a server's batch."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a server says that it serves, and how it scores a known text ``[N]``."""
-
-    model_path: str | None
-    weight_version: str
-    log_probs_N: np.ndarray
-
-    def difference(self, other: Identity, tolerance: float) -> str | None:
-        """What ``other`` has other than this, in words; None where it serves the same."""
-        gap = float(np.abs(other.log_probs_N - self.log_probs_N).max(initial=0.0))
-        if gap > tolerance:
-            return f"its log-probabilities of a known text differ by {gap:.2g}"
-        if other.weight_version != self.weight_version:
-            return f"its weight version is {other.weight_version!r}, not {self.weight_version!r}"
-        return None
+from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer
 
 
 class SGLangTeacher:
@@ -93,7 +70,7 @@ class SGLangTeacher:
         self._known: np.ndarray | None = None
         self._identity: Identity | None = None
         self._version: str | None = None
-        self._tolerance = EXACT_TOLERANCE
+        self._tolerance = EXACT
         self._deadline: float | None = None
         self._counts: Counter[str] = Counter()
         self._wait_seconds = 0.0
@@ -147,34 +124,17 @@ class SGLangTeacher:
         ``top_k`` the scores hold the most probable tokens and the tail, where a token is not valid all zeros.
         """
         reading, unscored = await self._read(sample, None)
-        length = sample.response_length
-
-        def padded(values_N: np.ndarray | None, *shape: int) -> np.ndarray:
-            """``values_N`` for the tokens that have a score, after zeros for those that have none."""
-            array = np.zeros((length, *shape), dtype=np.float32 if values_N is None else values_N.dtype)
-            if values_N is not None:
-                array[unscored:] = values_N
-            return array
-
-        top = None if reading is None else reading.top
-        scores = TeacherScores(
-            padded(None if reading is None else reading.log_probs_N),
-            np.arange(length) >= unscored,
-            teacher=self.name,
-            weight_version="" if reading is None else reading.weight_version,
-        )
+        scores = _scores(sample, reading, unscored, self.name)
         if self.top_k:
-            scores.top_ids_TK = padded(None if top is None else top.ids_NK, self.top_k).astype(np.int32)
-            scores.top_log_probs_TK = padded(None if top is None else top.log_probs_NK, self.top_k)
-            scores.tail_log_mass_T = padded(None if top is None else top.tail_log_mass_N)
+            top = None if reading is None else reading.top
+            _take_record(scores, unscored, self.top_k, top)
         return scores
 
-    async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> np.ndarray:
-        """The teacher's log-probabilities of ``ids_TK`` at each response token, float32 ``[T, K]``.
+    async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
+        """As :meth:`score_one`, with the teacher's values of ``ids_TK`` (int, distinct in a row) as the record.
 
         The server scores one list of ids at all positions, so that the cost is positions times the number of different
-        ids: more than ``max_union_ids`` are refused. Where a position has no score the values are NaN. Raises
-        :class:`TeacherFailure`.
+        ids: more than ``max_union_ids`` are refused. Raises :class:`TeacherFailure`.
         """
         ids_TK = np.asarray(ids_TK, dtype=np.int64)
         if ids_TK.ndim != 2 or len(ids_TK) != sample.response_length:
@@ -188,14 +148,16 @@ class SGLangTeacher:
             )
         if union.size and (union[0] < 0 or union[-1] >= self.vocab_size):
             raise self._unscorable(sample, f"an id to be scored is outside the vocabulary of {self.vocab_size}")
-        values_TK = np.full(ids_TK.shape, np.nan, dtype=np.float32)
-        if union.size:
-            reading, unscored = await self._read(sample, union)
-            if reading is not None:
-                assert reading.union_log_probs_NU is not None
-                places_NK = places_TK.reshape(ids_TK.shape)[unscored:]
-                values_TK[unscored:] = np.take_along_axis(reading.union_log_probs_NU, places_NK, axis=1)
-        return values_TK
+        reading, unscored = await self._read(sample, union)
+        top = None
+        if reading is not None:
+            assert reading.union_log_probs_NU is not None
+            places_NK = places_TK.reshape(ids_TK.shape)[unscored:]
+            log_probs_NK = np.take_along_axis(reading.union_log_probs_NU, places_NK, axis=1)
+            top = TopK.of(ids_TK[unscored:], log_probs_NK, self.vocab_size)
+        scores = _scores(sample, reading, unscored, self.name)
+        _take_record(scores, unscored, ids_TK.shape[1], top)
+        return scores
 
     def pin(self, tokens: np.ndarray) -> np.ndarray:
         """Score a known text on every server and hold all of them to the first one's answer from then on.
@@ -211,7 +173,7 @@ class SGLangTeacher:
         async def identify_all() -> list[Identity]:
             return [await self._opened(client, tokens) for client in self.clients]
 
-        self._known, self._identity, self._tolerance = None, None, EXACT_TOLERANCE
+        self._known, self._identity, self._tolerance = None, None, EXACT
         first, *others = self._blocking(identify_all)
         for client, other in zip(self.clients[1:], others, strict=True):
             difference = first.difference(other, self._tolerance)
@@ -240,7 +202,10 @@ class SGLangTeacher:
         counts = {key: float(value) for key, value in self._counts.items()}
         self._counts.clear()
         seconds, self._wait_seconds = self._wait_seconds, 0.0
-        return dict.fromkeys(("requests", "retries", "samples"), 0.0) | counts | {"wait_seconds": seconds}
+        gatherers = list(self._gatherers.values())
+        limit = sum(replica.limit.value for gatherer in gatherers[-1:] for replica in gatherer.replicas.all)
+        found = {"wait_seconds": seconds, "in_flight_limit": float(limit)}
+        return dict.fromkeys(("requests", "retries", "samples"), 0.0) | counts | found
 
     def close(self) -> None:
         """Nothing is open between calls from code that is not asynchronous; see :meth:`aclose`."""
@@ -340,28 +305,45 @@ class SGLangTeacher:
         try:
             server = await client.get("/server_info", self._policy)
             if isinstance(server, dict) and server.get("dtype") != "float32":
-                self._tolerance = ROUNDED_TOLERANCE
+                self._tolerance = ROUNDED
             return await self._identify(client, tokens, self._policy)
         except HttpError as error:
             raise _failure(error) from None
 
     async def _identify(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Identity:
         model = await client.get("/model_info", policy)
+        if not isinstance(model, dict) or "model_path" not in model:
+            message = f"{client.server}: /model_info names no model; is this a SGLang server?"
+            raise TeacherFailure(message, FailureKind.MALFORMED)
+        reading = await self._read_known(client, tokens, policy)
+        return Identity(model["model_path"], str(model.get("weight_version", "")), reading.log_probs_N)
+
+    async def _read_known(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Reading:
+        """What a server says of the known text; an answer that is not believed is asked for again like none."""
         payload = {
             "input_ids": tokens,
             "sampling_params": {"temperature": 0, "max_new_tokens": 0},
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        answer = await client.post("/generate", payload, policy)
-        if not isinstance(model, dict) or "model_path" not in model:
-            message = f"{client.server}: /model_info names no model; is this a SGLang server?"
-            raise TeacherFailure(message, FailureKind.MALFORMED)
+        disbelief: AnswerError | None = None
+
+        async def attempt() -> Reading:
+            nonlocal disbelief
+            disbelief = None
+            answer = await client.attempt("POST", "/generate", payload, "known text")
+            try:
+                return read_answer(answer, tokens, self.vocab_size)
+            except AnswerError as error:
+                disbelief = error
+                raise HttpError(client.server, "known text", str(error), HttpFault.MALFORMED, transient=True) from None
+
         try:
-            reading = read_answer(answer, tokens, self.vocab_size)
-        except AnswerError as error:
-            raise TeacherFailure(f"{client.server}: known text: {error}", error.kind) from None
-        return Identity(model["model_path"], str(model.get("weight_version", "")), reading.log_probs_N)
+            return await retried(attempt, policy)
+        except HttpError as error:
+            if disbelief is None:
+                raise
+            raise TeacherFailure(str(error), disbelief.kind) from None
 
     def _blocking(self, start: Callable[[], Awaitable[Any]]) -> Any:
         async def run() -> Any:
@@ -381,3 +363,30 @@ def _failure(error: HttpError) -> TeacherFailure:
 
 def _subject(sample: Sample) -> str:
     return f"sample {sample.index} ({len(sample.prompt_tokens)} prompt + {sample.response_length} response tokens)"
+
+
+def _scores(sample: Sample, reading: Reading | None, unscored: int, teacher: str) -> TeacherScores:
+    """What ``reading`` says of the response tokens but the first ``unscored``, which are not valid."""
+    length = sample.response_length
+    return TeacherScores(
+        _padded(length, unscored, None if reading is None else reading.log_probs_N),
+        np.arange(length) >= unscored,
+        teacher=teacher,
+        weight_version="" if reading is None else reading.weight_version,
+    )
+
+
+def _take_record(scores: TeacherScores, unscored: int, k: int, top: TopK | None) -> None:
+    """Give the scores a record of ``k`` tokens for each position, all zeros where there is no score."""
+    length = len(scores.log_probs_T)
+    scores.top_ids_TK = _padded(length, unscored, None if top is None else top.ids_NK, k).astype(np.int32)
+    scores.top_log_probs_TK = _padded(length, unscored, None if top is None else top.log_probs_NK, k)
+    scores.tail_log_mass_T = _padded(length, unscored, None if top is None else top.tail_log_mass_N)
+
+
+def _padded(length: int, unscored: int, values_N: np.ndarray | None, *shape: int) -> np.ndarray:
+    """``values_N`` for the tokens that have a score, after zeros for those that have none."""
+    array = np.zeros((length, *shape), dtype=np.float32 if values_N is None else values_N.dtype)
+    if values_N is not None:
+        array[unscored:] = values_N
+    return array

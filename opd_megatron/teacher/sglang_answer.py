@@ -42,11 +42,19 @@ class AnswerError(ValueError):
 
 @dataclass(frozen=True)
 class TopK:
-    """The most probable tokens ``[N, K]``, most probable first, and the log of the mass outside them ``[N]``."""
+    """``K`` tokens of each position ``[N, K]``, int32 and float32, and the log of the mass outside them ``[N]``."""
 
     ids_NK: np.ndarray
     log_probs_NK: np.ndarray
     tail_log_mass_N: np.ndarray
+
+    @classmethod
+    def of(cls, ids_NK: np.ndarray, log_probs_NK: np.ndarray, vocab_size: int) -> TopK:
+        """With the tail that distinct ids leave: none where they are the whole vocabulary."""
+        mass_N = np.exp(log_probs_NK.astype(np.float64)).sum(axis=1)
+        whole = ids_NK.shape[1] == vocab_size
+        tail_N = np.full(len(mass_N), -np.inf) if whole else np.log(np.maximum(1.0 - mass_N, SMALLEST_TAIL))
+        return cls(ids_NK.astype(np.int32), log_probs_NK.astype(np.float32), tail_N.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def read_answer(
         log_probs_N=log_probs,
         weight_version=str(meta.get("weight_version", "")),
         top=_read_top(meta, sent_ids[1:], log_probs, top_k, vocab_size) if top_k else None,
-        union_log_probs_NU=None if union is None else _read_union(meta, len(sent_ids), union),
+        union_log_probs_NU=None if union is None else _read_union(meta, sent_ids[1:], log_probs, union),
     )
 
 
@@ -182,21 +190,25 @@ def _read_top(meta: dict[str, Any], tokens_N: np.ndarray, log_probs_N: np.ndarra
     )
     if contradicts.any():
         raise AnswerError(FailureKind.TOP_K, f"the top {top_k} contradict the token's own log-probability")
-    whole = top_k == vocab_size
-    tail_N = np.full(len(mass_N), -np.inf) if whole else np.log(np.maximum(1.0 - mass_N, SMALLEST_TAIL))
-    return TopK(ids_NK.astype(np.int32), log_probs_NK.astype(np.float32), tail_N.astype(np.float32))
+    return TopK.of(ids_NK, log_probs_NK, vocab_size)
 
 
-def _read_union(meta: dict[str, Any], length: int, union: np.ndarray) -> np.ndarray:
-    key = "input_token_ids_logprobs"
+def _read_union(meta: dict[str, Any], tokens_N: np.ndarray, log_probs_N: np.ndarray, union: np.ndarray) -> np.ndarray:
+    key, length = "input_token_ids_logprobs", len(tokens_N)
     entries = meta.get(key)
-    if isinstance(entries, list) and len(entries) == length:
+    if isinstance(entries, list) and len(entries) == length + 1:
         # The first entry is a bare null.
         meta = {key: entries[1:]}
-        length -= 1
     if not length:
         return np.empty((0, len(union)))
     rows = _rows(meta, key, length, len(union))
     if (rows[:, :, 1] != union).any():
         raise AnswerError(FailureKind.WRONG_IDS, "the answer is about other ids than those asked for")
-    return _log_probs(rows[:, :, 0], key)
+    log_probs_NU = _log_probs(rows[:, :, 0], key)
+    mass_N = np.exp(log_probs_NU).sum(axis=1)
+    if (mass_N > 1.0 + MASS_TOLERANCE).any():
+        raise AnswerError(FailureKind.TOP_K, f"the ids asked for have a mass of {mass_N.max():.6g}, more than 1")
+    own_NU = union == tokens_N[:, None]
+    if (np.abs(log_probs_NU - log_probs_N[:, None])[own_NU] > MASS_TOLERANCE).any():
+        raise AnswerError(FailureKind.TOP_K, "the ids asked for contradict the token's own log-probability")
+    return log_probs_NU

@@ -10,6 +10,7 @@ import numpy as np
 
 from opd_megatron.config.architecture import read_hf_config
 from opd_megatron.config.errors import UserError
+from opd_megatron.teacher.agreement import EXACT, ROUNDED, Tolerance
 from opd_megatron.teacher.preflight import (
     Finding,
     Student,
@@ -21,7 +22,7 @@ from opd_megatron.teacher.preflight import (
     text_samples,
 )
 from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
-from opd_megatron.teacher.sglang import EXACT_TOLERANCE, ROUNDED_TOLERANCE, SGLangTeacher
+from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.throughput import RunSizes, measure
 from opd_megatron.teacher.tokenizer_checks import (
     chat_questions,
@@ -55,9 +56,9 @@ class ServerInfo:
     """What it computes in; ``auto`` where it follows a model that cannot be read from here."""
 
     @property
-    def tolerance(self) -> float:
+    def tolerance(self) -> Tolerance:
         """How far its answers about one text may differ."""
-        return EXACT_TOLERANCE if self.dtype == "float32" else ROUNDED_TOLERANCE
+        return EXACT if self.dtype == "float32" else ROUNDED
 
     def describe(self) -> str:
         limit = "an unknown number of" if self.max_tokens is None else f"at most {self.max_tokens}"
@@ -161,7 +162,7 @@ def _check_scores(teacher: SGLangTeacher, infos: Sequence[ServerInfo], student: 
     tokens = known_tokens(student, teacher.vocab_size)[: teacher.max_tokens]
     first = teacher.pin(tokens)
     second = teacher.score(text_samples([tokens]))[0].log_probs_T
-    check_scores(first, second, name, max(info.tolerance for info in infos))
+    check_scores(first, second, name, max((info.tolerance for info in infos), key=lambda it: it.mean))
     gap = float(np.abs(first - second).max(initial=0.0))
     findings = [Finding("known text", f"{len(first)} tokens scored twice, the same to {gap:.1g}")]
     if len(infos) > 1:

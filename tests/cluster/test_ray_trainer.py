@@ -146,6 +146,10 @@ def test_the_first_ten_opd_losses_are_those_of_one_process(
         scores = alone.score("student", make_samples(3))
         for place, array in enumerate(group.score("student", make_samples(3))):
             np.testing.assert_allclose(array, scores[place], rtol=0, atol=1e-3)
+        for place, array in enumerate(group.token_diagnostics(make_samples(3))):
+            np.testing.assert_allclose(array["student_log_prob"], scores[place], rtol=0, atol=1e-3)
+        gradient = alone.gradient_diagnostics(make_samples(3), 0)
+        assert group.gradient_diagnostics(make_samples(3), 0) == pytest.approx(gradient, rel=1e-2, abs=1e-2)
         assert group.resume() is None
         assert group.peak_memory_bytes() > 2**20
         group.save(tmp_path, 10, folder, {"rollouts": 10})

@@ -125,6 +125,23 @@ def test_a_teacher_of_its_own_layout_and_precision() -> None:
     assert (without.teacher, without.host) == (0, 0)
 
 
+def test_several_frozen_models() -> None:
+    """Each counts in the teacher's precision; with offloading only the largest is there at once."""
+    student, teacher = published("Qwen/Qwen3-8B"), published("Qwen/Qwen3-32B")
+    alone, both = Models(student, teacher), Models(student, teacher, further={"opd_reference": teacher})
+
+    def of(models: Models, *flags: str) -> RankMemory:
+        return estimate(
+            parse_options([*EIGHT, "--opd-reward-scale", "2", "--opd-ref-load", "r", *flags]), models, "cuda"
+        )
+
+    assert of(both).teacher == 2 * of(alone).teacher
+    assert of(both, "--offload-teacher").total == of(alone, "--offload-teacher").total
+    whole = ("--opd-loss", "distribution")
+    assert of(both).host == of(alone).host
+    assert of(both, *whole).host == 2 * of(both).host
+
+
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
     for row in ROWS:

@@ -40,6 +40,26 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--kl-coef -1 --entropy-coef nan --kl-loss-coef -1e-3 --eps-clip-c 1",
         ("--kl-coef -1", "--entropy-coef nan", "--kl-loss-coef -1e-3", "--eps-clip-c 1: must be above 1"),
     ),
+    "a sum of one divergence": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-divergence-to jsd --opd-divergence-mix 0",
+        ("--opd-divergence-to jsd is the first divergence again", "--opd-divergence-mix 0 gives --opd-divergence-to"),
+    ),
+    "a policy loss of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-loss distribution --policy-loss gspo --use-tis --eps-clip 0.1",
+        (
+            "--policy-loss has no effect: with --advantage-estimator none and --opd-loss distribution",
+            "--use-tis has no effect: with",
+            "--eps-clip has no effect: with",
+        ),
+    ),
+    "whitening of advantages that are 0": (
+        MEGATRON + "--advantage-estimator none --opd-importance --normalize-advantages",
+        ("--normalize-advantages has no effect: with --advantage-estimator none and --opd-importance",),
+    ),
+    "clipping of labels": (
+        BASE.replace("--rm-type exact", "") + "--loss-type sft_loss --label-key label --eps-clip-high 0.3 --gamma 0.9",
+        ("--eps-clip-high has no effect with --loss-type sft_loss", "--gamma has no effect with --loss-type sft_loss"),
+    ),
     "absurd numbers": (
         BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300 "
         "--lr 1e300",
@@ -68,6 +88,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--rollout-engine sglang --rollout-engine-url http://127.0.0.1:1 --rollout-num-engines 2",
         ("--rollout-num-engines has no effect on the servers of --rollout-engine-url",),
     ),
+    "a key for servers of the run's own": (
+        BASE + "--rollout-engine sglang --rollout-engine-api-key-env KEY",
+        ("--rollout-engine-api-key-env goes with --rollout-engine-url only",),
+    ),
+    "a folder that no weights go through": (
+        BASE + "--rollout-engine sglang --rollout-weight-transfer distributed --rollout-weights-dir w",
+        ("--rollout-weights-dir has no effect with --rollout-weight-transfer distributed",),
+    ),
     "batches of the local engine": (
         BASE + "--rollout-engine sglang --rollout-engine-batch-size 4",
         ("--rollout-engine-batch-size is for the local engine",),
@@ -95,6 +123,83 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "megatron without teacher": (
         BASE + "--use-opd --opd-type megatron",
         ("--opd-type megatron needs --opd-teacher-load",),
+    ),
+    "extrapolated top tokens": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-loss distribution --opd-support teacher_topk --opd-top-k 4",
+        ("--opd-reward-scale 1.25 with --opd-loss distribution needs --opd-support full",),
+    ),
+    "extrapolated baseline": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-baseline kl",
+        ("--opd-reward-scale 1.25 does not go with --opd-baseline",),
+    ),
+    "extrapolated and entropy-aware": (
+        MEGATRON + "--opd-reward-scale 1.25 --opd-loss distribution --opd-entropy-aware 0.5",
+        ("--opd-reward-scale 1.25 does not go with --opd-entropy-aware",),
+    ),
+    "more teachers that nothing mixes": (
+        MEGATRON + "--opd-more-teachers $teacher_hf",
+        ("--opd-more-teachers needs --opd-teacher-mixture: choose arithmetic or geometric",),
+    ),
+    "a mixture of one": (
+        MEGATRON + "--opd-teacher-mixture arithmetic",
+        ("--opd-teacher-mixture arithmetic has a single teacher: add --opd-more-teachers",),
+    ),
+    "a mixture of one server": (
+        SGLANG + "--opd-teacher-mixture geometric",
+        ("--opd-teacher-mixture geometric has a single teacher: add an --opd-teachers file of several",),
+    ),
+    "more teachers than servers load": (
+        SGLANG + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric",
+        ("--opd-more-teachers goes with --opd-type megatron only",),
+    ),
+    "weights of a mixture": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric --opd-teacher-weights 1 2 3",
+        ("--opd-teacher-weights names 3 weights for 2 teachers",),
+    ),
+    "weights below 0": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric --opd-teacher-weights 1 -2",
+        ("--opd-teacher-weights -2: must be above 0",),
+    ),
+    "weights of no mixture": (
+        MEGATRON + "--opd-teacher-weights 1 2",
+        ("--opd-teacher-weights has no effect without --opd-teacher-mixture",),
+    ),
+    "a mixture of top tokens": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture arithmetic --opd-loss distribution "
+        "--opd-support teacher_topk --opd-top-k 4 --opd-entropy-aware 0.5",
+        (
+            "--opd-teacher-mixture arithmetic with --opd-loss distribution needs --opd-support full",
+            "--opd-teacher-mixture arithmetic does not go with --opd-entropy-aware",
+        ),
+    ),
+    "the baseline of a geometric mixture": (
+        MEGATRON + "--opd-more-teachers $teacher_hf --opd-teacher-mixture geometric --opd-baseline kl",
+        ("--opd-teacher-mixture geometric does not go with --opd-baseline",),
+    ),
+    "another teacher that is not there": (
+        MEGATRON + "--opd-more-teachers $teacher_hf nowhere --opd-teacher-mixture geometric",
+        ("--opd-more-teachers nowhere does not exist",),
+    ),
+    "another teacher that does not fit": (
+        MEGATRON + "--opd-more-teachers $three_layers --opd-teacher-mixture geometric "
+        "--pipeline-model-parallel-size 2 --actor-num-gpus-per-node 2",
+        ("does not divide the teacher's 3 layers",),
+    ),
+    "a reference for nothing": (
+        MEGATRON + "--opd-ref-load $teacher",
+        ("--opd-ref-load has no effect with --opd-reward-scale 1",),
+    ),
+    "a reference that is not there": (
+        SGLANG + "--opd-reward-scale 2 --opd-ref-load nowhere",
+        ("--opd-ref-load nowhere does not exist",),
+    ),
+    "a reference without weights": (
+        SGLANG + "--opd-reward-scale 2 --opd-ref-load $config_only",
+        ("--opd-ref-load", "config_only holds no complete checkpoint"),
+    ),
+    "extrapolation without a reference": (
+        SGLANG.replace("$hf", "$config_only") + "--opd-reward-scale 2",
+        ("--opd-reward-scale needs a reference: give --ref-load",),
     ),
     "sglang with load": (
         SGLANG + "--opd-teacher-load $teacher",
@@ -136,6 +241,88 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "overlapped gather alone": (
         BASE + "--overlap-param-gather",
         ("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",),
+    ),
+    "weights without distillation": (
+        BASE + "--opd-token-select top --opd-prompt-weight paced --opd-on correct",
+        (
+            "--opd-token-select has no effect without --use-opd",
+            "--opd-prompt-weight has no effect without --use-opd",
+            "--opd-on has no effect without --use-opd",
+        ),
+    ),
+    "weights of supervised training": (
+        MEGATRON + "--loss-type sft_loss --opd-token-select top",
+        ("--use-opd does not go with --loss-type sft_loss",),
+    ),
+    "selection options without selection": (
+        MEGATRON + "--opd-token-score soft_or --opd-token-ratio 0.3",
+        (
+            "--opd-token-score has no effect with --opd-token-select all: choose top or sample",
+            "--opd-token-ratio has no effect with --opd-token-select all",
+        ),
+    ),
+    "selection of everything": (
+        MEGATRON + "--opd-token-select top --opd-token-ratio 1",
+        ("--opd-token-ratio 1: must be below 1",),
+    ),
+    "floor of the highest scores": (
+        MEGATRON + "--opd-token-select top --opd-token-floor 0.2",
+        ("--opd-token-floor goes with --opd-token-select sample only",),
+    ),
+    "hard cut-off of sampled tokens": (
+        MEGATRON + "--opd-token-select sample --opd-token-min-score 0.2",
+        ("--opd-token-min-score is a hard cut-off, which --opd-token-select sample cannot make up for",),
+    ),
+    "sampled tokens without a floor": (
+        MEGATRON + "--opd-token-select sample --opd-token-floor 0",
+        ("--opd-token-floor 0: must be above 0",),
+    ),
+    "scores of distributions that are not there": (
+        SGLANG + "--opd-token-select top --opd-token-score divergence",
+        ("--opd-token-score divergence compares whole distributions", "use --opd-token-score entropy"),
+    ),
+    "scores of a teacher that is not there": (
+        MEGATRON + "--load-debug-rollout-data $recorded --opd-token-select top --opd-token-score soft_or",
+        ("--opd-token-score soft_or compares whole distributions",),
+    ),
+    "paced options without paced": (
+        MEGATRON + "--opd-paced-alpha 2 --opd-pass-rate running",
+        (
+            "--opd-paced-alpha has no effect without --opd-prompt-weight paced: add it",
+            "--opd-pass-rate has no effect without --opd-prompt-weight paced",
+        ),
+    ),
+    "pass rates of small groups": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 3",
+        ("--opd-pass-rate group needs --n-samples-per-prompt of at least 4: it is 3",),
+    ),
+    "pass rates of no task": (
+        MEGATRON + "--opd-prompt-weight paced --opd-pass-rate running --rm-type zero",
+        ("--opd-pass-rate running needs a task reward",),
+    ),
+    "key of pass rates that are not in the metadata": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 4 --opd-pass-rate-key p",
+        ("--opd-pass-rate-key goes with --opd-pass-rate metadata only",),
+    ),
+    "paced without powers": (
+        MEGATRON + "--opd-prompt-weight paced --n-samples-per-prompt 4 --opd-paced-alpha 0 --opd-paced-beta 0",
+        ("--opd-paced-alpha 0 and --opd-paced-beta 0 give every prompt the same weight",),
+    ),
+    "weights of rewards that are all 0": (
+        MEGATRON + "--opd-on incorrect --opd-reward-beta 1 --rm-type zero",
+        ("--opd-on incorrect needs a task reward", "--opd-reward-beta needs a task reward"),
+    ),
+    "weights of rewards of one sample": (
+        MEGATRON + "--opd-reward-beta 1",
+        ("--opd-reward-beta has no effect with --n-samples-per-prompt 1",),
+    ),
+    "a pass that nobody asks for": (
+        MEGATRON + "--opd-correct-reward 0.5",
+        ("--opd-correct-reward has no effect without --opd-on",),
+    ),
+    "a mask of what cannot be": (
+        MEGATRON + "--rollout-max-response-len 16 --opd-mask-longer-than 16",
+        ("--opd-mask-longer-than 16 has no effect with --rollout-max-response-len 16",),
     ),
     "sglang with a baseline": (SGLANG + "--opd-baseline kl", ("--opd-baseline goes with --opd-type megatron only",)),
     "baseline from a recording": (
@@ -417,8 +604,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-loss distribution over the whole vocabulary needs --opd-type megatron",),
     ),
     "a server at the student's tokens": (
-        SGLANG + "--opd-loss distribution --opd-support student_topk --opd-top-k 4",
-        ("--opd-support student_topk needs --opd-type megatron",),
+        SGLANG
+        + "--opd-loss distribution --opd-support student_topk --opd-top-k 40 --opd-max-union-ids 32 "
+        + "--opd-overlong drop",
+        (
+            "--opd-top-k 40 asks a server for more than --opd-max-union-ids 32 ids",
+            "--opd-overlong drop does not go with",
+        ),
     ),
     "a server's tail at another temperature": (
         SGLANG + "--opd-loss distribution --opd-support teacher_topk --opd-top-k 4 --opd-temperature 2",
@@ -438,6 +630,39 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--calculate-per-token-loss and --loss-length-divisor",),
     ),
     "passes over labels": (BASE + "--loss-type sft_loss --ppo-epochs 2", ("--ppo-epochs has no effect with",)),
+    "critic without ppo": (
+        BASE + "--lambd 0.9 --critic-lr 1e-5 --num-critic-only-steps 1",
+        (
+            "--lambd has no effect without --advantage-estimator ppo",
+            "--critic-lr has no effect",
+            "--num-critic-only-steps has no effect",
+        ),
+    ),
+    "critic without rewards": (
+        BASE.replace("--rm-type exact", "--rm-type zero") + "--advantage-estimator ppo",
+        ("--advantage-estimator ppo has nothing to value with --rm-type zero: use --advantage-estimator none",),
+    ),
+    "critic that trains alone": (
+        BASE + "--advantage-estimator ppo --num-critic-only-steps 2",
+        ("--num-critic-only-steps 2 leaves none of the 2 rollouts to the student", "!--lr-warmup-iters"),
+    ),
+    "rates of a critic": (
+        BASE + "--advantage-estimator ppo --lr-warmup-init 1e-7 --critic-lr 1e-8 --critic-min-lr 1e-7 "
+        "--critic-lr-warmup-iters 2",
+        (
+            "--critic-min-lr 1e-07 is above --critic-lr 1e-08",
+            "--lr-warmup-init 1e-07 is above --critic-lr 1e-08",
+            "--critic-lr-warmup-iters 2 must be shorter than the decay of 2 optimizer steps",
+        ),
+    ),
+    "weights of a critic": (
+        BASE + "--advantage-estimator ppo --critic-load $root/nowhere",
+        ("--critic-load", "nowhere is no folder: name that of a checkpoint"),
+    ),
+    "values of a critic": (
+        BASE + "--advantage-estimator ppo --lambd 1.1 --value-clip -1",
+        ("--lambd 1.1: must be at most 1", "--value-clip -1: must be at least 0"),
+    ),
     "gamma of another": (BASE + "--advantage-estimator rloo --gamma 0.9", ("--gamma belongs to",)),
     "reward kl without reward": (MEGATRON + "--advantage-estimator none --kl-coef 0.1", ("--kl-coef", "none ignores")),
     "kl with sft": (BASE + "--loss-type sft_loss --use-kl-loss", ("--use-kl-loss has no effect with --loss-type",)),

@@ -10,6 +10,13 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.parse import parse_options
 from opd_megatron.config.resolve import needs_reference, reference_folder, schedule_steps
+from opd_megatron.config.targets import (
+    OPD_REFERENCE,
+    REFERENCE,
+    loads_reference,
+    named_models,
+    opd_reference_name,
+)
 
 
 def read(line: str) -> Options:
@@ -49,3 +56,15 @@ def test_the_reference_is_where_the_run_began(folders: dict[str, Path]) -> None:
     assert reference_folder(read(student + f"--ref-load {folders['release']}")) == folders["release"] / "release"
     assert reference_folder(read(f"--hf-checkpoint {folders['config_only']}")) is None
     assert [needs_reference(read(line)) for line in ("", "--kl-coef 0.1", "--use-kl-loss")] == [False, True, True]
+
+
+def test_a_target_beside_the_teacher_names_its_models() -> None:
+    """Scale 1 is the teacher and needs no reference; the reference of the KL is not loaded twice."""
+    opd = "--use-opd --opd-type sglang --hf-checkpoint start "
+    assert (opd_reference_name(read(opd + "--opd-reward-scale 1")), loads_reference(read(opd))) == (None, False)
+    for line in ("", "--opd-ref-load start", "--ref-load kept --opd-ref-load ./kept"):
+        options = read(f"{opd}--opd-reward-scale 1.25 {line}")
+        assert (opd_reference_name(options), loads_reference(options), named_models(options)) == (REFERENCE, True, [])
+    other = read(opd + "--opd-reward-scale 1.25 --ref-load kept --opd-ref-load start")
+    assert (opd_reference_name(other), loads_reference(other)) == (OPD_REFERENCE, False)
+    assert named_models(other) == [(OPD_REFERENCE, "--opd-ref-load", "start")]

@@ -53,3 +53,12 @@ def test_a_file_of_another_kind_is_refused() -> None:
     assert read_teachers("teachers.txt")[1] == [
         "--opd-teachers teachers.txt: the name must end in .yaml, .yml, .toml or .json"
     ]
+
+
+def test_a_broken_file_is_named_by_line_and_not_quoted(tmp_path: Path) -> None:
+    """The line may hold a password."""
+    path = tmp_path / "teachers.yaml"
+    path.write_text("math:\n  urls: [http://ann:s3cret@h:1\ncode: {urls: http://ann:s3cret@h:2}\n")
+    (fault,) = read_teachers(str(path))[1]
+    assert "line 3" in fault
+    assert "s3cret" not in fault

@@ -22,6 +22,8 @@ from tests.docs.declared import (
 from tests.docs.messages import VARIES, messages, says
 
 FOREIGN = {
+    "--admin-api-key": "sglang",
+    "--api-key": "sglang",
     "--context-length": "sglang",
     "--enable-deterministic-inference": "sglang",
     "--head": "ray",

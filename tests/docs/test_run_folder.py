@@ -25,8 +25,32 @@ OF_SGLANG_ENGINE = {
 }
 """Metrics of runs that sample through servers; tests/sglang look at those."""
 
-OF_OTHER_TERMS = {"train/opd_clipfrac", "train/opd_loss", "train/opd_divergence"}
+OF_CRITIC = {
+    "train/value_loss",
+    "train/value_clipfrac",
+    "train/explained_variance",
+    "train/value_mean",
+    "train/return_mean",
+    "train/critic_grad_norm",
+    "train/critic_lr",
+}
+"""Metrics of PPO's critic; tests/e2e/test_ppo.py looks at those."""
+
+OF_SGLANG_TEACHER = {
+    "opd/teacher_requests",
+    "opd/teacher_retries",
+    "opd/teacher_answer_seconds",
+    "opd/teacher_in_flight_limit",
+}
+"""Metrics of runs whose teacher is behind servers; tests/sglang look at those."""
+
+OF_OTHER_TERMS = {"train/opd_clipfrac", "train/opd_loss", "train/opd_divergence", "opd/implicit_reward"}
 """Metrics of other forms of the distillation term; tests/e2e/test_distillation_forms.py looks at those."""
+OF_WEIGHTS = {"opd/token_kept_frac", "opd/weight_mean", "opd/weight_max", "opd/weight_ess", "opd/pass_rate"}
+"""Metrics of weights of the distillation term; tests/e2e/test_opd_weights.py looks at those."""
+OF_OTHER_TERMS |= OF_WEIGHTS
+
+ELSEWHERE = OF_SGLANG_ENGINE | OF_SGLANG_TEACHER | OF_OTHER_TERMS | OF_CRITIC
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +65,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--rollout-batch-size 2 --n-samples-per-prompt 2 --num-rollout 2 --rollout-max-response-len 8 "
         "--save-interval 1 --use-opd --opd-type megatron --opd-teacher-load teacher --use-kl-loss --kl-loss-coef 0.1 "
         "--eval-prompt-data NAME prompts.jsonl --n-samples-per-eval-prompt 2 --moe-aux-loss-coeff 0.01 "
-        "--advantage-estimator remax --policy-loss gspo --use-tis --use-opsm --ppo-epochs 2"
+        "--advantage-estimator remax --policy-loss gspo --use-tis --use-opsm --ppo-epochs 2 "
+        "--opd-diagnostics-interval 1 --opd-gradient-diagnostics-interval 1"
     )
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments.split()],
@@ -59,12 +84,12 @@ def metrics(run_folder: Path) -> list[dict]:
 def test_the_metrics_of_a_run_are_those_of_the_page(metrics: list[dict]) -> None:
     documented = set(METRIC.findall(PAGE.read_text(encoding="utf-8")))
     emitted = {name for record in metrics for name in record} - {"step", "non_finite"}
-    assert documented == emitted | OF_SGLANG_ENGINE | OF_OTHER_TERMS
+    assert documented == emitted | ELSEWHERE
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_metrics_named_elsewhere_exist(page: Path, metrics: list[dict]) -> None:
-    emitted = {name for record in metrics for name in record} | OF_SGLANG_ENGINE | OF_OTHER_TERMS
+    emitted = {name for record in metrics for name in record} | ELSEWHERE
     assert set(METRIC.findall(page.read_text(encoding="utf-8"))) <= emitted
 
 

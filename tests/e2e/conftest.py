@@ -31,5 +31,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A third model, of another size than student and teacher."""
+    return make_model(tmp_path_factory.mktemp("other"), seed=4, hidden=40, layers=1)
+
+
+@pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("data") / "prompts.jsonl", 40, seed=3)

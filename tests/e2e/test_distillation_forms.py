@@ -13,6 +13,9 @@ from tests.e2e.support import run_training
 MOVING = {"global_batch_size": 4, "lr": 3e-3}
 """Two optimizer steps per rollout, the second off policy."""
 WHOLE: dict[str, Any] = {"opd_loss": "distribution"}
+OTHER = "OTHER"
+"""Stands for a model of another size than student and teacher."""
+MIXED: dict[str, Any] = {"opd_more_teachers": OTHER}
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "clipped": ({"opd_log_ratio_clip": 0.1}, "train/opd_clipfrac"),
@@ -36,13 +39,38 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "entropy-aware": ({**WHOLE, "opd_entropy_aware": 0.5}, "train/opd_divergence"),
     "nucleus sampling": ({**WHOLE, "rollout_top_p": 0.9}, "train/opd_divergence"),
+    "extrapolated": ({"opd_reward_scale": 1.25, "opd_kl_discount": 0.5}, "opd/implicit_reward"),
+    "extrapolated from another": ({"opd_reward_scale": 1.25, "opd_ref_load": OTHER}, "opd/implicit_reward"),
+    "extrapolated as a loss": (
+        {"opd_reward_scale": 0.5, "opd_loss": "kl_loss", "use_kl_loss": True, "kl_loss_coef": 0.1},
+        "train/kl_loss",
+    ),
+    "extrapolated, whole": ({**WHOLE, "opd_reward_scale": 1.25, "offload_teacher": True}, "opd/implicit_reward"),
+    "extrapolated from another, whole": (
+        {**WHOLE, "opd_reward_scale": 1.25, "opd_ref_load": OTHER, "offload_teacher": True},
+        "opd/implicit_reward",
+    ),
+    "arithmetic mixture": (
+        {**MIXED, "opd_teacher_mixture": "arithmetic", "opd_teacher_weights": [1, 3], "opd_baseline": "kl"},
+        "opd/reverse_kl_exact",
+    ),
+    "geometric mixture": ({**MIXED, "opd_teacher_mixture": "geometric", "opd_kl_discount": 1}, "opd/reverse_kl_exact"),
+    "geometric mixture, whole": (
+        {**MIXED, **WHOLE, "opd_teacher_mixture": "geometric", "offload_teacher": True},
+        "train/opd_divergence",
+    ),
+    "arithmetic mixture, whole, extrapolated": (
+        {**MIXED, **WHOLE, "opd_teacher_mixture": "arithmetic", "opd_reward_scale": 1.25, "opd_divergence": "jsd"},
+        "opd/implicit_reward",
+    ),
     **{name: ({**WHOLE, "opd_divergence": name}, "train/opd_divergence") for name in DIVERGENCES},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_three_steps(student: Path, teacher: Path, prompts: Path, tmp_path: Path, case: str) -> None:
+def test_three_steps(student: Path, teacher: Path, other: Path, prompts: Path, tmp_path: Path, case: str) -> None:
     changes, metric = CASES[case]
+    changes = {name: other if value == OTHER else value for name, value in changes.items()}
     opd = {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": teacher, "advantage_estimator": "none"}
     metrics = run_training(
         student, prompts, tmp_path / "run", rollout_batch_size=4, save_interval=100, **{**opd, **changes}

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import train
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.cli import run_cli
+from opd_megatron.config.errors import UserError
 from opd_megatron.flow import FilterError
 from opd_megatron.observe.run_folder import read_metrics
 from opd_megatron.sample import read_samples
@@ -108,6 +110,44 @@ def test_recorded_failures_train_as_they_did(student: Path, teacher: Path, promp
     assert line["opd/teacher_failed_frac"] == 1 / 8
     assert 0 < line["opd/scored_frac"] < 1
     assert line["train/grad_norm"] > 0
+
+
+def test_a_recording_without_the_top_tokens_that_are_wanted_is_refused(
+    student: Path, teacher: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Else the loss would be of other tokens than the options say, or fail in its middle."""
+    pattern = tmp_path / "recorded_{rollout_id}.jsonl"
+    common: dict[str, Any] = {"use_opd": True, "num_rollout": 1}
+    run_training(
+        student, prompts, tmp_path / "one", **common, opd_type="megatron", opd_teacher_load=teacher,
+        save_debug_rollout_data=pattern,
+    )  # fmt: skip
+    replay: dict[str, Any] = {
+        **common,
+        "opd_type": "sglang",
+        "opd_loss": "distribution",
+        "opd_support": "teacher_topk",
+        "opd_top_k": 3,
+        "prompt_data": None,
+        "load_debug_rollout_data": pattern,
+    }
+    path = tmp_path / "recorded_0.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for k, complaint in ((0, True), (2, True), (3, False)):
+        for row in rows if k else []:
+            length = len(row["response_tokens"])
+            row["teacher_scores"] |= {
+                "top_ids_TK": [list(range(k))] * length,
+                "top_log_probs_TK": [[-2.0] * k] * length,
+                "tail_log_mass_T": [float(np.log(1 - k * np.exp(-2.0)))] * length,
+            }
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if complaint:
+            with pytest.raises(UserError, match="do not hold the 3 most probable tokens of each position"):
+                run_training(student, prompts, tmp_path / f"two_{k}", **replay)
+        else:
+            (line,) = run_training(student, prompts, tmp_path / f"two_{k}", **replay)
+            assert line["train/opd_divergence"] > 0
 
 
 def test_seconds_of_the_stages_are_reported(student: Path, teacher: Path, prompts: Path, tmp_path: Path) -> None:

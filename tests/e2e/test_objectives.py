@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from opd_megatron.cluster.group import LocalTrainerGroup
 from opd_megatron.config.errors import UserError
+from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.sample import read_samples
 from tests.e2e.support import run_training
 
@@ -105,6 +107,28 @@ def test_a_recording_without_greedy_rewards_is_no_use_to_remax(student: Path, pr
             load_debug_rollout_data=pattern,
             advantage_estimator="remax",
         )
+
+
+def test_the_engine_rests_after_the_greedy_responses_and_while_the_student_learns(
+    student: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--sglang-free-memory`` takes the weights away in ``rest``: nothing may be asked before the next ones."""
+    events: list[str] = []
+
+    def noting(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(self: Any, *arguments: Any, **more: Any) -> Any:
+            events.append(name)
+            return original(self, *arguments, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for name in ("update_weights", "stream", "rest"):
+        noting(LocalEngine, name)
+    noting(LocalTrainerGroup, "train")
+    run_training(student, prompts, tmp_path / "run", advantage_estimator="remax", num_rollout=2)
+    assert events == ["update_weights", "stream", "stream", "rest", "train"] * 2
 
 
 def test_passes_over_a_rollout_are_optimizer_steps_of_the_schedule(

@@ -134,7 +134,8 @@ def test_the_job_of_the_large_scripts(script: Path, inputs: Path, tmp_path: Path
     job = words.index("--")
     assert words[1:5] == ["-m", "ray.scripts.scripts", "job", "submit"]
     assert value(words[:job], "--address") == "http://head:8265"
-    assert words[job + 1 :][:4] == ["env", words[job + 2], sys.executable, str(ROOT / "train.py")]
+    assert words[job + 1 :][:4] == ["env", "-C", str(tmp_path), words[job + 4]]
+    assert words[job + 5 :][:2] == [sys.executable, str(ROOT / "train.py")]
     assert value(words[job:], "--ray-address") == "auto"
     assert words[job:].count("--lr") == 2
     assert not any(name in done.stdout for name in ("API_KEY=", "TOKEN="))

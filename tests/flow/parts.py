@@ -118,7 +118,7 @@ class Teacher:
         pass
 
     def statistics(self) -> dict[str, float]:
-        return {}
+        return dict.fromkeys(("requests", "retries", "samples", "wait_seconds", "in_flight_limit"), 0.0)
 
     async def aclose(self) -> None:
         self.is_closed = True

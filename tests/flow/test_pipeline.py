@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from opd_megatron.config.errors import RunError
 from opd_megatron.flow import FailurePolicy, FilterError, RolloutFlow, Stages
 from opd_megatron.flow.clock import StageClock
 from opd_megatron.flow.filters import unequal_rewards
@@ -179,6 +180,41 @@ def test_what_is_unanswered_at_the_deadline_has_failed() -> None:
     assert rollout.metrics["perf/teacher_wait_seconds"] >= 0.05
     with pytest.raises(TeacherFailure, match=r"sample 7 when the step had waited for it for 0\.05 seconds"):
         make(stages(teacher=teacher, policy=FailurePolicy(deadline=0.05)))
+
+
+def test_what_takes_the_place_of_late_samples_has_as_much_time_again() -> None:
+    """The replacements are answered at once, but not before the deadline of those whose place they take."""
+    teacher = Teacher(lambda sample: 600.0 if sample.group_index in (1, 2) else 0.01)
+    for at_once in (True, False):
+        policy = FailurePolicy("drop", deadline=0.05, max_failed_frac=1.0)
+        rollout = make(stages(teacher=teacher, policy=policy, refill_at_once=at_once))
+        assert [sample.group_index for sample in rollout.samples[::COPIES]] == [0, 3, 4, 5]
+        assert all(sample.teacher_scores is not None for sample in rollout.samples)
+
+
+def test_replacements_that_are_late_themselves_have_failed() -> None:
+    teacher = Teacher(lambda sample: 600.0 if sample.group_index > 0 else 0.0)
+    with pytest.raises(TeacherError, match="more than --opd-max-failed-frac"):
+        make(stages(teacher=teacher, policy=FailurePolicy("drop", deadline=0.02, max_failed_frac=1.0)))
+
+
+@pytest.mark.parametrize("stage", ["reward", "teacher"])
+def test_a_sample_that_a_stage_lets_go_is_missed(stage: str) -> None:
+    """A task that is cancelled from within ends without an error, and with it its sample."""
+
+    class Forgetful(Teacher if stage == "teacher" else Reward):  # type: ignore[misc]
+        async def score_one(self, sample: Sample) -> Any:
+            if sample.index == 5:
+                raise asyncio.CancelledError
+            return await super().score_one(sample)
+
+        async def score_async(self, samples: Any) -> None:
+            if samples[0].index == 5:
+                raise asyncio.CancelledError
+            await super().score_async(samples)
+
+    with pytest.raises(RunError, match="rollout 0 lost a sample"):
+        make(stages(**{stage: Forgetful()}))
 
 
 def test_sampling_does_not_count_towards_the_deadline() -> None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from opd_megatron.config.options import Options
+from opd_megatron.megatron.critic import Critic
 from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.megatron.vocab_head import token_log_probs
@@ -91,7 +92,7 @@ def _bytes(tensors: Iterator[Tensor]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def _optimizer_tensors(trainer: MegatronTrainer, weights: set[int]) -> Iterator[Tensor]:
+def _optimizer_tensors(trainer: MegatronTrainer | Critic, weights: set[int]) -> Iterator[Tensor]:
     """Moments, and the main weights and gradients that are no views of the model's or of the gradient buffers."""
     buffers = {buffer.grad_data.untyped_storage().data_ptr() for buffer in _buffers(trainer)}
     for part in getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer]):
@@ -104,19 +105,20 @@ def _optimizer_tensors(trainer: MegatronTrainer, weights: set[int]) -> Iterator[
                         yield tensor
 
 
-def _parameters(trainer: MegatronTrainer) -> Iterator[Tensor]:
+def _parameters(trainer: MegatronTrainer | Critic) -> Iterator[Tensor]:
     for chunk in trainer.chunks:
         yield from chunk.parameters()
 
 
-def _buffers(trainer: MegatronTrainer) -> list[Any]:
+def _buffers(trainer: MegatronTrainer | Critic) -> list[Any]:
     return [buffer for chunk in trainer.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
 
 
-def held_bytes(trainer: MegatronTrainer) -> dict[str, int]:
-    """What this rank holds after an optimizer step, by the names of an estimate."""
+def held_bytes(trainer: MegatronTrainer | Critic) -> dict[str, int]:
+    """What this rank holds of a model in training after an optimizer step, by the names of an estimate."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in _parameters(trainer)}
-    frozen = {str(name): _bytes(scorer.model.parameters()) for name, scorer in trainer.frozen.items()}
+    scorers = trainer.frozen if isinstance(trainer, MegatronTrainer) else {}
+    frozen = {str(name): _bytes(scorer.model.parameters()) for name, scorer in scorers.items()}
     return {
         "weights": _bytes(_parameters(trainer)),
         "gradients": _bytes(buffer.grad_data for buffer in _buffers(trainer)),

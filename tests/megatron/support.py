@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ def make_spec(
     num_rollouts: int = 10,
     teacher: Path | None = None,
     reference: Path | None = None,
+    further: Mapping[str, Path] | None = None,
     start: StartingPoint | None = None,
     **flags: Any,
 ) -> TrainerSpec:
@@ -103,6 +104,8 @@ def make_spec(
         frozen["teacher"] = teacher_model(options, architecture_of(teacher), teacher)
     if reference is not None:
         frozen["reference"] = FrozenModel(architecture_of(reference), reference)
+    for name, model in (further or {}).items():
+        frozen[name] = teacher_model(options, architecture_of(model), model)
     return TrainerSpec(
         options,
         architecture_of(folder),

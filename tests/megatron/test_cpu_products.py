@@ -51,6 +51,23 @@ def test_products_equal_the_exact_ones(
 
 
 @pytest.mark.skipif(not cpu_products.pays_off(), reason="only installed on AMD processors")
+@pytest.mark.parametrize("layouts", [("plain", "slice"), ("slice", "slice"), ("sliced and transposed", "plain")])
+def test_the_second_factor_has_no_gaps_in_memory(monkeypatch: pytest.MonkeyPatch, layouts: tuple[str, str]) -> None:
+    """oneDNN takes a thousand times as long with such a factor as with its copy."""
+    weights: list[Tensor] = []
+    products = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(cpu_products, "_linear", lambda *args: weights.append(args[1]) or products(*args))
+    b = matrix(24, 8, layouts[1], torch.float32, 2)
+    a = matrix(24, 40, "slice", torch.float32, 1).t()
+    if layouts[0] != "sliced and transposed":
+        a = matrix(40, 24, layouts[0], torch.float32, 1)
+    assert_equal(cpu_products.mm(a, b), a.double() @ b.double(), torch.float32)
+    cpu_products.addmm(torch.zeros(8), a, b)
+    assert len(weights) == 2
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in weights)
+
+
+@pytest.mark.skipif(not cpu_products.pays_off(), reason="only installed on AMD processors")
 def test_installed_products_serve_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     library = cpu_products.install()
     assert library is not None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_megatron.megatron.distribution import Record
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
@@ -148,3 +149,14 @@ def test_a_recorded_top_k_is_the_megatron_teacher_s(folders: dict[str, Path], te
         )
     _, found = step_gradients(make_trainer(folders["qwen3"], **flags), samples)
     assert_same_tensors(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_entropy_of_a_rescaled_record_is_that_of_its_tokens_alone(temperature: float) -> None:
+    """At another temperature the record's own numbers do not add up to 1, and its tail is not known."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NK = torch.randn((6, 4), generator=generator, dtype=torch.float64)
+    log_probs_NK = logits_NK - torch.logsumexp(torch.cat([logits_NK, torch.ones(6, 1)], dim=1), dim=1, keepdim=True)
+    record = Record(torch.zeros(6, 4, dtype=torch.int64), log_probs_NK / temperature, torch.full((6,), -1.0))
+    expected = torch.distributions.Categorical(logits=logits_NK / temperature).entropy()
+    torch.testing.assert_close(record.entropy(renormalized=True), expected)

@@ -73,3 +73,22 @@ def test_nothing_is_scaled_where_nothing_failed() -> None:
     samples = make_samples(17)
     leave_out_failed(make_options(rollout_batch_size=12), samples)
     assert all(sample.opd_weights is None for sample in samples)
+
+
+def test_where_nobody_was_scored_whole_distributions_are_trained_all_the_same(folders: dict[str, Path]) -> None:
+    """The term is 0, not an error for want of the distributions that nobody reads."""
+    flags: dict[str, Any] = {
+        "use_opd": True, "opd_type": "sglang", "opd_loss": "distribution", "opd_support": "teacher_topk",
+        "opd_top_k": 3, **GRADIENT_FLAGS,
+    }  # fmt: skip
+    samples = masked_samples()
+    for sample in samples:
+        assert sample.teacher_scores is not None
+        sample.teacher_failure = "timeout"
+        sample.teacher_scores.valid_T[:] = False
+        sample.advantages = np.ones(sample.response_length)
+    leave_out_failed(make_options(rollout_batch_size=12, **flags), samples)
+    metrics, gradients = step_gradients(make_trainer(folders["qwen3"], **flags), samples)
+    assert metrics["train/opd_divergence"] == 0
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    assert any(bool(gradient.any()) for gradient in gradients.values())

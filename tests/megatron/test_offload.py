@@ -13,8 +13,7 @@ import torch
 
 from opd_megatron.config.errors import RunError
 from opd_megatron.config.resolve import StartingPoint, resolve_step
-from opd_megatron.megatron import offload
-from opd_megatron.megatron import trainer as trainer_module
+from opd_megatron.megatron import learner, offload
 from opd_megatron.megatron.offload import HostStore, Part
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import TeacherScores
@@ -106,14 +105,14 @@ class Ledger:
         self.seen: dict[str, list[dict[str, int]]] = {"teacher": [], "reference": [], "student": [], "step": []}
         for name, model in self._models().items():
             model.register_forward_pre_hook(lambda *_, name=name: self.seen[name].append(self.count()))
-        step = trainer_module.optimizer_step
+        step = learner.optimizer_step
 
         def counted(optimizer: Any) -> float:
             norm = step(optimizer)
             self.seen["step"].append(self.count())
             return norm
 
-        monkeypatch.setattr(trainer_module, "optimizer_step", counted)
+        monkeypatch.setattr(learner, "optimizer_step", counted)
 
     def _models(self) -> dict[str, torch.nn.Module]:
         frozen = {str(name): scorer.model for name, scorer in self.trainer.frozen.items()}

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_megatron.megatron.vocab_head import record_divergence, reverse_kl, selected_log_probs, token_log_probs, top_k
+from opd_megatron.megatron.vocab_head import (
+    Mixture,
+    Side,
+    record_divergence,
+    reverse_kl,
+    selected_log_probs,
+    target_divergence,
+    target_moments,
+    token_log_probs,
+    top_k,
+)
 from opd_megatron.objectives import divergences
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR
 from tests.megatron.vocab_head_cases import (
@@ -332,3 +342,35 @@ def test_a_token_that_no_loss_uses_gives_no_nan_whatever_its_record_holds() -> N
     value = ours(replace(problem, top_log_probs_NK=top), "record:reverse_kl", hidden, weight)
     gradients = torch.autograd.grad(value[:2].sum(), (hidden, weight))
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_a_mixture_of_one_is_that_model_bit_for_bit() -> None:
+    problem = make_problem(9)
+    teacher, other = Side(problem.teacher_Nk, problem.teacher_weight_Vk), Side(problem.hidden_Nh, problem.weight_Vh)
+    plain = found(problem, "full:reverse_kl")
+    for parts in ([(1.0, teacher)], [(1.0, teacher), (0.0, other)]):
+        hidden, weight = leaves(problem)
+        value = target_divergence(
+            hidden,
+            weight,
+            Mixture(tuple(parts)),
+            divergences.reverse_kl,
+            **settings(problem),  # type: ignore[arg-type]
+        )
+        gradients = torch.autograd.grad(weighted(problem, value[:, None]), (hidden, weight))
+        for mine, theirs in zip((value.detach()[:, None], *gradients), plain, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("target", ["arithmetic", "extrapolated-arithmetic"])
+def test_moments_of_a_mixture_are_the_dense_ones(target: str) -> None:
+    problem = make_problem(9, teacher_padded=24)
+    kl, _ = target_moments(problem.hidden_Nh, problem.weight_Vh, problem.target(target), **settings(problem))  # type: ignore[arg-type]
+    assert error(kl[:, None], expected(problem, f"{target}:reverse_kl")[0]) < 1e-10
+
+
+@pytest.mark.parametrize(("weights", "arithmetic"), [((0.5, 0.4), False), ((1.5, -0.5), True)])
+def test_weights_of_no_mixture_are_refused(weights: tuple[float, float], arithmetic: bool) -> None:
+    side = Side(torch.zeros(1, 1), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match=r"the weights .* of a"):
+        Mixture(tuple((weight, side) for weight in weights), arithmetic)

@@ -19,6 +19,8 @@ from opd_megatron.megatron.vocab_head import shard
 from opd_megatron.objectives import divergences
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, K = 9, 6, 5, 3
+TARGETS = ("arithmetic", "geometric", "extrapolated", "extrapolated-arithmetic")
+"""Mixtures of the problem's teacher with two further models."""
 BETAS = {"forward_kl": 0.0, "jsd_0.3": 0.3, "jsd_0.8": 0.8, "reverse_kl": 1.0}
 
 
@@ -37,6 +39,33 @@ class Problem:
     teacher_weight_Vk: Tensor
     vocab_size: int
     temperature: float
+    second_Nk: Tensor
+    third_Nk: Tensor
+    second_weight_Vk: Tensor
+    third_weight_Vk: Tensor
+
+    def target(self, kind: str) -> vocab_head.Target:
+        """A mixture of :data:`TARGETS`; the models' weights may be one rank's."""
+        teacher = vocab_head.Side(self.teacher_Nk, self.teacher_weight_Vk)
+        second, third = (
+            vocab_head.Side(self.second_Nk, self.second_weight_Vk),
+            vocab_head.Side(self.third_Nk, self.third_weight_Vk),
+        )
+        if kind in ("arithmetic", "geometric"):
+            return vocab_head.Mixture(((0.5, teacher), (0.2, second), (0.3, third)), kind == "arithmetic")
+        if kind == "extrapolated":
+            return vocab_head.Mixture(((1.4, teacher), (-0.4, second)))
+        inner = vocab_head.Mixture(((0.7, teacher), (0.3, second)), arithmetic=True)
+        return vocab_head.Mixture(((2.0, inner), (-1.0, third)))
+
+    def dense_models(self) -> list[Tensor]:
+        """Log-probabilities ``[N, V]`` of the teacher and the two further models."""
+        pairs = (
+            (self.teacher_Nk, self.teacher_weight_Vk),
+            (self.second_Nk, self.second_weight_Vk),
+            (self.third_Nk, self.third_weight_Vk),
+        )
+        return [torch.log_softmax(rows @ w[: self.vocab_size].t() / self.temperature, dim=-1) for rows, w in pairs]
 
     def to(self, dtype: torch.dtype) -> Problem:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -58,6 +87,8 @@ class Problem:
             self,
             weight_Vh=self.weight_Vh.chunk(ranks)[rank].clone(),
             teacher_weight_Vk=self.teacher_weight_Vk.chunk(ranks)[rank].clone(),
+            second_weight_Vk=self.second_weight_Vk.chunk(ranks)[rank].clone(),
+            third_weight_Vk=self.third_weight_Vk.chunk(ranks)[rank].clone(),
         )
 
 
@@ -75,18 +106,26 @@ def make_problem(
     teacher_weight[vocab_size:] *= 50
     log_teacher = torch.log_softmax(teacher @ teacher_weight[:vocab_size].t() / temperature, dim=-1)
     top, ids = log_teacher.topk(K)
+    target_N, factors_NX = torch.randint(0, vocab_size, (TOKENS,), generator=generator), normal(TOKENS, K + 2)
+    second_weight, third_weight = normal(padded, TEACHER_HIDDEN - 1), normal(teacher_padded, TEACHER_HIDDEN)
+    second_weight[vocab_size:] *= 50
+    third_weight[vocab_size:] *= 50
     return Problem(
         hidden_Nh=hidden,
         teacher_Nk=teacher,
-        target_N=torch.randint(0, vocab_size, (TOKENS,), generator=generator),
+        target_N=target_N,
         ids_NK=ids,
         top_log_probs_NK=top,
         tail_log_mass_N=without(log_teacher, ids).logsumexp(-1),
-        factors_NX=normal(TOKENS, K + 2),
+        factors_NX=factors_NX,
         weight_Vh=weight,
         teacher_weight_Vk=teacher_weight,
         vocab_size=vocab_size,
         temperature=temperature,
+        second_Nk=normal(TOKENS, TEACHER_HIDDEN - 1),
+        third_Nk=normal(TOKENS, TEACHER_HIDDEN),
+        second_weight_Vk=second_weight,
+        third_weight_Vk=third_weight,
     )
 
 
@@ -124,7 +163,10 @@ def ours(problem: Problem, case: str, hidden: Tensor, weight: Tensor, group: dis
     if kind == "selected":
         top, rest, entropy = vocab_head.selected_log_probs(hidden, weight, problem.ids_NK, **settings)
         return torch.cat([top, rest[:, None], entropy[:, None]], dim=1)
-    divergence = divergences.jensen_shannon(BETAS[name])
+    if kind in TARGETS:
+        target = problem.target(kind)
+        return vocab_head.target_divergence(hidden, weight, target, divergence_of(name), **settings)[:, None]
+    divergence = divergence_of(name)
     if kind == "full":
         teacher = problem.teacher_Nk, problem.teacher_weight_Vk
         return vocab_head.full_divergence(hidden, weight, *teacher, divergence, **settings)[:, None]
@@ -143,13 +185,37 @@ def dense(problem: Problem, case: str, hidden: Tensor, weight: Tensor) -> Tensor
     if kind == "selected":
         return torch.cat([top, rest, entropy], dim=1)
     if kind == "full":
-        teacher = problem.teacher_Nk @ problem.teacher_weight_Vk[: problem.vocab_size].t() / problem.temperature
-        return dense_divergence(log_probs, torch.log_softmax(teacher, dim=-1), BETAS[name])[:, None]
+        return dense_divergence(log_probs, problem.dense_models()[0], BETAS[name])[:, None]
+    if kind in TARGETS:
+        return dense_divergence(log_probs, dense_target(kind, problem.dense_models()), BETAS[name])[:, None]
     record = torch.cat([problem.top_log_probs_NK, problem.tail_log_mass_N[:, None]], dim=1)
     return dense_divergence(torch.cat([top, rest], dim=1), record, BETAS[name])[:, None]
 
 
-CASES = ["tokens", "selected", *(f"{kind}:{name}" for kind in ("full", "record") for name in BETAS)]
+def divergence_of(name: str) -> divergences.Divergence:
+    return divergences.jensen_shannon(BETAS[name])
+
+
+def dense_target(kind: str, models: list[Tensor]) -> Tensor:
+    """Log-probabilities ``[N, V]`` of :data:`TARGETS` from those of the models, by their definitions."""
+    teacher, second, third = (log_probs.exp() for log_probs in models)
+    if kind == "arithmetic":
+        return (0.5 * teacher + 0.2 * second + 0.3 * third).log()
+    if kind == "geometric":
+        product = teacher**0.5 * second**0.2 * third**0.3
+    elif kind == "extrapolated":
+        product = teacher**1.4 / second**0.4
+    else:
+        product = (0.7 * teacher + 0.3 * second) ** 2 / third
+    return (product / product.sum(-1, keepdim=True)).log()
+
+
+CASES = [
+    "tokens",
+    "selected",
+    *(f"{kind}:{name}" for kind in ("full", "record") for name in BETAS),
+    *(f"{kind}:{name}" for kind in TARGETS for name in ("forward_kl", "reverse_kl")),
+]
 
 
 def weighted(problem: Problem, outputs_NX: Tensor) -> Tensor:

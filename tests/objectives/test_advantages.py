@@ -240,7 +240,8 @@ def test_equal_rewards_within_groups_of_equal_length_give_nothing_to_learn(estim
     options = ObjectiveOptions(advantage_estimator=estimator, normalize_advantages=normalize)
     masks = [torch.ones(3, dtype=torch.bool)] * 6
     greedy = [0.1] * 6 if ADVANTAGE_ESTIMATORS[estimator].needs_greedy else None
-    for advantage_T in task_advantages(options, [0.1] * 6, [0, 0, 0, 1, 1, 1], masks, None, greedy):
+    values = [torch.full((3,), 0.1, dtype=torch.float64)] * 6 if ADVANTAGE_ESTIMATORS[estimator].needs_values else None
+    for advantage_T in task_advantages(options, [0.1] * 6, [0, 0, 0, 1, 1, 1], masks, None, greedy, values):
         assert advantage_T.abs().max() < 1e-6
 
 
@@ -251,7 +252,8 @@ def test_rollouts_with_fewer_than_two_tokens(estimator: str, lengths: list[int])
     masks = [torch.ones(length, dtype=torch.bool) for length in lengths]
     rewards = [1.0] * len(lengths)
     greedy = rewards if ADVANTAGE_ESTIMATORS[estimator].needs_greedy else None
-    got = task_advantages(options, rewards, list(range(len(lengths))), masks, None, greedy)
+    values = masks if ADVANTAGE_ESTIMATORS[estimator].needs_values else None
+    got = task_advantages(options, rewards, list(range(len(lengths))), masks, None, greedy, values)
     assert [a.tolist() for a in got] == [[0.0] * length for length in lengths]
 
 

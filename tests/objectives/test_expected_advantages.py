@@ -39,6 +39,7 @@ def advantages(
     options: ObjectiveOptions | None = None,
     kls_ST: Tensor | None = None,
     greedy: float | None = None,
+    values_ST: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Members ``[G, n]`` of every group (with order), and the advantages ``[G, n, T]`` of their tokens."""
     members_Gn = torch.tensor(list(itertools.product(range(len(language)), repeat=size)))
@@ -50,6 +51,7 @@ def advantages(
         list(language.mask_ST[flat]),
         list(kls_ST[flat]),
         None if greedy is None else torch.full((len(flat),), greedy, dtype=torch.float64),
+        None if values_ST is None else list(values_ST[flat]),
     )
     found = ADVANTAGE_ESTIMATORS[estimator].estimate(batch, options or ObjectiveOptions())
     return members_Gn, torch.stack(list(found)).view(*members_Gn.shape, -1)
@@ -163,6 +165,69 @@ def test_returns_are_unbiased_with_a_kl_in_the_reward(kl_coef: float) -> None:
     kl = (probs_S * (policy.log_probs_ST() - reference.log_probs_ST().detach()).sum(1)).sum()
     exact = policy.gradient((probs_S * rewards_S).sum() - kl_coef * kl)
     torch.testing.assert_close(expected_ascent(policy, *found), exact, **EXACT)
+
+
+def values_by_prefix(language: Language, of_prefix: Callable[[int, tuple[int, ...]], float]) -> Tensor:
+    """``[S, T]`` values that depend on what stands before each token, 0 at padding."""
+    rows = [
+        [of_prefix(t, tuple(response[:t].tolist())) for t in range(language.length)]
+        for response in language.responses_ST
+    ]
+    return torch.where(language.mask_ST, torch.tensor(rows, dtype=torch.float64), 0.0)
+
+
+def wrong_values(language: Language) -> Tensor:
+    """A critic that is wrong everywhere, and differently after every prefix."""
+    return values_by_prefix(
+        language, lambda t, prefix: 1.5 - t + sum((k + 2) * token for k, token in enumerate(prefix))
+    )
+
+
+def exact_values(policy: Policy, rewards_ST: Tensor) -> Tensor:
+    """What token rewards ``[S, T]`` of the rest of the response add up to on the policy's way from each prefix."""
+    language, probs_S = policy.language, policy.probs_S().detach()
+
+    def rest(t: int, prefix: tuple[int, ...]) -> float:
+        begins_S = (language.responses_ST[:, :t] == torch.tensor(prefix, dtype=torch.int64)).all(1)
+        weights_S = probs_S * begins_S
+        return float((weights_S * rewards_ST[:, t:].sum(1)).sum() / weights_S.sum())
+
+    return values_by_prefix(language, rest)
+
+
+def last_token_rewards(language: Language, rewards_S: Tensor) -> Tensor:
+    """``[S, T]``: the reward of each response at its last token."""
+    place_S = language.mask_ST.sum(1) - 1
+    return torch.zeros(language.mask_ST.shape, dtype=torch.float64).scatter(1, place_S[:, None], rewards_S[:, None])
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.8])
+def test_at_lambda_1_no_value_biases_generalised_advantages(kl_coef: float) -> None:
+    """The advantage is the return minus a number that the action cannot change, however wrong the critic is."""
+    policy, reference = Policy(UNEVEN, 3), Policy(UNEVEN, 4)
+    rewards_S = rewards_of(UNEVEN)
+    kls_ST = log_ratio(policy.log_probs_ST(), reference.log_probs_ST())
+    options = ObjectiveOptions(kl_coef=kl_coef, lambd=1.0)
+    found = advantages(
+        "ppo", UNEVEN, rewards_S, 1, options=options, kls_ST=kls_ST, values_ST=wrong_values(UNEVEN)
+    )  # fmt: skip
+    probs_S = policy.probs_S()
+    kl = (probs_S * (policy.log_probs_ST() - reference.log_probs_ST().detach()).sum(1)).sum()
+    exact = policy.gradient((probs_S * rewards_S).sum() - kl_coef * kl)
+    torch.testing.assert_close(expected_ascent(policy, *found), exact, **EXACT)
+
+
+@pytest.mark.parametrize("lambd", [1.0, 0.7, 0.0])
+def test_with_exact_values_every_lambda_is_unbiased(lambd: float) -> None:
+    policy, rewards_S = Policy(UNEVEN, 3), rewards_of(UNEVEN)
+    exact = policy.gradient((policy.probs_S() * rewards_S).sum())
+    options = ObjectiveOptions(lambd=lambd)
+    values_ST = exact_values(policy, last_token_rewards(UNEVEN, rewards_S))
+    found = advantages("ppo", UNEVEN, rewards_S, 1, options=options, values_ST=values_ST)
+    torch.testing.assert_close(expected_ascent(policy, *found), exact, **EXACT)
+    wrong = advantages("ppo", UNEVEN, rewards_S, 1, options=options, values_ST=wrong_values(UNEVEN))
+    is_unbiased = relative_error(expected_ascent(policy, *wrong), exact) < 1e-9
+    assert is_unbiased == (lambd == 1.0), "below 1 the gradient is only as good as the critic"
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "remax"])

@@ -45,8 +45,18 @@ class Rollout:
         if order is not None:
             lists = [[values[place] for place in order] for values in lists]  # type: ignore[index]
         rewards, groups, masks, greedy = lists
-        needs_greedy = ADVANTAGE_ESTIMATORS[estimator].needs_greedy
-        return task_advantages(options, rewards, groups, masks, None, greedy if needs_greedy else None)  # type: ignore[arg-type]
+        chosen = ADVANTAGE_ESTIMATORS[estimator]
+        # a critic that expects of each response what the greedy one got
+        values = [np.where(mask, base, np.nan) for base, mask in zip(greedy, masks, strict=True)]  # type: ignore[call-overload]
+        return task_advantages(
+            options,
+            rewards,  # type: ignore[arg-type]
+            groups,
+            masks,  # type: ignore[arg-type]
+            None,
+            greedy if chosen.needs_greedy else None,  # type: ignore[arg-type]
+            values if chosen.needs_values else None,
+        )
 
 
 @every_estimator

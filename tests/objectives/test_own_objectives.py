@@ -31,7 +31,8 @@ def test_the_distillation_term_and_the_estimator_leave_each_other_alone(estimato
     )
     masks = list(inputs.loss_mask_N.split(LENGTHS))
     own = replace(options, custom_loss_path=None)
-    task_N = torch.cat(task_advantages(own, REWARDS, GROUPS, masks, None, REWARDS[::-1])).double()
+    values = [torch.linspace(-1, 1, len(mask_T)) for mask_T in masks]
+    task_N = torch.cat(task_advantages(own, REWARDS, GROUPS, masks, None, REWARDS[::-1], values)).double()
     inputs = replace(inputs, advantages_N=task_N)
     distance_N = given(inputs.old_log_probs_N) - given(inputs.teacher_log_probs_N) - given(inputs.opd_baseline_N)
     term_N = torch.where(given(inputs.teacher_valid_N), distance_N, 0.0) + given(inputs.opd_future_N)

@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from opd_megatron.config.memory import Models, estimate_stage, head_bytes
+from opd_megatron.config.head_memory import head_bytes
+from opd_megatron.config.memory import Models, estimate_stage
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.trainer import MegatronTrainer
@@ -24,7 +25,10 @@ def predicted_and_measured(rendezvous: Rendezvous, folder: Path, flags: dict[str
     found = {name: (predicted[name], count) for name, count in held_bytes(trainer).items() if count}
     found["activations"] = predicted["activations"], activations
     if parallel_state.is_pipeline_last_stage():
-        found["head"] = head_bytes(trainer.options, models, "cpu"), _head(trainer.student, flags)
+        found["head"] = (
+            head_bytes(trainer.options, models.student, models.keeping_rows(trainer.options), "cpu"),
+            _head(trainer.student, flags),
+        )
     return found
 
 

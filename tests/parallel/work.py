@@ -16,6 +16,7 @@ from torch import Tensor
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ParallelOptions
 from opd_megatron.config.resolve import StartingPoint, resolve_step
+from opd_megatron.flow.weighting import OpdWeighting
 from opd_megatron.megatron import distributed
 from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
@@ -142,6 +143,33 @@ def self_distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any
     return found
 
 
+def chosen_tokens(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path
+) -> tuple[list[Any], dict[str, float], dict[str, Tensor]]:
+    """What the student says of each token, and metrics and gradients of a step on those that are chosen by it."""
+    settings: dict[str, Any] = {
+        "use_opd": True,
+        "opd_loss": "distribution",
+        "opd_token_select": "sample",
+        "opd_token_score": "soft_or",
+        "opd_prompt_weight": "paced",
+        "opd_correct_reward": 2.0,
+        "advantage_estimator": "none",
+    }
+    trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **flags | settings | GRADIENT_FLAGS), rendezvous)
+    samples = make_samples(1)
+    scores = _everywhere(trainer.score("teacher", samples, keep_hidden=True))
+    statistics = _everywhere(trainer.token_statistics(samples))
+    known = [statistics[place] for place in range(len(samples))]
+    for place, sample in enumerate(samples):
+        sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
+        sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
+        sample.old_log_probs, sample.entropies = known[place][:, 0], known[place][:, 1]
+    OpdWeighting(trainer.options, ()).apply(samples, 0, known)
+    metrics, found = step_gradients(trainer, samples)
+    return known, metrics, found
+
+
 def own_groups(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> bool:
     """Whether building the models of a distillation made process groups of a second layout."""
     distributed.initialize(rendezvous, make_spec(folder, **flags).options.parallel, seed=0)
@@ -155,8 +183,7 @@ def brought_head_bytes(rendezvous: Rendezvous, folder: Path, flags: dict[str, An
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
     for number in range(2):
         trainer.score("teacher", make_samples(number), keep_hidden=True)
-    rows = trainer._teacher_rows
-    assert rows is not None
+    rows = trainer._kept_rows["teacher"]
     held = [rows._weight_Vh, *trainer.frozen["teacher"]._brought_head]
     storages = {tensor.data_ptr(): tensor.nbytes for tensor in held if tensor is not None}
     return sum(storages.values())

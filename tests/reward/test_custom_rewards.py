@@ -6,6 +6,7 @@ import asyncio
 import re
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import RewardOptions
 from opd_megatron.reward import RewardError, build_reward
-from opd_megatron.reward.custom import takes_batch
+from opd_megatron.reward.custom import CustomRater, takes_batch
 from opd_megatron.sample import Sample
 
 MODULE = """
@@ -239,3 +240,52 @@ def test_a_path_that_leads_to_no_reward_is_refused_at_once(path: str, phrase: st
         build_reward(RewardOptions(custom_rm_path=path))
     assert "\n" not in str(caught.value)
     assert path in str(caught.value) or "takes no sample" in phrase
+
+
+async def cancels_itself(sample: Sample) -> float:
+    if sample.index == 1:
+        inner = asyncio.ensure_future(asyncio.sleep(60))
+        inner.cancel()
+        await inner
+    return 1.0
+
+
+async def cancels_its_batch(samples: list[Sample]) -> list[float]:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(("function", "failed"), [(cancels_itself, [1]), (cancels_its_batch, [0, 1, 2])])
+def test_a_function_that_is_cancelled_from_within_fails_its_samples(function: Any, failed: list[int]) -> None:
+    rater = CustomRater(function)
+    samples = [Sample(index, 0, "", prompt_tokens=np.array([1])) for index in range(3)]
+    try:
+        for outcomes in (list(rater.rate(samples)), list(asyncio.run(rater.rate_async(samples)))):
+            assert [place for place, one in enumerate(outcomes) if isinstance(one, RuntimeError)] == failed
+    finally:
+        rater.close()
+
+
+def test_who_gives_up_on_rewards_cancels_them() -> None:
+    ended = threading.Event()
+
+    async def waits(sample: Sample) -> float:
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.set()
+        return 0.0
+
+    rater = CustomRater(waits)
+
+    async def give_up() -> None:
+        task = asyncio.ensure_future(rater.rate_async([Sample(0, 0, "", prompt_tokens=np.array([1]))]))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    try:
+        asyncio.run(give_up())
+        assert ended.wait(20)
+    finally:
+        rater.close()

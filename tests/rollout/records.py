@@ -54,6 +54,13 @@ def four_answers(sample: Sample, engine: RolloutEngine, sampling: SamplingParams
     return sample
 
 
+async def cancels_itself(sample: Sample, engine: RolloutEngine, sampling: SamplingParams) -> Sample:
+    inner = asyncio.ensure_future(asyncio.sleep(60))
+    inner.cancel()
+    await inner
+    return sample
+
+
 def forgets_the_mask(sample: Sample, engine: RolloutEngine, sampling: SamplingParams) -> Sample:
     sample.response_tokens = np.array([4, 5])
     return sample

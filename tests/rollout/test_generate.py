@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_megatron.config.errors import UserError
+from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.config.options import Options, RolloutOptions, TrainingOptions
 from opd_megatron.rollout.engine import GenerateRequest, SamplingParams
 from opd_megatron.rollout.generate import RolloutGenerator, rollout_metrics
@@ -132,6 +132,13 @@ def test_what_a_custom_function_returns_is_checked(
 ) -> None:
     options = _options(custom_generate_function_path=f"tests.rollout.records:{name}")
     with pytest.raises(ValueError, match=f"{name}, {message}"):
+        RolloutGenerator(engine, tokenizer, options).generate(RECORDS, 0)
+
+
+def test_a_custom_function_that_is_cancelled_from_within_is_an_error(engine: LocalEngine, tokenizer: Any) -> None:
+    """Its samples would be missing otherwise, without a word."""
+    options = _options(custom_generate_function_path="tests.rollout.records:cancels_itself")
+    with pytest.raises(RunError, match="cancels_itself, sample 0: the generate function was cancelled from within"):
         RolloutGenerator(engine, tokenizer, options).generate(RECORDS, 0)
 
 

@@ -39,8 +39,25 @@ def test_an_engine_that_stands_still_is_found_below_the_tolerance(dtype: str, st
     check = WeightCheck(TOLERANCES[dtype])
     check.compare(FIRST, FIRST, "1", "server")
     check.compare(FIRST, moved(FIRST, 1e-3 * TOLERANCES[dtype].movement), "2", "server")
-    with pytest.raises(RunError, match=r"server: after the update to weights 3 it still speaks with weights 2"):
+    with pytest.raises(RunError, match=r"server: after the update to weights 3 it still speaks with weights 1"):
         check.compare(FIRST, moved(FIRST, step), "3", "server")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_an_engine_that_loses_every_one_of_many_small_steps_is_found(dtype: str) -> None:
+    check, step = WeightCheck(TOLERANCES[dtype]), 0.5 * TOLERANCES[dtype].movement
+    follower = WeightCheck(TOLERANCES[dtype])
+    check.compare(FIRST, FIRST, "0", "server")
+    for version in range(6):
+        trainer = moved(FIRST, step * version)
+        follower.compare(trainer, trainer, str(version), "server")
+
+    def lose_all() -> None:
+        for version in range(6):
+            check.compare(FIRST, moved(FIRST, step * version), str(version), "server")
+
+    with pytest.raises(RunError, match="it still speaks with weights 0"):
+        lose_all()
 
 
 @pytest.mark.parametrize("value", [np.nan, -9.0])

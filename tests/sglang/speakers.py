@@ -16,7 +16,8 @@ from opd_megatron.config.options.engine import EngineOptions
 from opd_megatron.data.column_arithmetic import build_tokenizer
 from opd_megatron.rollout.engine import GenerateRequest, SamplingParams
 from opd_megatron.rollout.local import LocalEngine
-from opd_megatron.rollout.sglang_engine import SGLangEngine, SpokenModel
+from opd_megatron.rollout.sglang_engine import SGLangEngine
+from opd_megatron.rollout.sglang_fleet import SpokenModel
 from opd_megatron.rollout.sglang_launch import ServedModel, server_launches
 from opd_megatron.rollout.stop import end_token_ids
 from opd_megatron.rollout.weight_check import probe_tokens
@@ -83,14 +84,14 @@ class Speaker:
             options = EngineOptions(sglang_python=sglang_python())
             servers = server_launches(options, self.served, log_folder, on_cpu=True)
         ends = end_token_ids(self.tokenizer, self.config, self.folder)
+        folders = WeightFolders(log_folder / "weights", settings.pop("write", write_weights))
         return SGLangEngine(
             SpokenModel(self.folder, self.tokenizer, self.config.vocab_size, POSITIONS, ends, "float32"),
             servers,
-            WeightFolders(log_folder / "weights", settings.pop("write", write_weights)),
+            settings.pop("weights", None) or folders,
             probe=probe_tokens([], self.config.vocab_size, POSITIONS),
             reference=settings.pop("reference", self.log_probs),
-            timeout=120.0,
-            **settings,
+            **{"timeout": 120.0, **settings},
         )
 
     def local(self) -> LocalEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 
 from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.rollout.engine import GenerateRequest, Generation, SamplingParams
+from opd_megatron.rollout.generate import fill_sample
 from opd_megatron.rollout.sglang_engine import SGLangEngine
-from opd_megatron.sample import Status
+from opd_megatron.sample import Sample, Status
 from tests.sglang.speakers import POSITIONS, Speaker, write_weights
 
 pytestmark = pytest.mark.sglang
@@ -224,6 +226,50 @@ def test_weights_that_somebody_else_gave_the_server_are_noticed(
     requests.post(spoken + "/update_weight_version", json={"new_version": "other"}, timeout=30).raise_for_status()
     with pytest.raises(RunError, match=r"speaks with weights 'other', this run gave it '7@\w+'"):
         engine.generate(speaker.requests(2, GREEDY))
+
+
+def test_a_response_under_several_weights_names_all_of_them(
+    speaker: Speaker, engine: SGLangEngine, spoken: str
+) -> None:
+    """As after an update that lets what is being generated go on; one by somebody else ends the run all the same."""
+    asked = [GenerateRequest(np.array([3]), LONG, (place,)) for place in range(30)]
+    label = requests.get(spoken + "/model_info", timeout=30).json()["weight_version"]
+
+    def name(version: str) -> None:
+        change = {"new_version": version, "abort_all_requests": False}
+        requests.post(spoken + "/update_weight_version", json=change, timeout=30).raise_for_status()
+
+    def generated_meanwhile(version: str) -> list[Generation]:
+        found: list[Any] = []
+
+        def generate() -> None:
+            try:
+                found.append(engine.generate(asked))
+            except RunError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        while not running_requests(spoken):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        name(version)
+        name(label)
+        thread.join(60)
+        if isinstance(found[0], RunError):
+            raise found[0]
+        return list(found[0])
+
+    own = label.partition("@")[2]
+    made = generated_meanwhile(f"6@{own}")
+    assert {generation.weight_version for generation in made} == {"7"}
+    assert ("7", "6", "7") in {generation.weight_versions for generation in made}
+    sample = Sample(0, 0, "", prompt_tokens=np.array([3]))
+    fill_sample(sample, next(generation for generation in made if generation.weight_versions))
+    assert sample.weight_versions == ("7", "6", "7")
+    with pytest.raises(RunError, match="it speaks with weights '6@another'"):
+        generated_meanwhile("6@another")
+    assert engine.generate(speaker.requests(1, GREEDY))[0].weight_versions == ()
 
 
 def test_a_server_of_another_model_is_refused_before_weights_could_end_it(spoken: str, tmp_path: Path) -> None:

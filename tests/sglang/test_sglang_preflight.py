@@ -14,11 +14,14 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.system import free_port
 from opd_megatron.teacher.preflight import Finding, Student
+from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang, server_info
 from opd_megatron.teacher.throughput import RunSizes
 from opd_megatron.teacher.tokenizer_checks import encode
+from tests.sglang import faults
 from tests.sglang.conftest import CONTEXT, Served
+from tests.sglang.proxy import FaultProxy, always, in_turn
 
 pytestmark = pytest.mark.sglang
 Connect = Callable[..., SGLangTeacher]
@@ -145,3 +148,15 @@ def test_a_server_that_is_not_there_is_one_line(qwen: Served, connect: Connect) 
     ) as caught:
         preflight_sglang(connect(qwen, url), as_student(qwen))
     assert "\n" not in str(caught.value)
+
+
+def test_an_answer_to_the_known_text_that_is_not_believed_is_asked_for_again(qwen: Served, connect: Connect) -> None:
+    with FaultProxy(qwen.server.url, in_turn(faults.NAN, faults.SHORTER)) as proxy:
+        tokens = np.arange(3, 15)
+        found = connect(qwen, proxy.url, max_retries=2).pin(tokens)
+        np.testing.assert_allclose(found, qwen.log_probs(tokens), atol=1e-4)
+        assert len(proxy.asked) == 3
+        proxy.plan = always(faults.NAN)
+        with pytest.raises(TeacherFailure, match=r"known text: nan is not a log-probability.*\(3 attempts\)") as caught:
+            connect(qwen, proxy.url, max_retries=2).pin(tokens)
+        assert caught.value.kind is FailureKind.NOT_FINITE

@@ -164,19 +164,29 @@ def test_the_most_probable_tokens_are_the_models(qwen: Served, connect: Connect,
 def test_the_teacher_scores_given_ids(qwen: Served, connect: Connect) -> None:
     teacher, generator = connect(qwen, top_k=3), np.random.default_rng(5)
     samples = some_samples(qwen, 6, seed=5)
-    ids = [generator.integers(qwen.vocab_size, size=(sample.response_length, 4)) for sample in samples]
+    ids = [
+        np.array([generator.permutation(qwen.vocab_size)[:4] for _ in range(sample.response_length)]).reshape(-1, 4)
+        for sample in samples
+    ]
 
-    async def ask() -> list[np.ndarray]:
+    async def ask() -> list[TeacherScores]:
         try:
             return await asyncio.gather(*map(teacher.score_ids, samples, ids))
         finally:
             await teacher.aclose()
 
-    for sample, asked, values in zip(samples, ids, asyncio.run(ask()), strict=True):
+    for sample, asked, scores in zip(samples, ids, asyncio.run(ask()), strict=True):
+        assert scores.top_log_probs_TK is not None
+        assert scores.tail_log_mass_T is not None
         with torch.no_grad():
             logits = qwen.model(torch.as_tensor(sample.tokens)[None]).logits[0].double()
         expected = logits.log_softmax(-1)[-1 - sample.response_length : -1]
-        np.testing.assert_allclose(values, expected.gather(1, torch.as_tensor(asked)), atol=1e-4)
+        values = expected.gather(1, torch.as_tensor(asked))
+        np.testing.assert_array_equal(scores.top_ids_TK, asked)
+        np.testing.assert_allclose(scores.top_log_probs_TK, values, atol=1e-4)
+        np.testing.assert_allclose(np.exp(scores.tail_log_mass_T), 1 - values.exp().sum(-1), atol=1e-4)
+        own = expected.gather(1, torch.as_tensor(sample.response_tokens)[:, None])[:, 0]
+        np.testing.assert_allclose(scores.log_probs_T, own, atol=1e-4)
 
 
 def test_replicas_share_the_work_and_a_dead_one_is_left_out(qwen: Served, connect: Connect, proxy: Proxy) -> None:

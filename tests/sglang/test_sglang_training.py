@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.sample import read_samples
+from opd_megatron.teacher.protocol import TeacherError
+from tests.docs.test_run_folder import OF_SGLANG_TEACHER
 from tests.e2e.support import make_model, run_training, write_prompts
 from tests.sglang.conftest import Served
+from tests.sglang.proxy import Answer, Exchange, Fault, FaultProxy, always
 
 
 @pytest.fixture
@@ -67,6 +73,7 @@ def test_task_reward_and_server_teacher_work_together(
     )
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     for line in metrics[1:]:
+        assert set(line) >= OF_SGLANG_TEACHER
         assert line["reward/std"] > 0
         assert line["train/task_advantage_abs_mean"] > 0
         assert line["train/opd_advantage_abs_mean"] > 0
@@ -94,3 +101,100 @@ def test_a_server_that_is_not_there_is_one_line_and_nothing_is_written(
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         run_training(student, prompts, tmp_path / "run", **opd("http://127.0.0.1:9", opd_teacher_max_retries=0))
     assert not os.path.lexists(tmp_path / "run")
+
+
+def test_the_students_top_tokens_are_compared_as_with_the_megatron_teacher(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path
+) -> None:
+    term = {
+        "opd_loss": "distribution",
+        "opd_support": "student_topk",
+        "opd_top_k": 3,
+        "advantage_estimator": "none",
+        "opd_divergence": "jsd",
+        "opd_jsd_beta": 0.3,
+    }
+    found = {}
+    for kind, teacher in (
+        ("sglang", opd(qwen.server.url)),
+        ("megatron", {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": qwen.folder}),
+    ):
+        recorded = tmp_path / f"{kind}_{{rollout_id}}.jsonl"
+        metrics = run_training(
+            student, prompts, tmp_path / kind, **teacher, **term, num_rollout=2, save_debug_rollout_data=recorded
+        )
+        found[kind] = metrics
+        if kind == "sglang":
+            for sample in read_samples(tmp_path / "sglang_1.jsonl"):
+                scores = sample.teacher_scores
+                assert scores is not None
+                assert scores.top_ids_TK is not None
+                assert scores.top_ids_TK.shape == (sample.response_length, 3)
+    for one, two in zip(found["sglang"], found["megatron"], strict=True):
+        for name in ("train/loss", "train/opd_divergence", "train/grad_norm", "opd/reverse_kl"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), name
+        assert one["train/opd_divergence"] > 0
+        assert one["opd/teacher_requests"] >= 8
+        assert one["opd/teacher_retries"] == one["opd/teacher_failed_frac"] == 0
+
+
+@pytest.mark.parametrize("policy", ["stop", "mask"])
+def test_more_ids_than_a_server_is_asked_for_meet_the_policy(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path, policy: str
+) -> None:
+    run: dict[str, Any] = {
+        **opd(qwen.server.url, opd_on_teacher_failure=policy),
+        "opd_loss": "distribution",
+        "opd_support": "student_topk",
+        "opd_top_k": 3,
+        "opd_max_union_ids": 8,
+        "num_rollout": 1,
+        "rollout_ignore_eos": True,
+    }
+    if policy == "stop":
+        with pytest.raises(TeacherError, match=r"different ids at 12 positions.*\(--opd-max-union-ids\)"):
+            run_training(student, prompts, tmp_path / "run", **run)
+        return
+    (line,) = run_training(
+        student, prompts, tmp_path / "run", **run, opd_max_failed_frac=1.0, advantage_estimator="grpo", rm_type=None,
+        custom_rm_path="tests.e2e.rewards:count_sevens",
+    )  # fmt: skip
+    assert 0 < line["opd/teacher_failed_frac"] == line["opd/teacher_failed/unscorable"] / 8
+    assert np.isfinite(line["train/loss"])
+
+
+async def says_what_it_was_sent(exchange: Exchange) -> web.StreamResponse:
+    return exchange.send(Answer.of({"error": f"bad {exchange.request.headers['Authorization']}"}, 401))
+
+
+def test_the_keys_of_several_teachers_are_nowhere_to_be_found(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any
+) -> None:
+    """Neither that of a variable nor that of an address, in no file, line or message; also where the run fails."""
+    monkeypatch.setenv("OPD_TEST_MATH_KEY", "sk-l34ked")
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["metadata"] = {"teacher": ("math", "code")[place % 2]}
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    host = qwen.server.url.removeprefix("http://")
+    file = tmp_path / "teachers.yaml"
+    file.write_text(
+        f"math: {{urls: {qwen.server.url}, api_key_env: OPD_TEST_MATH_KEY}}\ncode: {{urls: 'http://ann:l34ked@{host}'}}\n"
+    )
+    run: dict[str, Any] = {
+        "use_opd": True, "opd_type": "sglang", "opd_teachers": file, "num_rollout": 2, "save_interval": 1,
+        "metadata_key": "metadata", "save_debug_rollout_data": tmp_path / "run" / "rollout_{rollout_id}.jsonl",
+    }  # fmt: skip
+    with caplog.at_level(logging.DEBUG):
+        run_training(student, prompts, tmp_path / "run", **run)
+        with FaultProxy(qwen.server.url, always(Fault("echo", says_what_it_was_sent))) as proxy:
+            file.write_text(file.read_text().replace(qwen.server.url, proxy.url).replace(host, proxy.url[7:]))
+            with pytest.raises(UserError, match=r"HTTP 401: bad Bearer \*\*\*") as caught:
+                run_training(student, prompts, tmp_path / "other", **run)
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"config.yaml", "summary.json", "metrics.jsonl"} <= {path.name for path in written}
+    texts = [path.read_bytes() for path in written]
+    shown = capfd.readouterr()
+    texts += [text.encode() for text in (shown.out, shown.err, caplog.text, str(caught.value))]
+    for secret in (b"l34ked", b"YW5uOmwzNGtlZA"):
+        assert not any(secret in text for text in texts)

@@ -45,6 +45,9 @@ def test_a_good_answer_is_read_with_its_weight_version() -> None:
         (answer(GOOD[0], [float("nan"), 3, None], GOOD[2]), "nan is not a log-probability", FailureKind.NOT_FINITE),
         (answer(GOOD[0], [float("-inf"), 3, None], GOOD[2]), "-inf is not a log-probability", FailureKind.NOT_FINITE),
         (answer(GOOD[0], [0.5, 3, None], GOOD[2]), "0.5 is not a log-probability", FailureKind.NOT_FINITE),
+        (answer(GOOD[0], [-1e300, 3, None], GOOD[2]), "-1e.300 is not a log-probability", FailureKind.NOT_FINITE),
+        (answer(GOOD[0], [-(10**400), 3, None], GOOD[2]), "not a list of", FailureKind.MALFORMED),
+        (answer(GOOD[0], [False, 3, None], GOOD[2]), "not a list of", FailureKind.MALFORMED),
         (answer(None, *GOOD[1:]), "not a list of", FailureKind.MALFORMED),
         (answer(GOOD[0], ["x", 3, None], GOOD[2]), "not a list of", FailureKind.MALFORMED),
         (
@@ -153,8 +156,23 @@ def test_values_of_given_ids_are_read_in_the_order_asked() -> None:
     np.testing.assert_array_equal(reading.union_log_probs_NU, [[-1.0, -2.0], [-3.0, -4.0]])
     with pytest.raises(AnswerError, match="other ids than those asked for"):
         read_answer(answer(*GOOD, input_token_ids_logprobs=rows), SENT, VOCAB, union=np.array([2, 5]))
-    with pytest.raises(AnswerError, match="1 tokens in the answer, 3 expected"):
+    with pytest.raises(AnswerError, match="1 tokens in the answer, 2 expected"):
         read_answer(answer(*GOOD, input_token_ids_logprobs=rows[:1]), SENT, VOCAB, union=np.array([2, 6]))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([[-0.1, 2, None], [-0.2, 6, None]], "a mass of 1.7"),
+        ([[-1.0, 2, None], [-0.9, 3, None]], "contradict the token's own log-probability"),
+    ],
+)
+def test_values_of_given_ids_that_cannot_be_are_refused(values: list[Any], reason: str) -> None:
+    asked = np.array([entry[1] for entry in values])
+    rows = [None, values, [[-3.0, asked[0], None], [-4.0, asked[1], None]]]
+    with pytest.raises(AnswerError, match=reason) as caught:
+        read_answer(answer(*GOOD, input_token_ids_logprobs=rows), SENT, VOCAB, union=asked)
+    assert caught.value.kind is FailureKind.TOP_K
 
 
 def sample(prompt: list[int], response: list[int]) -> Sample:

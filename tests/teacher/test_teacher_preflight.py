@@ -129,13 +129,13 @@ def test_the_settings_of_the_run_reach_the_chat_template(words: Any, tmp_path: P
 def test_a_smaller_vocabulary_is_refused(words: Any) -> None:
     class Teacher(MegatronTeacher):
         def __init__(self) -> None:
-            self.name = "small"
+            self.name, self.vocab_size = "small", highest
 
     highest = max(words.get_vocab().values())
     with pytest.raises(
         UserError, match=rf"vocabulary of {highest} tokens, the student's tokenizer has ids to {highest}"
     ):
-        preflight_megatron(Teacher(), Student(words), words, vocab_size=highest)
+        preflight_megatron(Teacher(), Student(words), words)
 
 
 def test_known_tokens_are_a_text_that_the_tokenizer_can_spell(words: Any, characters: Any) -> None:

@@ -48,7 +48,8 @@ def pass_rates(folder: Path, records: Sequence[PromptRecord], seed: int) -> tupl
     engine = LocalEngine(folder, load_tokenizer(folder))
     engine.update_weights(load_file(folder / "model.safetensors").items(), "hf")
     reward = build_reward(RewardOptions(rm_type="column_arithmetic"))
-    rates, samples = [], []
+    rates: list[float] = []
+    samples: list[Sample] = []
     for temperature in (0.0, 1.0):
         metrics, samples = evaluate(
             engine,

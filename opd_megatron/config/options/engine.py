@@ -28,6 +28,13 @@ class EngineOptions:
         check=checks.http_url,
         show=checks.mask_url,
     )
+    rollout_engine_api_key_env: str | None = option(
+        None,
+        "environment variable with the API key of --rollout-engine-url, sent as a bearer token and shown nowhere",
+        metavar="VARIABLE",
+        check=checks.variable_name,
+        show=checks.mask_unless_variable,
+    )
     rollout_engine_timeout: float = option(
         1800.0,
         "time limit of one response and of one update of the weights",
@@ -37,6 +44,12 @@ class EngineOptions:
     )
     rollout_engine_max_in_flight: int = option(
         256, "responses asked of one SGLang server at a time", minimum=1, maximum=65536
+    )
+    rollout_weight_transfer: str = option(
+        "auto",
+        "how new weights reach the SGLang servers: disk, a folder that they read; distributed, a broadcast to each "
+        "without a disk between; auto, disk on a machine without GPU and where --rollout-weights-dir names one",
+        choices=("auto", "disk", "distributed"),
     )
     rollout_weights_dir: str | None = option(
         None,

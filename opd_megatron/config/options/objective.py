@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.options.critic import CriticOptions
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class AdvantageOptions:
             "gpg",
             "reinforce_plus_plus",
             "reinforce_plus_plus_baseline",
+            "ppo",
             "none",
         ),
     )
@@ -37,7 +39,7 @@ class AdvantageOptions:
         False, "do not divide a group's rewards by their standard deviation (Dr. GRPO)"
     )
     kl_coef: float = option(0.0, "coefficient of the KL to the reference inside the reward", minimum=0.0)
-    gamma: float = option(1.0, "discount of REINFORCE++ returns", minimum=0.0, maximum=1.0)
+    gamma: float = option(1.0, "discount of the returns of REINFORCE++ and PPO", minimum=0.0, maximum=1.0)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class MismatchOptions:
 
 
 @dataclass(frozen=True)
-class ObjectiveOptions(AdvantageOptions, PolicyLossOptions, KlLossOptions, MismatchOptions):
+class ObjectiveOptions(AdvantageOptions, PolicyLossOptions, KlLossOptions, MismatchOptions, CriticOptions):
     """Objective"""
 
     loss_type: str = option("policy_loss", "what is minimised", choices=("policy_loss", "sft_loss"))

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from opd_megatron.config import checks
 from opd_megatron.config.declare import option
+from opd_megatron.config.options.diagnostics import DiagnosticsOptions
 from opd_megatron.config.options.distribution import DistributionOptions
 from opd_megatron.config.options.prefixes import PrefixOptions
 from opd_megatron.config.options.self_teacher import SelfTeacherOptions
+from opd_megatron.config.options.target import TargetOptions
+from opd_megatron.config.options.weights import SampleWeightOptions, TokenSelectionOptions
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,10 @@ class OpdOptions(
     SelfTeacherOptions,
     PrefixOptions,
     DistributionOptions,
+    TokenSelectionOptions,
+    SampleWeightOptions,
+    DiagnosticsOptions,
+    TargetOptions,
 ):
     """On-policy distillation"""
 

@@ -6,17 +6,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_megatron.megatron.vocab_head.align import align
 from opd_megatron.megatron.vocab_head.divergence import BothLogits
 from opd_megatron.megatron.vocab_head.shard import VocabShard, blocks, statistics_dtype
+from opd_megatron.megatron.vocab_head.target import Side, Target, aligned
 
 
 @torch.no_grad()
-def kl_and_baseline(
+def target_moments(
     student_hidden_Nh: Tensor,
     student_weight_Vh: Tensor,
-    teacher_hidden_Nk: Tensor,
-    teacher_weight_Vk: Tensor,
+    target: Target,
     *,
     temperature: float,
     vocab_size: int,
@@ -27,18 +26,39 @@ def kl_and_baseline(
     The gradient of one sampled token is ``(d_a - b) (onehot_a - p)`` with respect to the logits; its variance is least
     for ``b = E[|onehot - p|^2 d] / E[|onehot - p|^2]`` (Weaver and Tao, arXiv 1301.2315), which with ``s = sum p^2`` is
     ``sum p (1 + s - 2 p) d / (1 - s)``. The sides may differ as in
-    :func:`~opd_megatron.megatron.vocab_head.divergence.full_divergence`, which also says what is needed of the ranks.
+    :func:`~opd_megatron.megatron.vocab_head.divergence.target_divergence`, which also says what is needed of the ranks.
 
     Extra memory: both sides' logits of a chunk in float32 and a block's temporaries, at most three chunks of logits
     whatever the number of tokens; for inputs of fewer bits one side's logits once more in those.
     """
     shard = VocabShard.of(student_weight_Vh, vocab_size, group)
-    both = BothLogits(student_hidden_Nh, student_weight_Vh, teacher_hidden_Nk, align(teacher_weight_Vk, shard), shard)
+    both = BothLogits(student_hidden_Nh, student_weight_Vh, aligned(target, shard), shard)
     tokens = student_hidden_Nh.shape[0]
     moments_2N = student_hidden_Nh.new_zeros((2, tokens), dtype=statistics_dtype(student_hidden_Nh))
     for part in shard.chunks(tokens, student_hidden_Nh.device):
         moments_2N[:, part] = _moments(*both.of(part, temperature), shard)
     return moments_2N[0], moments_2N[1]
+
+
+def kl_and_baseline(
+    student_hidden_Nh: Tensor,
+    student_weight_Vh: Tensor,
+    teacher_hidden_Nk: Tensor,
+    teacher_weight_Vk: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`target_moments` of a single teacher."""
+    return target_moments(
+        student_hidden_Nh,
+        student_weight_Vh,
+        Side(teacher_hidden_Nk, teacher_weight_Vk),
+        temperature=temperature,
+        vocab_size=vocab_size,
+        group=group,
+    )
 
 
 def _moments(student_CV: Tensor, teacher_CV: Tensor, shard: VocabShard) -> Tensor:

@@ -9,42 +9,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opd_megatron.megatron.vocab_head.align import AlignedWeight, align
 from opd_megatron.megatron.vocab_head.selected import selected_log_probs
 from opd_megatron.megatron.vocab_head.shard import (
     HeadGradients,
     VocabShard,
     blocks,
-    log_sum_exp,
-    log_sum_over_ranks,
     scaled_logits,
     statistics_dtype,
 )
+from opd_megatron.megatron.vocab_head.target import Logits, Side, Target, aligned, log_normalizers
 from opd_megatron.objectives import divergences
 from opd_megatron.objectives.divergences import Divergence
 
 
 class BothLogits:
-    """Student's and teacher's logits of one chunk at a time; who asks for the next must have dropped the last."""
+    """Student's and target's logits of one chunk at a time; who asks for the next must have dropped the last."""
 
-    def __init__(
-        self, student_Nh: Tensor, weight_Vh: Tensor, teacher_Nk: Tensor, teacher: AlignedWeight, shard: VocabShard
-    ) -> None:
-        self.student_Nh, self.weight_Vh, self.teacher_Nk = student_Nh, weight_Vh[: shard.columns], teacher_Nk
-        self.teacher, self.shard = teacher, shard
+    def __init__(self, student_Nh: Tensor, weight_Vh: Tensor, target: Logits, shard: VocabShard) -> None:
+        self.student_Nh, self.weight_Vh = student_Nh, weight_Vh[: shard.columns]
+        self.target, self.shard = target, shard
 
     def of(self, part: slice, temperature: float) -> tuple[Tensor, Tensor]:
         """Both in the precision of the student's statistics."""
-        student_CV = scaled_logits(self.student_Nh[part], self.weight_Vh, temperature)
-        return student_CV, self.teacher.scaled_logits(self.teacher_Nk[part], temperature).to(student_CV.dtype)
-
-    def log_normalizers(self, student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
-        """``[2, C]`` over all ranks."""
-        sums_2C = student_CV.new_full((2, student_CV.shape[0]), -torch.inf)
-        for side_C, logits_CV in zip(sums_2C, (student_CV, teacher_CV), strict=True):
-            for rows, logits_RV in blocks(logits_CV):
-                side_C[rows] = log_sum_exp(logits_RV)
-        return log_sum_over_ranks(self.shard.gather(sums_2C))
+        # the target first: a mixture takes a chunk more while it is made
+        target_CV = self.target(part, temperature).to(statistics_dtype(self.student_Nh))
+        return scaled_logits(self.student_Nh[part], self.weight_Vh, temperature), target_CV
 
 
 def _log_probs(
@@ -65,51 +54,50 @@ class _FullDivergence(torch.autograd.Function):
         ctx: Any,
         hidden_Nh: Tensor,
         weight_Vh: Tensor,
-        teacher_Nk: Tensor,
-        teacher: AlignedWeight,
+        target: Logits,
         divergence: Divergence,
         temperature: float,
         shard: VocabShard,
     ) -> Tensor:
         tokens = hidden_Nh.shape[0]
-        both = BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
+        both = BothLogits(hidden_Nh, weight_Vh, target, shard)
         dtype = statistics_dtype(hidden_Nh)
         log_normalizers_2N = hidden_Nh.new_zeros((2, tokens), dtype=dtype)
         # rows: value, sum of the slopes
         sums_2N = hidden_Nh.new_zeros((2, tokens), dtype=dtype)
 
         def take_in(part: slice) -> None:
-            student_CV, teacher_CV = both.of(part, temperature)
-            log_normalizers_2N[:, part] = both.log_normalizers(student_CV, teacher_CV)
-            for rows, log_student_RV, log_teacher_RV in _log_probs(student_CV, teacher_CV, log_normalizers_2N, part):
-                terms_RV, slopes_RV = divergence(log_student_RV, log_teacher_RV)
+            student_CV, target_CV = both.of(part, temperature)
+            log_normalizers_2N[:, part] = log_normalizers((student_CV, target_CV), shard)
+            for rows, log_student_RV, log_target_RV in _log_probs(student_CV, target_CV, log_normalizers_2N, part):
+                terms_RV, slopes_RV = divergence(log_student_RV, log_target_RV)
                 sums_2N[0, rows], sums_2N[1, rows] = terms_RV.sum(-1), slopes_RV.sum(-1)
 
         for part in shard.chunks(tokens, hidden_Nh.device):
             take_in(part)
         value_N, slope_N = shard.sum(sums_2N)
-        ctx.save_for_backward(hidden_Nh, weight_Vh, teacher_Nk, log_normalizers_2N, slope_N.clone())
-        ctx.constants = teacher, divergence, temperature, shard
+        ctx.save_for_backward(hidden_Nh, weight_Vh, log_normalizers_2N, slope_N.clone())
+        ctx.constants = target, divergence, temperature, shard
         return value_N.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_Nh, weight_Vh, teacher_Nk, log_normalizers_2N, slope_N = ctx.saved_tensors
-        teacher, divergence, temperature, shard = ctx.constants
-        both = BothLogits(hidden_Nh, weight_Vh, teacher_Nk, teacher, shard)
+        hidden_Nh, weight_Vh, log_normalizers_2N, slope_N = ctx.saved_tensors
+        target, divergence, temperature, shard = ctx.constants
+        both = BothLogits(hidden_Nh, weight_Vh, target, shard)
         gradients = HeadGradients(hidden_Nh, weight_Vh, shard.columns, ctx.needs_input_grad[:2])
         scale_N = grads[0].to(slope_N.dtype) / temperature
 
         def add_gradients(part: slice) -> None:
-            student_CV, teacher_CV = both.of(part, temperature)
-            for rows, log_student_RV, log_teacher_RV in _log_probs(student_CV, teacher_CV, log_normalizers_2N, part):
-                _, slopes_RV = divergence(log_student_RV, log_teacher_RV)
+            student_CV, target_CV = both.of(part, temperature)
+            for rows, log_student_RV, log_target_RV in _log_probs(student_CV, target_CV, log_normalizers_2N, part):
+                _, slopes_RV = divergence(log_student_RV, log_target_RV)
                 log_student_RV.exp_().mul_(-slope_N[rows, None]).add_(slopes_RV).mul_(scale_N[rows, None])
             gradients.add(part, student_CV)
 
         for part in shard.chunks(hidden_Nh.shape[0], hidden_Nh.device):
             add_gradients(part)
-        return gradients.hidden_Nh, gradients.weight_Vh, None, None, None, None, None
+        return gradients.hidden_Nh, gradients.weight_Vh, None, None, None, None
 
 
 class _ClassDivergence(torch.autograd.Function):
@@ -138,6 +126,38 @@ def _on_masked(mask_N: Tensor | None, of_rows: Callable[..., Tensor], *tensors: 
     return values.new_zeros(mask_N.shape).index_copy(0, places, values)
 
 
+def target_divergence(
+    student_hidden_Nh: Tensor,
+    student_weight_Vh: Tensor,
+    target: Target,
+    divergence: Divergence,
+    *,
+    temperature: float,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    mask_N: Tensor | None = None,
+) -> Tensor:
+    """``divergence`` (see ``objectives.divergences``) per token over the whole vocabulary, ``[N]`` float32.
+
+    Differentiable in the student's hidden rows and weight; the target is constant. Hidden sizes, dtypes and paddings
+    of the vocabulary may differ; all models are split over ``group``. Where the paddings differ, the rows of another
+    model's weight that this rank's student columns need are sent there in each call and kept until backward.
+    Tokens where ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient.
+
+    Extra memory: both sides' logits of a chunk in float32. For inputs of fewer bits, and for the gradient of hidden
+    rows over several ranks, see :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`. Raises
+    ``ValueError`` if one of the weights has too few rows for ``vocab_size``.
+    """
+    shard = VocabShard.of(student_weight_Vh, vocab_size, group)
+    if mask_N is not None:
+        places_M = mask_N.nonzero()[:, 0]
+        student_hidden_Nh, target = student_hidden_Nh.index_select(0, places_M), target.at(places_M)
+    value_M: Tensor = _FullDivergence.apply(
+        student_hidden_Nh, student_weight_Vh, aligned(target, shard), divergence, temperature, shard
+    )
+    return value_M if mask_N is None else value_M.new_zeros(mask_N.shape).index_copy(0, places_M, value_M)
+
+
 def full_divergence(
     student_hidden_Nh: Tensor,
     student_weight_Vh: Tensor,
@@ -150,27 +170,17 @@ def full_divergence(
     group: dist.ProcessGroup | None,
     mask_N: Tensor | None = None,
 ) -> Tensor:
-    """``divergence`` (see ``objectives.divergences``) per token over the whole vocabulary, ``[N]`` float32.
-
-    Differentiable in the student's hidden rows and weight; the teacher is constant. Hidden sizes, dtypes and paddings
-    of the vocabulary may differ; both sides are split over ``group``. Where the paddings differ, the rows of the
-    teacher's weight that another rank's student columns need are sent there in each call and kept until backward.
-    Tokens where ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient.
-
-    Extra memory: both sides' logits of a chunk in float32. For inputs of fewer bits, and for the gradient of hidden
-    rows over several ranks, see :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`. Raises
-    ``ValueError`` if one of the weights has too few rows for ``vocab_size``.
-    """
-    shard = VocabShard.of(student_weight_Vh, vocab_size, group)
-    teacher = align(teacher_weight_Vk, shard)
-
-    def of_rows(student_Mh: Tensor, teacher_Mk: Tensor) -> Tensor:
-        value_M: Tensor = _FullDivergence.apply(
-            student_Mh, student_weight_Vh, teacher_Mk, teacher, divergence, temperature, shard
-        )
-        return value_M
-
-    return _on_masked(mask_N, of_rows, student_hidden_Nh, teacher_hidden_Nk.detach())
+    """:func:`target_divergence` from a single teacher."""
+    return target_divergence(
+        student_hidden_Nh,
+        student_weight_Vh,
+        Side(teacher_hidden_Nk, teacher_weight_Vk),
+        divergence,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        group=group,
+        mask_N=mask_N,
+    )
 
 
 def record_divergence(

@@ -1,0 +1,46 @@
+"""A closer look at the distillation in the rollouts that the options name, before their optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opd_megatron.assembly import Parts
+from opd_megatron.config.resolve import measures_diagnostics, measures_gradients
+from opd_megatron.objectives.diagnostics import (
+    distillation_statistics,
+    outcome_statistics,
+    repetition,
+    scored_tokens,
+    teacher_statistics,
+)
+from opd_megatron.rollout.evaluate import PASS_ABOVE
+from opd_megatron.sample import Sample
+
+
+def diagnose(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+    """What ``--opd-diagnostics-interval`` and ``--opd-gradient-diagnostics-interval`` ask for in this rollout.
+
+    The samples have their advantages and the teacher's scores. Nothing about weights or samples changes.
+    """
+    metrics: dict[str, float] = {}
+    opd = parts.options.opd
+    if measures_diagnostics(opd, rollout_id):
+        metrics |= _of_tokens(parts, samples)
+    if measures_gradients(opd, rollout_id):
+        metrics |= parts.trainer.gradient_diagnostics(samples, rollout_id)
+    return metrics
+
+
+def _of_tokens(parts: Parts, samples: Sequence[Sample]) -> dict[str, float]:
+    arrays = parts.trainer.token_diagnostics(samples)
+    scores = [sample.teacher_scores for sample in samples if sample.teacher_scores is not None]
+    tokens = scored_tokens(
+        [{name: array[name] for name in array.dtype.names or ()} for array in arrays],
+        [score.log_probs_T for score in scores],
+        [sample.loss_mask for sample in samples],
+        [score.valid_T for score in scores],
+    )
+    metrics = distillation_statistics(tokens) | teacher_statistics(tokens, [score.teacher for score in scores])
+    if parts.options.reward.rm_type != "zero":
+        metrics |= outcome_statistics(tokens, [(sample.reward or 0.0) > PASS_ABOVE for sample in samples])
+    return metrics | {"rollout/repetition": repetition([sample.response_tokens.tolist() for sample in samples])}
