@@ -22,15 +22,14 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
+    is_self_taught,
     needs_student_ids,
-    reference_folder,
     starting_point,
     student_architecture,
-    teacher_architecture,
 )
-from opd_megatron.config.targets import loads_reference, named_architectures, named_models
 from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_opd import idle_opd_options
+from opd_megatron.data.privileged import extra_keys, with_teacher_prompts
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
@@ -44,7 +43,7 @@ from opd_megatron.flow.target_models import (
 from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
-from opd_megatron.megatron.frozen import FrozenModel, ModelName, teacher_model
+from opd_megatron.megatron.frozen import frozen_models
 from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.objectives.advantages import chosen_estimator
 from opd_megatron.objectives.policy_loss import chosen_policy_loss
@@ -54,9 +53,24 @@ from opd_megatron.rollout.generate import RolloutGenerator
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
-from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
+from opd_megatron.rollout.sglang_engine import SGLangEngine
+from opd_megatron.teacher.connect import (
+    check_prompt_routes,
+    connect_server,
+    connect_teachers,
+    part_of_prompts,
+    servers_of,
+)
 from opd_megatron.teacher.megatron import MegatronTeacher
-from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student, text_samples
+from opd_megatron.teacher.own_engine import EngineTeacher
+from opd_megatron.teacher.preflight import (
+    JUDGED_TEXTS,
+    JUDGED_TOKENS,
+    Finding,
+    Student,
+    check_privileged_length,
+    text_samples,
+)
 from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
@@ -64,7 +78,7 @@ from opd_megatron.teacher.throughput import RunSizes
 
 logger = logging.getLogger(__name__)
 
-AnyTeacher: TypeAlias = MegatronTeacher | SGLangTeacher | RoutedTeachers | StudentIdsTeacher
+AnyTeacher: TypeAlias = MegatronTeacher | SGLangTeacher | RoutedTeachers | StudentIdsTeacher | EngineTeacher
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,10 @@ def assemble(options: Options) -> Iterator[Parts]:
     data = options.data
     prompts = None
     if not replayed:
-        records = _records(options, str(data.prompt_data), tokenizer, data.input_key, data.label_key)
+        records = _records(
+            options, str(data.prompt_data), tokenizer, data.input_key, data.label_key, extra_keys(options)
+        )
+        records = with_teacher_prompts(options, records, tokenizer)
         if options.opd.use_opd:
             check_prompt_routes(options, (record.metadata for record in records))
             check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
@@ -135,7 +152,7 @@ def assemble(options: Options) -> Iterator[Parts]:
             stack.callback(engine.close)
         trainer = start_trainer_group(_trainer_spec(options, num_rollouts))
         stack.callback(trainer.close)
-        teacher = None if replayed else _teacher(options, trainer, tokenizer)
+        teacher = None if replayed else _teacher(options, trainer, engine)
         if teacher is not None:
             stack.callback(teacher.close)
         generator, flow = None, None
@@ -163,7 +180,12 @@ def assemble(options: Options) -> Iterator[Parts]:
 
 
 def _records(
-    options: Options, path: str, tokenizer: PreTrainedTokenizerBase, input_key: str, label_key: str | None
+    options: Options,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    input_key: str,
+    label_key: str | None,
+    extra: Sequence[str] = (),
 ) -> list[PromptRecord]:
     data = options.data
     return load_prompt_records(
@@ -174,6 +196,7 @@ def _records(
         metadata_key=data.metadata_key,
         apply_chat_template=data.apply_chat_template,
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs),
+        extra_keys=extra,
     )
 
 
@@ -222,29 +245,24 @@ def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
         logger.warning("%s has no weights: the student starts at random (seed %d)", start.folder, options.training.seed)
     else:
         logger.info("the student starts from %s", start.folder)
-    frozen: dict[ModelName, FrozenModel] = {}
-    if loads_reference(options):
-        folder = reference_folder(options)
-        if folder is None:
-            raise UserError("the reference needs weights in --ref-load or --hf-checkpoint")
-        frozen["reference"] = FrozenModel(architecture, folder)
-    if has_megatron_teacher(options):
-        loaded = Path(str(options.opd.opd_teacher_load))
-        frozen["teacher"] = teacher_model(options, teacher_architecture(options), loaded)
-    architectures = named_architectures(options)
-    for name, _, named in named_models(options):
-        frozen[name] = replace(teacher_model(options, architectures[name], Path(named)), step=None)
-    return TrainerSpec(options, architecture, start, num_rollouts, frozen)
+    return TrainerSpec(options, architecture, start, num_rollouts, frozen_models(options, architecture))
 
 
-def _teacher(options: Options, trainer: TrainerGroup, tokenizer: PreTrainedTokenizerBase) -> AnyTeacher | None:
+def _teacher(options: Options, trainer: TrainerGroup, engine: RolloutEngine | None) -> AnyTeacher | None:
     opd = options.opd
     if not opd.use_opd:
         return None
     if has_megatron_teacher(options):
         return megatron_teacher(options, trainer)
+    vocab_size = student_architecture(options).vocab_size
+    if is_self_taught(options) and opd.opd_self_weights == "current":
+        assert isinstance(engine, SGLangEngine)
+        key = options.engine.rollout_engine_api_key_env
+        return EngineTeacher(
+            engine.addresses, lambda urls: connect_server(options, vocab_size, tuple(urls), key, name="self")
+        )
     combine = combination(options, len(read_teachers(opd.opd_teachers)[0]) if opd.opd_teachers else 1)
-    servers = connect_teachers(options, student_architecture(options).vocab_size, combine)
+    servers = connect_teachers(options, vocab_size, combine)
     if not needs_student_ids(options):
         return servers
     return StudentIdsTeacher(servers, lambda samples: trainer.top_ids(samples, opd.opd_top_k or 1), policy_of(options))
@@ -302,6 +320,11 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     options, teacher = parts.options, parts.teacher
     if teacher is None:
         return check_references(options, Student(parts.tokenizer))
+    if isinstance(teacher, EngineTeacher):
+        return teacher.preflight(_longest_sample(parts), options.opd.opd_overlong)
+    if is_self_taught(options) and isinstance(teacher, MegatronTeacher):
+        positions = student_architecture(options).max_position_embeddings
+        return check_privileged_length(_longest_sample(parts), positions, options.opd.opd_overlong)
     paths, data = options.checkpoint, options.data
     positions = student_architecture(options).max_position_embeddings
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
@@ -324,7 +347,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         samples=options.samples_per_rollout,
         group=options.rollout.n_samples_per_prompt,
         prompt_tokens=int(np.median(prompts)) if prompts else 1,
-        response_tokens=options.rollout.rollout_max_response_len,
+        response_tokens=options.training_response_len,
         steps=parts.num_rollouts,
     )
     return check_references(options, student) + [
@@ -339,6 +362,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
             overlong=options.opd.opd_overlong,
             sizes=sizes.part(part_of_prompts(options, server.name, [record.metadata for record in records])),
         )
+        if not (is_self_taught(options) and finding.check == "same model")
     ]
 
 
@@ -349,7 +373,7 @@ def _length_notes(parts: Parts) -> list[str]:
     lengths = dict.fromkeys(sets, options.eval_max_response_len)
     if parts.prompts is not None and parts.flow is not None:
         sets["--prompt-data"] = parts.prompts.records
-        lengths["--prompt-data"] = options.rollout.rollout_max_response_len
+        lengths["--prompt-data"] = options.training_response_len
     notes = []
     for flag, records in sets.items():
         prompt = _longest_prompt(parts, records)
@@ -367,5 +391,9 @@ def _longest_prompt(parts: Parts, records: Sequence[PromptRecord]) -> int:
 
 
 def _longest_sample(parts: Parts) -> int:
+    """The most tokens of a prompt, as the teacher sees it, and its response."""
     records: Sequence[PromptRecord] = parts.prompts.records if parts.prompts is not None else []
-    return _longest_prompt(parts, records) + parts.options.rollout.rollout_max_response_len
+    seen = max(
+        (len(record.teacher_prompt_tokens) for record in records if record.teacher_prompt_tokens is not None), default=0
+    )
+    return max(seen, _longest_prompt(parts, records)) + parts.options.training_response_len

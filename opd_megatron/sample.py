@@ -94,7 +94,8 @@ class Sample:
     ``teacher_failure`` is the kind of failure for which the sample has no teacher scores, while the task still trains
     on it: its ``teacher_scores`` are valid nowhere. ``weight_version`` is that of the engine's weights that made the
     response and ``weight_versions`` all of them, in order, where there were several. Every per-token field covers the
-    response only and has ``T`` entries; ``T`` may be 0.
+    response only and has ``T`` entries; ``T`` may be 0. ``teacher_prompt_tokens`` are the ids of the prompt that the
+    teacher sees before the response (None: the student's).
     """
 
     index: int
@@ -124,11 +125,14 @@ class Sample:
     status: Status = Status.COMPLETED
     weight_version: str = ""
     weight_versions: tuple[str, ...] = ()
+    teacher_prompt_tokens: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.status = Status(self.status)
         self.weight_versions = tuple(self.weight_versions)
         self.prompt_tokens = np.asarray(self.prompt_tokens, dtype=np.int64).reshape(-1)
+        if self.teacher_prompt_tokens is not None:
+            self.teacher_prompt_tokens = np.asarray(self.teacher_prompt_tokens, dtype=np.int64).reshape(-1)
         if self.response_tokens is None:
             self.response_tokens = np.zeros(0, dtype=np.int64)
         if self.loss_mask is None:
@@ -159,6 +163,12 @@ class Sample:
     def tokens(self) -> np.ndarray:
         """Prompt and response ids as one int64 array."""
         return np.concatenate([self.prompt_tokens, self.response_tokens])
+
+    def seen_by_teacher(self) -> Sample:
+        """This response behind the prompt that the teacher sees; the sample itself where that is the student's."""
+        if self.teacher_prompt_tokens is None:
+            return self
+        return replace(self, prompt_tokens=self.teacher_prompt_tokens, teacher_prompt_tokens=None)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping that :meth:`from_json` reads back without loss (float32 survives exactly)."""

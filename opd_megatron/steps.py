@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import numpy as np
 import torch
 
 from opd_megatron.assembly import Parts
+from opd_megatron.config.critic import has_critic
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
+    estimates_advantages,
     measures_diagnostics,
     measures_exact_kl,
     needs_teacher_hidden,
 )
 from opd_megatron.diagnostics import diagnose
-from opd_megatron.flow import StudentIdsTeacher
+from opd_megatron.flow import StudentIdsTeacher, score_rollout
 from opd_megatron.flow.masking import leave_out_failed
+from opd_megatron.flow.prefix import train_on_prefix
 from opd_megatron.flow.recorded import recorded_samples
 from opd_megatron.flow.student_pass import ask_student
 from opd_megatron.flow.targets import score_references, target_statistics
@@ -37,6 +41,7 @@ from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
+from opd_megatron.teacher.own_engine import EngineTeacher
 from opd_megatron.valuing import add_values, value_metrics
 
 logger = logging.getLogger(__name__)
@@ -72,6 +77,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         rollout = parts.flow.make(rollout_id)
         samples = rollout.samples
         metrics |= rollout.metrics
+    train_on_prefix(samples, options.opd.opd_prefix_len if options.opd.use_opd else None)
     metrics |= rollout_metrics(samples)
     if options.objective.loss_type != "sft_loss":
         metrics |= _reward_metrics(samples)
@@ -99,7 +105,8 @@ def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, m
     The greedy responses are seen by nobody else; recorded samples keep what was recorded.
     """
     objective = parts.options.objective
-    if objective.loss_type == "sft_loss" or not chosen_estimator(objective).needs_greedy:
+    compares = objective.loss_type != "sft_loss" and chosen_estimator(objective).needs_greedy
+    if not compares or not estimates_advantages(parts.options):
         return
     if parts.generator is not None:
         greedy = parts.generator.greedy(samples, rollout_id)
@@ -128,9 +135,8 @@ def teach(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         opd = parts.options.opd
         measured = measures_exact_kl(opd, rollout_id) or measures_diagnostics(opd, rollout_id)
         parts.teacher.keep_hidden = (measured or needs_teacher_hidden(parts.options)) and parts.exact_kl_possible
-    for sample, scores in zip(samples, parts.teacher.score(samples), strict=True):
-        sample.teacher_scores = scores
-        sample.validate()
+    assert not isinstance(parts.teacher, EngineTeacher)  # which is asked sample by sample
+    score_rollout(parts.options, parts.teacher, samples)
 
 
 def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: RunFolder) -> None:
@@ -165,6 +171,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         metrics |= parts.weighting.apply(samples, rollout_id, statistics)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
+        metrics["opd/only"] = float(not estimates_advantages(options))
         metrics |= diagnose(parts, samples, rollout_id)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
@@ -193,8 +200,11 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     kls = None
     if objective.kl_coef > 0:
         kls = [log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)) for sample in samples]
+    # Without a reward every estimator gives 0, also those that would ask for a greedy response first.
+    estimated = estimates_advantages(parts.options) or has_critic(parts.options)
+    estimator = objective if estimated else replace(objective, advantage_estimator="none")
     advantages = task_advantages(
-        objective,
+        estimator,
         [float(sample.reward or 0.0) for sample in samples],
         [sample.group_index for sample in samples],
         [sample.loss_mask for sample in samples],

@@ -61,14 +61,14 @@ def main(argv: Sequence[str]) -> None:
     vocab_size = max(int(read_hf_config(folder).get("vocab_size", 0)), student.highest_id + 1)
     prompts = [len(record.prompt_tokens) for record in records] or [TYPICAL_PROMPT]
     opd, rollout = options.opd, options.rollout
-    longest = min(max(prompts), rollout.rollout_max_prompt_len or max(prompts)) + rollout.rollout_max_response_len
+    longest = min(max(prompts), rollout.rollout_max_prompt_len or max(prompts)) + options.training_response_len
     metadata = [record.metadata for record in records]
     check_prompt_routes(options, metadata)
     sizes = RunSizes(
         samples=(rollout.rollout_batch_size or 32) * rollout.n_samples_per_prompt,
         group=rollout.n_samples_per_prompt,
         prompt_tokens=int(np.median(prompts)),
-        response_tokens=rollout.rollout_max_response_len,
+        response_tokens=options.training_response_len,
         steps=options.data.num_rollout,
     )
     findings = [

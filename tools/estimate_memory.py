@@ -33,7 +33,7 @@ from opd_megatron.config.memory_report import (
 )
 from opd_megatron.config.options import Options
 from opd_megatron.config.parse import joined_options, option_groups, parse_groups
-from opd_megatron.config.resolve import student_architecture, teacher_architecture, teacher_folder
+from opd_megatron.config.resolve import knows_teacher, student_architecture, teacher_architecture
 from opd_megatron.config.validate_opd import opd_faults
 from opd_megatron.config.vocab_chunks import DeviceKind
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         student = architecture_from_model_args(options.model)
     else:
         student = student_architecture(options)
-    teacher = teacher_architecture(options) if teacher_folder(options) else None
+    teacher = teacher_architecture(options) if knows_teacher(options) else None
     models = Models.of(options, student, teacher)
     if asked.world_size is None:
         _print_estimate(asked, options, models)

@@ -71,8 +71,8 @@ class Work:
         rollout, training = options.rollout, options.training
         context = options.parallel.context_parallel_size
         prompt = rollout.rollout_max_prompt_len or ASSUMED_PROMPT_TOKENS
-        sample = min(prompt + rollout.rollout_max_response_len, student.max_position_embeddings)
-        response = sample if options.opd.opd_include_prompt else min(rollout.rollout_max_response_len, sample)
+        sample = min(prompt + options.training_response_len, student.max_position_embeddings)
+        response = sample if options.opd.opd_include_prompt else min(options.training_response_len, sample)
         if training.use_dynamic_batch_size and training.max_tokens_per_gpu is not None:
             tokens = max(training.max_tokens_per_gpu, share(sample, context))  # a longer one is alone
         else:

@@ -55,6 +55,11 @@ def rollout_range(value: str) -> str | None:
     return None
 
 
+def prompt_template(value: str) -> str | None:
+    """A text with a place for the prompt."""
+    return None if "{prompt}" in value else "must hold {prompt}, where the student's prompt goes"
+
+
 def named_path(value: tuple[str, str]) -> str | None:
     """The name of a named file appears in metric names."""
     return None if _SET_NAME.fullmatch(value[0]) else f"name {value[0]!r} may hold letters, digits and . _ + - only"

@@ -9,7 +9,7 @@ from opd_megatron.config.config_file import DERIVED
 from opd_megatron.config.flags import Flag, collect_flags
 from opd_megatron.config.options import Options
 from opd_megatron.config.parse import option_groups
-from opd_megatron.config.resolve import starting_point, student_architecture, teacher_architecture, teacher_folder
+from opd_megatron.config.resolve import knows_teacher, starting_point, student_architecture, teacher_architecture
 
 _NOT_CONFIGURATION = ("dry_run",)
 
@@ -47,7 +47,7 @@ def derived(options: Options) -> dict[str, Any]:
         "start": {"source": start.source, "folder": str(start.folder)},
         "student": dataclasses.asdict(student_architecture(options)),
     }
-    if teacher_folder(options) is not None:
+    if knows_teacher(options):
         values["teacher"] = dataclasses.asdict(teacher_architecture(options))
     return values
 

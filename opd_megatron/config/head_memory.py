@@ -16,6 +16,7 @@ from opd_megatron.config.resolve import (
     has_own_layout,
     needs_teacher_hidden,
     sampled_tokens_learn,
+    teaches_itself_now,
 )
 from opd_megatron.config.vocab_chunks import (
     BLOCK_ELEMENTS,
@@ -122,7 +123,7 @@ def head_bytes(
 def _teacher_side(options: Options, teacher: ModelArchitecture, buffers: _Buffers) -> int:
     """The teacher's hidden rows on the device; and its output weight where the teacher itself is elsewhere."""
     held = teacher_number_bytes(options, hidden=True) * buffers.tokens * teacher.hidden_size
-    if options.offload.offload_teacher or has_own_layout(options):
+    if options.offload.offload_teacher or has_own_layout(options) or teaches_itself_now(options):
         held += teacher_head_bytes(options, teacher)
     return held
 

@@ -16,14 +16,20 @@ from opd_megatron.config.critic import has_critic
 from opd_megatron.config.head_memory import head_bytes, keeps_hidden_rows, teacher_head_bytes, teacher_number_bytes
 from opd_megatron.config.options import OptimizerOptions, Options, ParallelOptions
 from opd_megatron.config.parameters import Parameters, rank_parameters, total_parameters
-from opd_megatron.config.resolve import has_own_layout, teacher_folder, teacher_parallel
+from opd_megatron.config.resolve import (
+    has_own_layout,
+    knows_teacher,
+    teacher_parallel,
+    teaches_itself_by_average,
+    teaches_itself_now,
+)
 from opd_megatron.config.targets import OPD_REFERENCE, kept_reference, loads_reference, named_architectures
 from opd_megatron.config.vocab_chunks import DeviceKind
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run; ``teacher`` is that of ``--opd-teacher-load``.
+    """The models of a run; ``teacher`` is that of the trainer, of ``--opd-teacher-load`` or the student.
 
     ``further`` are those of ``config.targets.named_models`` by name, which run as the teacher does.
     """
@@ -49,7 +55,7 @@ class Models:
     @classmethod
     def of(cls, options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None) -> Models:
         """``teacher`` is left out where the options give it nothing to do."""
-        own = teacher if teacher_folder(options) is not None else None
+        own = teacher if knows_teacher(options) else None
         return cls(student, own, loads_reference(options), has_critic(options), named_architectures(options))
 
 
@@ -120,7 +126,7 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
     for model in models.keeping_rows(options) if is_last else []:
         rows = Work.of(options, student).rollout_rows
         host += rows * model.hidden_size * teacher_number_bytes(options, hidden=True)
-        host += teacher_head_bytes(options, model) if has_own_layout(options) else 0
+        host += teacher_head_bytes(options, model) if has_own_layout(options) or teaches_itself_now(options) else 0
     total = _most_at_once(options, parts, max([*frozen, parts["reference"]]), *critic)
     return RankMemory(stage=stage, host=host, total=total, **parts)
 
@@ -183,11 +189,18 @@ def _kept_on_host(options: Options) -> set[str]:
 
 
 def _teacher_bytes(options: Options, model: ModelArchitecture, stage: int) -> int:
-    """Weights of a teacher in its own layout and precision; of its largest stage where its pipeline is another."""
+    """Weights of a teacher in its own layout and precision; of its largest stage where its pipeline is another.
+
+    A student that is its own teacher has none but its own, or those of the average, which is in float32.
+    """
+    if teaches_itself_now(options):
+        return 0
     parallel = teacher_parallel(options, model)
     pipeline = parallel.pipeline_model_parallel_size
     stages = [stage] if pipeline == options.parallel.pipeline_model_parallel_size else range(pipeline)
-    return teacher_number_bytes(options) * max(_parameters(options, model, parallel, one).total for one in stages)
+    number = teacher_number_bytes(options)
+    number += 4 if teaches_itself_by_average(options) and number < 4 else 0
+    return number * max(_parameters(options, model, parallel, one).total for one in stages)
 
 
 def _parameters(

@@ -8,7 +8,7 @@ from typing import Any
 from opd_megatron.config.layouts import Candidate
 from opd_megatron.config.memory import Models, RankMemory, estimate
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import student_architecture, teacher_architecture, teacher_folder
+from opd_megatron.config.resolve import knows_teacher, student_architecture, teacher_architecture
 
 GIB = 2**30
 LABELS = {
@@ -104,7 +104,7 @@ def as_json(options: Options, memory: RankMemory) -> dict[str, Any]:
 
 def memory_comment(options: Options) -> str:
     """A YAML comment for options that have passed ``validate``: what the rank that needs most would take on a GPU."""
-    teacher = teacher_architecture(options) if teacher_folder(options) else None
+    teacher = teacher_architecture(options) if knows_teacher(options) else None
     memory = estimate(options, Models.of(options, student_architecture(options), teacher), "cuda")
     parts = ", ".join(f"{LABELS[name]} {gib(count)}" for name, count in memory.device_parts.items() if count)
     return f"# estimated GiB of a rank on a GPU: {gib(memory.total)} ({parts})"

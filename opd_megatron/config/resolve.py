@@ -172,13 +172,51 @@ def has_megatron_teacher(options: Options) -> bool:
     return options.opd.use_opd and options.opd.opd_type == "megatron" and not recorded
 
 
+def has_task(options: Options) -> bool:
+    """Whether a task reward takes part in what is learned; ``--rm-type zero`` is none.
+
+    An estimator of the user's own may make advantages of anything.
+    """
+    objective = options.objective
+    if objective.custom_advantage_path is not None:
+        return True
+    return objective.advantage_estimator != "none" and options.reward.rm_type != "zero"
+
+
+def estimates_advantages(options: Options) -> bool:
+    """Whether anything but distillation makes advantages: a task, or the KL to a reference as a reward."""
+    return has_task(options) or options.objective.kl_coef > 0
+
+
+def is_self_taught(options: Options) -> bool:
+    """Whether the student is its own teacher."""
+    return options.opd.use_opd and options.opd.opd_teacher == "self"
+
+
 def teacher_folder(options: Options) -> str | None:
-    """``--opd-teacher-load`` where it has an effect."""
+    """``--opd-teacher-load`` where it has an effect; None for a student that is its own teacher."""
     return options.opd.opd_teacher_load if has_megatron_teacher(options) else None
 
 
+def knows_teacher(options: Options) -> bool:
+    """Whether the trainer has a teacher whose architecture is known: in a folder, or the student's."""
+    return teacher_folder(options) is not None or (has_megatron_teacher(options) and is_self_taught(options))
+
+
+def teaches_itself_now(options: Options) -> bool:
+    """Whether the trainer's teacher is the student with its current weights, of which there is no copy."""
+    return has_megatron_teacher(options) and is_self_taught(options) and options.opd.opd_self_weights == "current"
+
+
+def teaches_itself_by_average(options: Options) -> bool:
+    """Whether the trainer's teacher is a moving average of the student."""
+    return has_megatron_teacher(options) and is_self_taught(options) and options.opd.opd_self_weights == "ema"
+
+
 def teacher_architecture(options: Options) -> ModelArchitecture:
-    """The model of ``--opd-teacher-load``, which has nothing to do with MODEL_ARGS."""
+    """The model of ``--opd-teacher-load``, which has nothing to do with MODEL_ARGS, or the student's own."""
+    if is_self_taught(options):
+        return student_architecture(options)
     if options.opd.opd_teacher_load is None:
         raise UserError("--opd-teacher-load is missing")
     return checkpoint_architecture(options.opd.opd_teacher_load, "--opd-teacher-load")

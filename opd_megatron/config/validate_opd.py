@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from opd_megatron.config.options import OpdOptions, Options
-from opd_megatron.config.resolve import has_megatron_teacher, needs_teacher_hidden
+from opd_megatron.config.resolve import has_megatron_teacher, is_self_taught, knows_teacher, needs_teacher_hidden
 from opd_megatron.config.teachers_file import read_teachers
 from opd_megatron.config.validate_diagnostics import diagnostics_faults
 from opd_megatron.config.validate_distribution import distribution_faults
+from opd_megatron.config.validate_prefixes import prefix_faults
+from opd_megatron.config.validate_self import SELF_ONLY, self_teacher_faults
 from opd_megatron.config.validate_targets import OF_MIXTURE, target_faults
 from opd_megatron.config.validate_weights import weight_faults
 
@@ -26,6 +28,8 @@ _SGLANG_ONLY = (
     "opd_max_failed_frac",
     "opd_teacher_step_deadline",
 )
+_WHERE_IT_IS_LONG = ("opd_overlong", "opd_max_failed_frac")
+"""Options of servers that a student as its own teacher has, too: its prompts are longer with their context."""
 _MEGATRON_ONLY = (
     "opd_teacher_load",
     "opd_teacher_ckpt_step",
@@ -65,7 +69,7 @@ def opd_faults(options: Options) -> list[str]:
         faults += _megatron_faults(options)
     else:
         faults += _sglang_faults(options)
-    faults += distribution_faults(options)
+    faults += [*distribution_faults(options), *self_teacher_faults(options), *prefix_faults(options)]
     faults += weight_faults(options)
     faults += diagnostics_faults(options)
     faults += target_faults(options)
@@ -85,7 +89,7 @@ def idle_opd_options(options: Options) -> list[str]:
     elif options.rollout.load_debug_rollout_data is not None:
         # a baseline is part of the objective, which a recording cannot serve: that is refused wherever it stands
         of_type = {"megatron": _MEGATRON_ONLY, "sglang": _SGLANG_ONLY}.get(options.opd.opd_type or "", ())
-        names = (*(name for name in of_type if name != "opd_baseline"), *OF_MIXTURE)
+        names = (*SELF_ONLY, *(name for name in of_type if name != "opd_baseline"), *OF_MIXTURE)
     return [name for name in names if name in options.given]
 
 
@@ -99,7 +103,7 @@ def _misplaced(options: Options, names: tuple[str, ...], other: str) -> list[str
 
 def _megatron_faults(options: Options) -> list[str]:
     faults = []
-    if has_megatron_teacher(options) and options.opd.opd_teacher_load is None:
+    if has_megatron_teacher(options) and not knows_teacher(options):
         faults.append("--opd-type megatron needs --opd-teacher-load: name the teacher's checkpoint folder")
     baseline = options.opd.opd_baseline
     if baseline != "none" and options.rollout.load_debug_rollout_data is not None:
@@ -118,7 +122,8 @@ def _megatron_faults(options: Options) -> list[str]:
             )
         if options.parallel.qkv_format == "bshd":
             faults.append("--opd-teacher-max-tokens-per-gpu counts packed tokens: leave out --qkv-format bshd")
-    return faults + _misplaced(options, _SGLANG_ONLY, "sglang")
+    servers_only = [name for name in _SGLANG_ONLY if not (is_self_taught(options) and name in _WHERE_IT_IS_LONG)]
+    return faults + _misplaced(options, tuple(servers_only), "sglang")
 
 
 def _sglang_faults(options: Options) -> list[str]:
@@ -132,7 +137,8 @@ def _sglang_faults(options: Options) -> list[str]:
         ]
         faults += read_teachers(opd.opd_teachers)[1]
     else:
-        if not opd.opd_teacher_url and options.rollout.load_debug_rollout_data is None:
+        engine_teaches = is_self_taught(options) and opd.opd_self_weights == "current"
+        if not (opd.opd_teacher_url or engine_teaches) and options.rollout.load_debug_rollout_data is None:
             faults.append("--opd-type sglang needs --opd-teacher-url: give the address of the teacher's server")
         if "opd_teacher_route_key" in options.given:
             faults.append("--opd-teacher-route-key has no effect without --opd-teachers: leave it out")

@@ -32,6 +32,7 @@ from opd_megatron.config.validate_moe import (
 )
 from opd_megatron.config.validate_objective import objective_faults
 from opd_megatron.config.validate_paths import ROLLOUT_ID
+from opd_megatron.config.validate_self import self_teacher_weight_faults
 
 
 def run_faults(options: Options) -> list[str]:
@@ -43,6 +44,7 @@ def run_faults(options: Options) -> list[str]:
         *_recompute_faults(options),
         *_offload_faults(options),
         *objective_faults(options),
+        *self_teacher_weight_faults(options),
         *critic_faults(options),
         *_schedule_faults(options),
         *_data_faults(options),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,9 @@ class PromptRecord:
     """One prompt, ready to be sampled from.
 
     ``index`` counts the rows of the (sliced) file from 0. ``prompt`` is what the row holds (a string or messages),
-    ``prompt_text`` the text that was tokenised and ``prompt_tokens`` its ids, int64 ``[tokens]``.
+    ``prompt_text`` the text that was tokenised and ``prompt_tokens`` its ids, int64 ``[tokens]``. ``extras`` are fields
+    of the row, or of its metadata, that were asked for; None where there is no such field. ``teacher_prompt_tokens``
+    are the ids of the prompt that the teacher sees, None where that is the same.
     """
 
     index: int
@@ -36,6 +38,8 @@ class PromptRecord:
     prompt_tokens: np.ndarray
     label: Any
     metadata: dict[str, Any]
+    extras: dict[str, Any] = field(default_factory=dict)
+    teacher_prompt_tokens: np.ndarray | None = None
 
 
 def check_prompt_file(
@@ -98,13 +102,15 @@ def load_prompt_records(
     metadata_key: str,
     apply_chat_template: bool,
     chat_template_kwargs: Mapping[str, Any],
+    extra_keys: Sequence[str] = (),
 ) -> list[PromptRecord]:
     """Read, check and tokenise a prompt file.
 
     With the chat template, a plain string counts as one user message, the template adds the generation prompt, and its
     text is encoded as it stands: a template writes its special tokens itself. A plain prompt is encoded with the
     tokenizer's own special tokens (such as a leading BOS), but an end token that the tokenizer appends is removed: the
-    response continues the prompt. ``label_key`` None takes the field ``label`` of the rows that have it.
+    response continues the prompt. ``label_key`` None takes the field ``label`` of the rows that have it;
+    ``extra_keys`` go to the records' ``extras``.
 
     Raises :class:`UserError` with every fault of :func:`check_prompt_file`, and when the tokenizer has no chat
     template, the template refuses a row, or a prompt has no tokens.
@@ -116,10 +122,10 @@ def load_prompt_records(
         raise UserError(f"{path}: the tokenizer has no chat template: leave out --apply-chat-template")
     prompts = [row.fields[input_key] for row in rows]
     if apply_chat_template:
-        texts = [_render(row, row.fields[input_key], tokenizer, chat_template_kwargs) for row in rows]
+        texts = [render_chat(row.where, row.fields[input_key], tokenizer, chat_template_kwargs) for row in rows]
     else:
         texts = prompts
-    token_ids = _encode(tokenizer, texts, add_special_tokens=not apply_chat_template)
+    token_ids = encode_prompts(tokenizer, texts, add_special_tokens=not apply_chat_template)
     records = []
     for index, (row, text, ids) in enumerate(zip(rows, texts, token_ids, strict=True)):
         if not ids:
@@ -128,7 +134,8 @@ def load_prompt_records(
         tokens.setflags(write=False)
         label = row.fields.get(label_key or DEFAULT_LABEL_KEY)
         metadata = dict(row.fields.get(metadata_key) or {})
-        records.append(PromptRecord(index, prompts[index], text, tokens, label, metadata))
+        extras = {key: row.fields.get(key, metadata.get(key)) for key in extra_keys}
+        records.append(PromptRecord(index, prompts[index], text, tokens, label, metadata, extras))
     return records
 
 
@@ -149,7 +156,10 @@ def text_of_records(
     return texts
 
 
-def _render(row: Row, prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> str:
+def render_chat(
+    where: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]
+) -> str:
+    """The text of a prompt, a string or messages, with the generation prompt; ``where`` names its row in errors."""
     from jinja2 import TemplateError
 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -157,10 +167,13 @@ def _render(row: Row, prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_temp
     try:
         return str(tokenizer.apply_chat_template(messages, **settings))
     except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"{row.where}: the chat template refuses this prompt ({_one_line(error)})") from error
+        raise UserError(f"{where}: the chat template refuses this prompt ({_one_line(error)})") from error
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool
+) -> list[list[int]]:
+    """Ids of texts that a response continues: without an end token that the tokenizer appends."""
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
     if not add_special_tokens:
         return encoded
@@ -254,6 +267,8 @@ class PromptSet:
         digest = hashlib.sha256()
         for record in self.records:
             digest.update(record.prompt_tokens.tobytes())
-            rest = [record.label, record.metadata]
+            rest = [record.label, record.metadata, *([record.extras] if record.extras else [])]
+            if record.teacher_prompt_tokens is not None:
+                digest.update(record.teacher_prompt_tokens.tobytes())
             digest.update(json.dumps(rest, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()

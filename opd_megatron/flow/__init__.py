@@ -3,6 +3,7 @@
 from opd_megatron.flow.build import policy_of, scores_later, stages_of
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import FilterError, GroupFilter, build_filter
+from opd_megatron.flow.overlong import score_rollout
 from opd_megatron.flow.pipeline import Rollout, RolloutFlow, Stages
 from opd_megatron.flow.student_ids import StudentIdsTeacher
 
@@ -16,6 +17,7 @@ __all__ = [
     "StudentIdsTeacher",
     "build_filter",
     "policy_of",
+    "score_rollout",
     "scores_later",
     "stages_of",
 ]

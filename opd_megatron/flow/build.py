@@ -48,7 +48,8 @@ def stages_of(
         prompts=prompts,
         batch=rollout.rollout_batch_size,
         copies=rollout.n_samples_per_prompt,
-        reward=reward,
+        # nothing is computed for a reward of zero, unless a filter looks at it
+        reward=None if options.reward.rm_type == "zero" and rollout.dynamic_filter_path is None else reward,
         keep=build_filter(rollout),
         max_refills=rollout.dynamic_filter_max_refills * rollout.rollout_batch_size,
         teacher=teacher if _streams(teacher) else None,

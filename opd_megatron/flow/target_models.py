@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import needs_teacher_hidden, student_architecture, teacher_architecture
+from opd_megatron.config.resolve import is_self_taught, needs_teacher_hidden, student_architecture, teacher_architecture
 from opd_megatron.config.targets import (
     OPD_REFERENCE,
     kept_reference,
@@ -42,7 +42,7 @@ def megatron_teacher(options: Options, trainer: Scorer) -> MegatronTeacher:
     members = [
         MegatronTeacher(
             trainer,
-            str(options.opd.opd_teacher_load),
+            "self" if is_self_taught(options) else str(options.opd.opd_teacher_load),
             temperature=temperature,
             vocab_size=teacher_architecture(options).vocab_size,
         ),

@@ -169,7 +169,7 @@ def stored_dtype(source: Path) -> torch.dtype:
     if (source / "config.json").exists():
         return hf_weights_dtype(source)
     stored = StepReader(source).tensors()
-    beside = ("optimizer", "critic.")
+    beside = ("optimizer", "critic.", "moving_average.")
     dtypes = [entry.properties.dtype for name, entry in stored.items() if not name.startswith(beside)]
     if not dtypes:
         raise UserError(f"{source} holds no weights of a model")

@@ -19,8 +19,19 @@ from torch import Tensor
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.checkpoint_paths import Step
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options, ParallelOptions
-from opd_megatron.config.resolve import has_own_layout, teacher_parallel
+from opd_megatron.config.resolve import (
+    has_megatron_teacher,
+    has_own_layout,
+    is_self_taught,
+    reference_folder,
+    teacher_architecture,
+    teacher_parallel,
+    teaches_itself_by_average,
+    teaches_itself_now,
+)
+from opd_megatron.config.targets import loads_reference, named_architectures, named_models
 from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
@@ -51,6 +62,30 @@ class FrozenModel:
     max_tokens: int | None = None
     parallel: ParallelOptions | None = None
     has_own_layout: bool = False
+
+
+def frozen_models(options: Options, student: ModelArchitecture) -> dict[ModelName, FrozenModel]:
+    """The models with weights of their own that the objective needs; raises ``UserError`` where those are not there."""
+    frozen: dict[ModelName, FrozenModel] = {}
+    if loads_reference(options):
+        frozen["reference"] = FrozenModel(student, _starting_weights(options, "the reference"))
+    architectures = named_architectures(options)
+    for name, _, named in named_models(options):
+        frozen[name] = replace(teacher_model(options, architectures[name], Path(named)), step=None)
+    if not has_megatron_teacher(options) or teaches_itself_now(options) or teaches_itself_by_average(options):
+        return frozen
+    folder = Path(str(options.opd.opd_teacher_load))
+    if is_self_taught(options):
+        folder = _starting_weights(options, "--opd-self-weights frozen")
+    frozen["teacher"] = teacher_model(options, teacher_architecture(options), folder)
+    return frozen
+
+
+def _starting_weights(options: Options, needed_by: str) -> Path:
+    folder = reference_folder(options)
+    if folder is None:
+        raise UserError(f"{needed_by} needs weights in --ref-load or --hf-checkpoint")
+    return folder
 
 
 def teacher_model(options: Options, architecture: ModelArchitecture, folder: Path) -> FrozenModel:
@@ -117,6 +152,7 @@ class FrozenScorer:
 
     def __init__(self, spec: FrozenModel, options: Options, planned_for: ModelArchitecture) -> None:
         self.spec = spec
+        self.vocab_size = spec.architecture.vocab_size
         self._options = options
         self._cost = sequence_cost(planned_for)
         undivided = replace(spec.parallel or options.parallel, num_layers_per_virtual_pipeline_stage=None)
@@ -157,6 +193,11 @@ class FrozenScorer:
             rank = parallel_state.get_data_parallel_rank()
             micro_batches = [places for step in steps for places in step[rank]]
             return response_log_probs(self.model, samples, micro_batches, temperature, keep)
+
+    parts: tuple[str, ...] = ()
+    """Parts of the trainer's memory that it needs beside its own."""
+    moves = False
+    """Whether its weights may change before the rollout is trained on."""
 
     @property
     def has_own_layout(self) -> bool:

@@ -37,6 +37,12 @@ class SequenceLayout:
     for_torch: bool = True
     for_experts: bool = False
 
+    def response_offsets(self, sample: Sample, rank: int | None = None) -> np.ndarray:
+        """Places in the response that this context-parallel rank (or ``rank``) predicts of a sample, ascending."""
+        held = self.split.positions(self.split.padded(len(sample.tokens) - 1), rank)
+        places: np.ndarray = held - (len(sample.prompt_tokens) - 1)
+        return places[(places >= 0) & (places < sample.response_length)]
+
     def tokens_on_rank(self, length: int) -> int:
         """Tokens of this rank that a packed sample of ``length`` tokens, its last included, takes."""
         return self.split.padded(max(0, length - 1)) // self.split.size

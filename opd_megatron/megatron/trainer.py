@@ -23,7 +23,14 @@ from torch import Tensor
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.critic import has_critic
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import StartingPoint, check_optimizer_kind, optimizer_kind, schedule_steps
+from opd_megatron.config.resolve import (
+    StartingPoint,
+    check_optimizer_kind,
+    optimizer_kind,
+    schedule_steps,
+    teaches_itself_by_average,
+    teaches_itself_now,
+)
 from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
@@ -48,6 +55,7 @@ from opd_megatron.megatron.learner import (
 )
 from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
+from opd_megatron.megatron.moving_average import MovingAverage
 from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, let_leave, weights_of
 from opd_megatron.megatron.optimizer import (
     build_optimizer,
@@ -55,10 +63,11 @@ from opd_megatron.megatron.optimizer import (
     gather_weights,
     wrap_model,
 )
+from opd_megatron.megatron.own_teacher import OwnTeacher
 from opd_megatron.megatron.prompts import PromptReading
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
-from opd_megatron.megatron.teacher_rows import TeacherRows
+from opd_megatron.megatron.teacher_rows import OtherPrompts, TeacherRows
 from opd_megatron.megatron.token_diagnostics import token_diagnostics
 from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
@@ -115,12 +124,27 @@ class MegatronTrainer:
         if has_critic(self.options):
             start, length = spec.start, spec.num_rollouts
             self.critic = Critic(self.options, spec.architecture, start, length, self.memory, store)
-        self.frozen: dict[ModelName, FrozenScorer] = {}
+        self.frozen: dict[ModelName, FrozenScorer | OwnTeacher] = {}
         for name, model in spec.frozen.items():
-            self.frozen[name] = FrozenScorer(model, self.options, spec.architecture)
+            self.frozen[name] = scorer = FrozenScorer(model, self.options, spec.architecture)
             if self.options.offload.offload_teacher:
-                self.memory.add(name, Part(partial(weights_of, [self.frozen[name].model]), store, constant=True))
+                self.memory.add(name, Part(partial(weights_of, [scorer.model]), store, constant=True))
+        if teaches_itself_now(self.options):
+            self.frozen["teacher"] = OwnTeacher(self.chunks, self.options, spec.architecture, in_training=True)
+        self.average: MovingAverage | None = None
+        if teaches_itself_by_average(self.options):
+            self.average = self._begin_average(store)
         self._kept_rows: dict[ModelName, TeacherRows] = {}
+
+    def _begin_average(self, store: HostStore) -> MovingAverage:
+        """The average of the student's weights, which begins at them, as the teacher."""
+        chunks = build_from_options(self.options, self.spec.architecture)
+        with self.memory.holding("weights"):
+            average = MovingAverage(chunks, self.chunks, self.options.opd.opd_self_ema_decay)
+        if self.options.offload.offload_teacher:
+            self.memory.add("teacher", Part(average.tensors, store))
+        self.frozen["teacher"] = OwnTeacher(chunks, self.options, self.spec.architecture, in_training=False)
+        return average
 
     def resume(self) -> dict[str, Any] | None:
         """Restore what ``--load`` holds beside the weights if the run goes on from a trainer's checkpoint.
@@ -130,6 +154,9 @@ class MegatronTrainer:
         options, start = self.options.checkpoint, self.spec.start
         if start.source != "load" or options.finetune or not checkpoint.has_training_state(start.folder):
             return None
+        if self.average is not None:
+            with self.memory.holding("teacher"):
+                self.average.restore(start.folder)
         if self.critic is not None:
             self.critic.resume(start.folder)
         with self.memory.holding("weights", "optimizer"):
@@ -173,8 +200,9 @@ class MegatronTrainer:
     ) -> dict[int, np.ndarray]:
         """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
 
-        They are at the rollout temperature unless another ``temperature`` is given. With ``keep_hidden`` the
-        frozen model's hidden rows stay on the host for the next :meth:`train`.
+        They are at the rollout temperature unless another ``temperature`` is given. The teacher sees each response
+        behind the prompt that is meant for it. With ``keep_hidden`` the frozen model's hidden rows stay on the host for
+        the next :meth:`train`.
         Raises ``ValueError`` for a token outside the model's vocabulary.
         """
         temperature = self.temperature if temperature is None else temperature
@@ -183,18 +211,23 @@ class MegatronTrainer:
             with self.memory.holding("weights"):
                 return response_log_probs(self.chunks, samples, micro_batches, temperature)
         self._kept_rows.pop(name, None)
+        seen = [sample.seen_by_teacher() for sample in samples] if name == "teacher" else samples
         frozen = self.frozen[name]
-        reading = PromptReading.of(samples, keep_hidden and self.options.opd.opd_include_prompt)
-        steps = frozen.steps(samples)
-        dtype, size = DTYPES.get(self.options.opd.opd_teacher_hidden_dtype), frozen.spec.architecture.vocab_size
+        reading = PromptReading.of(seen, keep_hidden and self.options.opd.opd_include_prompt)
+        steps = frozen.steps(seen)
+        dtype, size = DTYPES.get(self.options.opd.opd_teacher_hidden_dtype), frozen.vocab_size
         rows = TeacherRows(dtype, size) if keep_hidden else None
-        with self.memory.holding(name):
+        with self.memory.holding(name, *frozen.parts):
             found = frozen.score(reading.read, steps, temperature, rows.keep if rows else None)
             if rows:
                 leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
-                rows.take_weight(frozen.head_weight(), leaves=leaves)
+                rows.take_weight(frozen.head_weight(), leaves=leaves or frozen.moves)
         if rows:
-            rows.bring(steps, self._steps(samples), other_ranks=frozen.has_own_layout)
+            split, wanted = self.student.sequence_layout.split, self._steps(samples)
+            if split.size > 1 and any(one is not other for one, other in zip(seen, samples, strict=True)):
+                rows.bring_by_offset(steps, wanted, OtherPrompts(samples, self.student.sequence_layout))
+            else:
+                rows.bring(steps, wanted, other_ranks=frozen.has_own_layout)
             self._kept_rows[name] = rows
         return reading.cut(found)
 
@@ -268,8 +301,11 @@ class MegatronTrainer:
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
             result = self._train(samples, rollout_id)
-            if self.options.offload.offload_train:
+            if self.options.offload.offload_train or self.average is not None:
                 gather_weights(self.wrapped)
+            if self.average is not None:
+                with self.memory.holding("teacher"):
+                    self.average.follow()
         return result if result.metrics is None else replace(result, metrics=result.metrics | of_critic)
 
     def _train(self, samples: Sequence[Sample], rollout_id: int) -> TrainResult:
@@ -325,6 +361,9 @@ class MegatronTrainer:
             if self.critic is not None:
                 stack.enter_context(self.critic.on_device())
                 beside = self.critic.saved(with_optimizer=not options.no_save_optim)
+            if self.average is not None:
+                stack.enter_context(self.memory.holding("teacher"))
+                beside = beside[0] | self.average.entries(to_write=True), beside[1]
             gather_weights(self.wrapped)
             checkpoint.save_checkpoint(
                 folder,

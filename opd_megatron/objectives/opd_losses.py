@@ -140,6 +140,20 @@ OPD_LOSSES.register(
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_the_distribution_form_has_the_expected_gradient_of_the_sampled_one",
 )
+OPD_LOSSES.describe(
+    "prefix OPD",
+    "--opd-prefix-len N",
+    formula=r"$\sum_{t \le N} \mathrm{KL}(S(\cdot \mid s_t) \Vert T(\cdot \mid s_t))$",
+    source="arXiv 2602.15260",
+    proof="test_exact_gradients.py::test_a_prefix_descends_the_kl_of_its_own_positions",
+)
+OPD_LOSSES.describe(
+    "self-distillation",
+    "--opd-teacher self",
+    formula=r"$T(\cdot \mid s_t) = S_{\mathrm{self}}(\cdot \mid c, s_t)$, $c$ the privileged context",
+    source="OPSD, arXiv 2601.18734; SDPO, arXiv 2601.20802",
+    proof="test_opd_losses.py::test_self_distillation_moves_the_student_towards_what_it_says_with_the_context",
+)
 OPD_LOSSES.register(
     "kl_loss",
     kl_estimator,

@@ -85,7 +85,7 @@ class RolloutGenerator:
             temperature=rollout.rollout_temperature,
             top_p=rollout.rollout_top_p,
             top_k=rollout.rollout_top_k,
-            max_new_tokens=rollout.rollout_max_response_len,
+            max_new_tokens=options.training_response_len,
             stop=rollout.rollout_stop,
             ignore_eos=rollout.rollout_ignore_eos,
         )

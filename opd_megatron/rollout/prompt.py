@@ -10,7 +10,10 @@ from opd_megatron.sample import Sample
 
 
 class Prompt(Protocol):
-    """One row of a prompt set; ``index`` is its row, ``prompt_tokens`` int64 ``[P]``."""
+    """One row of a prompt set; ``index`` is its row, ``prompt_tokens`` int64 ``[P]``.
+
+    ``teacher_prompt_tokens`` are what the teacher sees in their place, None where that is the same.
+    """
 
     @property
     def prompt(self) -> Any: ...
@@ -22,6 +25,8 @@ class Prompt(Protocol):
     def metadata(self) -> dict[str, Any]: ...
     @property
     def index(self) -> int: ...
+    @property
+    def teacher_prompt_tokens(self) -> np.ndarray | None: ...
 
 
 def new_sample(record: Prompt, index: int, group_index: int) -> Sample:
@@ -33,4 +38,5 @@ def new_sample(record: Prompt, index: int, group_index: int) -> Sample:
         prompt_tokens=record.prompt_tokens,
         label=record.label,
         metadata=dict(record.metadata),
+        teacher_prompt_tokens=record.teacher_prompt_tokens,
     )

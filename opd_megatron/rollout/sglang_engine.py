@@ -87,6 +87,10 @@ class SGLangEngine:
     def weight_version(self) -> str:
         return self._weight_version
 
+    def addresses(self) -> list[str]:
+        """Where the servers listen that have the newest weights."""
+        return [server.address for server in self._fleet.servers if not server.lost]
+
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Take the weights, let every server load them, and prove that it speaks with them.
 

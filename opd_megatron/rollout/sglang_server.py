@@ -67,6 +67,8 @@ class SGLangServer:
         self.epoch = 0
         self.in_flight = 0
         self.lost = False
+        self.address = url
+        """Where the server listens, with what it takes to be let in."""
         self._timeout = timeout
         self._launch = launch
         self._process: LocalServer | None = None
@@ -81,6 +83,7 @@ class SGLangServer:
 
     def _start(self, launch: Launch) -> None:
         self._process = launch()
+        self.address = self._process.url
         self._client = HttpClient(self._process.url, kind="rollout engine", timeout=self._timeout)
 
     @property

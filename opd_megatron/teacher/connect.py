@@ -25,26 +25,33 @@ def connect_teachers(
     opd = options.opd
     if needs_student_ids(options) and (opd.opd_top_k or 0) > vocab_size:
         raise UserError(f"--opd-top-k {opd.opd_top_k} is more than the {vocab_size} tokens of the student's vocabulary")
-
-    def connect(urls: tuple[str, ...], api_key_env: str | None, name: str | None = None) -> SGLangTeacher:
-        return SGLangTeacher(
-            urls,
-            name=name,
-            vocab_size=vocab_size,
-            max_in_flight=opd.opd_teacher_max_in_flight,
-            timeout=opd.opd_teacher_timeout,
-            max_retries=opd.opd_teacher_max_retries,
-            top_k=0 if needs_student_ids(options) else opd.opd_top_k or 0,
-            max_union_ids=opd.opd_max_union_ids,
-            api_key_env=api_key_env,
-        )
-
     if opd.opd_teachers is None:
-        return connect(opd.opd_teacher_url, opd.opd_teacher_api_key_env)
-    teachers = {entry.name: connect(entry.urls, entry.api_key_env, entry.name) for entry in _entries(opd.opd_teachers)}
+        return connect_server(options, vocab_size, opd.opd_teacher_url, opd.opd_teacher_api_key_env)
+    teachers = {
+        entry.name: connect_server(options, vocab_size, entry.urls, entry.api_key_env, entry.name)
+        for entry in _entries(opd.opd_teachers)
+    }
     if combine is not None:
         return MixedServers(teachers, combine)
     return RoutedTeachers(teachers, opd.opd_teacher_route_key)
+
+
+def connect_server(
+    options: Options, vocab_size: int, urls: tuple[str, ...], api_key_env: str | None = None, name: str | None = None
+) -> SGLangTeacher:
+    """One teacher behind the servers ``urls``, as the options want it to be asked; nothing is sent yet."""
+    opd = options.opd
+    return SGLangTeacher(
+        urls,
+        name=name,
+        vocab_size=vocab_size,
+        max_in_flight=opd.opd_teacher_max_in_flight,
+        timeout=opd.opd_teacher_timeout,
+        max_retries=opd.opd_teacher_max_retries,
+        top_k=0 if needs_student_ids(options) else opd.opd_top_k or 0,
+        max_union_ids=opd.opd_max_union_ids,
+        api_key_env=api_key_env,
+    )
 
 
 def check_prompt_routes(options: Options, metadata: Iterable[Mapping[str, Any]]) -> None:

@@ -58,9 +58,10 @@ class MegatronTeacher:
     def score(self, samples: Sequence[Sample]) -> list[TeacherScores]:
         """See :class:`~opd_megatron.teacher.protocol.Teacher`."""
         for sample in samples:
-            if len(sample.tokens) and sample.tokens.max() >= self.vocab_size:
+            tokens = sample.seen_by_teacher().tokens
+            if len(tokens) and tokens.max() >= self.vocab_size:
                 raise TeacherError(
-                    f"teacher {self.name} does not know token {sample.tokens.max()} of sample {sample.index}: its "
+                    f"teacher {self.name} does not know token {tokens.max()} of sample {sample.index}: its "
                     f"vocabulary has {self.vocab_size} tokens"
                 )
         scored = self._trainer.score(self._model, samples, keep_hidden=self.keep_hidden)

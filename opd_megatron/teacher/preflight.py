@@ -136,6 +136,25 @@ def plausibility(
     return Finding("plausibility", figures)
 
 
+def check_privileged_length(longest: int, positions: int, overlong: str) -> list[Finding]:
+    """Whether prompt, context and response fit the ``positions`` of a model that is its own teacher.
+
+    ``longest`` are the most tokens that they can have together. Raises :class:`UserError` with ``overlong``
+    (``--opd-overlong``) ``stop`` where they do not fit.
+    """
+    if longest <= positions:
+        return [Finding("context", f"up to {longest} tokens with the response, of {positions} positions")]
+    fault = (
+        f"--opd-teacher self sees prompts with their context and response of up to {longest} tokens, the model has "
+        f"{positions} positions"
+    )
+    if overlong == "stop":
+        raise UserError(
+            f"{fault}: shorten the contexts, lower --rollout-max-response-len, or choose --opd-overlong mask"
+        )
+    return [Finding("context", f"{fault}: longer samples are left out of the distillation term", warning=True)]
+
+
 def _perplexity(mean_log_prob: float) -> float:
     return math.exp(min(-mean_log_prob, 700.0))  # the largest that a float holds
 

@@ -185,6 +185,10 @@ class SGLangTeacher:
         self._known, self._identity, self._version = tokens, first, first.weight_version
         return first.log_probs_N
 
+    def expect_other_weights(self) -> None:
+        """Take the weight version of the next answer for that of the servers, which were given new weights."""
+        self._version = None
+
     def begin_step(self, deadline: float | None) -> None:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
         self._deadline = None if deadline is None else time.monotonic() + deadline
@@ -214,6 +218,7 @@ class SGLangTeacher:
 
     def check(self, sample: Sample) -> None:
         """Raise :class:`TeacherFailure` if ``sample`` must not be sent."""
+        sample = sample.seen_by_teacher()
         if not sample.response_length:
             return
         tokens = sample.tokens
@@ -238,6 +243,7 @@ class SGLangTeacher:
     async def _read(self, sample: Sample, union: np.ndarray | None) -> tuple[Reading | None, int]:
         """What a server says of the sample, None for no tokens, and how many response tokens have no score."""
         began = time.monotonic()
+        sample = sample.seen_by_teacher()
         try:
             self.check(sample)
             # The token before the first scored one is where the server starts; an earlier start would lose its

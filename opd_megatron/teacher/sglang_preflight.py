@@ -149,7 +149,7 @@ def _check_server(
     """What can differ from server to server: who it is, its context, its tokenizer, its vocabulary."""
     client = teacher.clients[replica]
     return [
-        *_check_length(info, longest_sample, overlong, client.server),
+        *check_length(info, longest_sample, overlong, client.server),
         Finding("server", f"{client.url} has {info.describe()}"),
         *_check_tokenizer(teacher, replica, student),
         _restrict(teacher, student, info, client.server),
@@ -193,7 +193,7 @@ def _temperature(rollout_temperature: float, allow_sampling_mismatch: bool) -> F
     return Finding("temperature", text, warning=True)
 
 
-def _check_length(info: ServerInfo, longest_sample: int | None, overlong: str, name: str) -> list[Finding]:
+def check_length(info: ServerInfo, longest_sample: int | None, overlong: str, name: str) -> list[Finding]:
     """A warning where samples can be too long for the server; raises :class:`UserError` if that is to end the run."""
     if info.max_tokens is None or longest_sample is None or longest_sample <= info.max_tokens:
         return []

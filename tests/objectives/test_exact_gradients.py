@@ -228,6 +228,33 @@ def test_future_distances_lead_from_the_per_token_kl_to_that_of_whole_responses(
         assert relative_error(got[0.5], student.gradient(exact[discount])) > 0.05
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_prefix_descends_the_kl_of_its_own_positions(
+    student: TabularPolicy, teacher: TabularPolicy, length: int
+) -> None:
+    """The first tokens alone: per token at discount 0, the KL of their distribution as a whole at discount 1."""
+    mask_T = torch.arange(T) < length
+    log_probs_ST, teacher_ST = student.log_probs_ST(), teacher.log_probs_ST().detach()
+    apart_STV = student.all_log_probs_STV() - teacher.all_log_probs_STV().detach()
+    kl_ST = (student.all_log_probs_STV().exp() * apart_STV).sum(-1)
+    exact = {
+        0.0: (response_probs(student).detach()[:, None] * kl_ST)[:, :length].sum(),
+        1.0: (log_probs_ST.sum(1).exp() * (log_probs_ST - teacher_ST)[:, :length].sum(1)).sum(),
+    }
+    for discount, value in exact.items():
+        masks = [mask_T] * len(RESPONSES_ST)
+        future = future_distances(list(log_probs_ST.detach()), list(teacher_ST), masks, masks, discount=discount)
+        got = expected_policy_gradient(
+            student,
+            objective=ObjectiveOptions(),
+            teacher=teacher,
+            opd_coef=1.0,
+            future_ST=torch.stack(future).double(),
+            mask_T=mask_T,
+        )
+        assert relative_error(got, student.gradient(value)) < 1e-6
+
+
 def test_future_distances_of_one_response() -> None:
     student, teacher = np.array([-1.0, -2.0, -0.5, -4.0]), np.array([-2.0, np.nan, -0.1, -1.0])
     mask, valid = np.array([True, True, False, True]), np.array([True, False, True, True])

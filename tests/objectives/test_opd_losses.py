@@ -134,3 +134,17 @@ def test_every_divergence_can_be_chosen(name: str, logits_PV: Tensor, teacher_PV
     found = value(OpdOptions(opd_divergence=name), 0, logits_PV.detach().log_softmax(-1), teacher_PV)
     assert found > 0
     assert value(OpdOptions(opd_divergence=name), 0, teacher_PV, teacher_PV).abs() < 1e-12
+
+
+@pytest.mark.parametrize("form", ["sampled", "kl_loss"])
+def test_self_distillation_moves_the_student_towards_what_it_says_with_the_context(form: str) -> None:
+    """One table of logits is student and, at the prefixes with a context, teacher, whose side has no gradient."""
+    generator = torch.Generator().manual_seed(6)
+    table_2PV = torch.randn(2, PREFIXES, V, dtype=torch.float64, generator=generator).requires_grad_()
+    teacher_PV = table_2PV[1].log_softmax(-1).detach()
+    got = expected_gradient(table_2PV[0], teacher_PV, OpdOptions(opd_loss=form))
+    exact = torch.autograd.grad(reverse_kl_of(table_2PV[0].log_softmax(-1), teacher_PV), table_2PV)[0]
+    torch.testing.assert_close(got, exact[0], rtol=0, atol=1e-12)
+    assert exact[1].abs().max() == 0
+    both = torch.autograd.grad(reverse_kl_of(table_2PV[0].log_softmax(-1), table_2PV[1].log_softmax(-1)), table_2PV)[0]
+    assert both[1].abs().max() > 0.01  # the gradient of a KL between the two would also pull the teacher

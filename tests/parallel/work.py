@@ -25,6 +25,7 @@ from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
+    VOCAB_SIZE,
     WHOLE_RESPONSES,
     exported,
     logits,
@@ -118,6 +119,27 @@ def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], te
             sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
             sample.old_log_probs = old[place]
         found.append(trainer.train(samples).metrics or {})
+    return found
+
+
+def self_distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> list[dict[str, float]]:
+    """As :func:`distillation` with the student as its own teacher, behind prompts of other lengths."""
+    taught = {"use_opd": True, "opd_type": "megatron", "opd_teacher": "self", "opd_self_weights": "current"}
+    settings = TRAINING | taught | flags | {"opd_loss": "distribution", "advantage_estimator": "none"}
+    trainer = MegatronTrainer(make_spec(folder, **settings, global_batch_size=6), rendezvous)
+    found = []
+    for number in range(2):
+        samples, random = make_samples(number), np.random.default_rng(number)
+        for sample in samples:
+            sample.teacher_prompt_tokens = random.integers(0, VOCAB_SIZE, int(random.integers(1, 20)))
+        scores = _everywhere(trainer.score("teacher", samples, keep_hidden=True))
+        old = _everywhere(trainer.score("student", samples))
+        for place, sample in enumerate(samples):
+            sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
+            sample.old_log_probs = old[place]
+        found.append(trainer.train(samples).metrics or {})
+        if found[-1]:
+            found[-1]["scores"] = sum(float(scores[place].sum()) for place in scores)
     return found
 
 

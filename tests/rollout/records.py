@@ -21,6 +21,7 @@ class Record:
     label: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     index: int = 0
+    teacher_prompt_tokens: np.ndarray | None = None
 
     @property
     def prompt_tokens(self) -> np.ndarray:

@@ -124,6 +124,12 @@ class Options:
         return self.evaluation.eval_max_response_len or self.rollout.rollout_max_response_len
 
     @property
+    def training_response_len(self) -> int:
+        """Longest response that is sampled to train on, in tokens."""
+        longest, prefix = self.rollout.rollout_max_response_len, self.opd.opd_prefix_len
+        return min(longest, prefix) if self.opd.use_opd and prefix is not None else longest
+
+    @property
     def run_folder(self) -> Path:
         """``--run-dir``; raises ``ValueError`` before it is known."""
         if self.run.run_dir is None:

@@ -8,6 +8,8 @@ from opd_megatron.config import checks
 from opd_megatron.config.declare import option
 from opd_megatron.config.options.diagnostics import DiagnosticsOptions
 from opd_megatron.config.options.distribution import DistributionOptions
+from opd_megatron.config.options.prefixes import PrefixOptions
+from opd_megatron.config.options.self_teacher import SelfTeacherOptions
 from opd_megatron.config.options.target import TargetOptions
 from opd_megatron.config.options.weights import SampleWeightOptions, TokenSelectionOptions
 
@@ -135,6 +137,8 @@ class OpdOptions(
     ServerTeacherOptions,
     TeacherFailureOptions,
     MegatronTeacherOptions,
+    SelfTeacherOptions,
+    PrefixOptions,
     DistributionOptions,
     TokenSelectionOptions,
     SampleWeightOptions,
