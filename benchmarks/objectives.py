@@ -58,6 +58,7 @@ PROMPTS, SPOKEN = "prompts", "teacher's samples"
 OPD = "--use-opd --opd-type megatron --rm-type zero --advantage-estimator none"
 GRPO = "--rm-type column_arithmetic --advantage-estimator grpo --lr 3e-4"
 DISTRIBUTION = f"{OPD} --opd-loss distribution --lr 2e-3"
+TIP = f"{DISTRIBUTION} --opd-token-select top --opd-token-score soft_or"
 SFT = "--loss-type sft_loss --label-key response --lr 2e-3"
 """Rates that suit the noise of each: 1e-3 (the quickstart's) for the sampled term, more for gradients without it."""
 
@@ -76,6 +77,7 @@ class Row:
 ROWS = {
     "grpo": Row("GRPO", GRPO, group=8),
     "opd": Row("OPD, sampled", OPD),
+    "opd-baseline": Row("OPD, sampled, quietest baseline", f"{OPD} --opd-baseline optimal"),
     "opd-grpo": Row("OPD + GRPO", f"--use-opd --opd-type megatron {GRPO}", group=8),
     "full": Row("distribution, whole vocabulary", DISTRIBUTION),
     "top8": Row("distribution, top-8 + tail", f"{DISTRIBUTION} --opd-support teacher_topk --opd-top-k 8"),
@@ -83,6 +85,10 @@ ROWS = {
     "jsd": Row("JSD", f"{DISTRIBUTION} --opd-divergence jsd"),
     "sft": Row("SFT, fresh teacher samples", SFT, data=SPOKEN),
     "sft-128": Row("SFT, 128 prompts", SFT, data=SPOKEN, prompts=128),
+    "tip-50": Row("TIP, 50 % of the tokens", f"{TIP} --opd-token-ratio 0.5"),
+    "tip-10": Row("TIP, 10 % of the tokens", f"{TIP} --opd-token-ratio 0.1"),
+    "paced": Row("PACED", f"{DISTRIBUTION} --rm-type column_arithmetic --opd-prompt-weight paced", group=8),
+    "extrapolation": Row("extrapolation, 1.25", f"{DISTRIBUTION} --opd-reward-scale 1.25"),
     "full-128": Row("distribution, 128 prompts", DISTRIBUTION, prompts=128),
 }
 

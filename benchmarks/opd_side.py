@@ -52,7 +52,7 @@ def run_step(parts: Parts, rollout_id: int) -> tuple[int, dict[str, float]]:
     clock.append(time.perf_counter())
     samples = steps.make_samples(parts, rollout_id, metrics)
     clock.append(time.perf_counter())
-    steps.teach(parts, samples, rollout_id)
+    steps.teach(parts, samples, rollout_id, metrics)
     clock.append(time.perf_counter())
     steps.learn(parts, samples, rollout_id, metrics)
     clock.append(time.perf_counter())

@@ -77,8 +77,8 @@ def _sample_faults(options: Options) -> Iterator[str]:
     if opd.opd_reward_beta is not None and rollout.n_samples_per_prompt == 1:
         yield "--opd-reward-beta has no effect with --n-samples-per-prompt 1: a response alone has weight 1"
     by_rate = opd.opd_prompt_weight == "paced" and opd.opd_pass_rate != "metadata"
-    if "opd_correct_reward" in given and opd.opd_on == "all" and not by_rate:
-        yield "--opd-correct-reward has no effect without --opd-on, or pass rates of the student's own samples"
+    if "opd_pass_above" in given and opd.opd_on == "all" and not by_rate:
+        yield "--opd-pass-above has no effect without --opd-on, or pass rates of the student's own samples"
     longest = opd.opd_mask_longer_than
     if longest is not None and longest >= rollout.rollout_max_response_len:
         yield (

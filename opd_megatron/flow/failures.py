@@ -61,11 +61,11 @@ class FailureCount:
 
 
 def teacher_metrics(teacher: StreamingTeacher) -> dict[str, float]:
-    """``opd/teacher_*`` of what was exchanged with the teacher's servers since the last call."""
+    """``perf/teacher_*`` of what was exchanged with the teacher's servers since the last call."""
     found = teacher.statistics()
     return {
-        "opd/teacher_requests": found["requests"],
-        "opd/teacher_retries": found["retries"],
-        "opd/teacher_answer_seconds": found["wait_seconds"] / max(found["samples"], 1.0),
-        "opd/teacher_in_flight_limit": found["in_flight_limit"],
+        "perf/teacher_requests": found["requests"],
+        "perf/teacher_retries": found["retries"],
+        "perf/teacher_answer_seconds": found["wait_seconds"] / max(found["samples"], 1.0),
+        "perf/teacher_in_flight_limit": found["in_flight_limit"],
     }

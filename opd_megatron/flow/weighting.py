@@ -117,7 +117,7 @@ class OpdWeighting:
             torch.tensor([sample.status == Status.TRUNCATED for sample in samples], dtype=torch.bool),
             torch.tensor([sample.response_length for sample in samples], dtype=torch.int64),
             on=opd.opd_on,
-            correct_reward=opd.opd_correct_reward,
+            pass_above=opd.opd_pass_above,
             mask_truncated=opd.opd_mask_truncated,
             longest=opd.opd_mask_longer_than,
         )
@@ -160,7 +160,7 @@ class OpdWeighting:
             )
             rates = [pass_rate(sample.metadata, opd.opd_pass_rate_key) for sample in firsts.values()]
             return torch.tensor(rates, dtype=torch.float64), None
-        passes_B = (_rewards(samples) >= opd.opd_correct_reward).double()
+        passes_B = (_rewards(samples) > opd.opd_pass_above).double()
         rates_P, counts_P = group_means(passes_B, [sample.group_index for sample in samples])
         if opd.opd_pass_rate == "group":
             return rates_P, counts_P

@@ -72,16 +72,16 @@ def counted_samples(
     lengths_B: Tensor,
     *,
     on: str = "all",
-    correct_reward: float = 1.0,
+    pass_above: float = 0.5,
     mask_truncated: bool = False,
     longest: int | None = None,
 ) -> Tensor:
     """``[B]`` bool: the responses that the term is made of.
 
-    Those with a reward of at least ``correct_reward`` (``on`` correct) or below it (incorrect), that were not cut at
+    Those with a reward above ``pass_above`` (``on`` correct) or not (incorrect), that were not cut at
     the length limit (with ``mask_truncated``) and have at most ``longest`` tokens (None: any number).
     """
-    correct_B = rewards_B >= correct_reward
+    correct_B = rewards_B > pass_above
     counted_B = {"all": torch.ones_like(correct_B), "correct": correct_B, "incorrect": ~correct_B}[on]
     if mask_truncated:
         counted_B = counted_B & ~truncated_B

@@ -317,8 +317,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("--opd-reward-beta has no effect with --n-samples-per-prompt 1",),
     ),
     "a pass that nobody asks for": (
-        MEGATRON + "--opd-correct-reward 0.5",
-        ("--opd-correct-reward has no effect without --opd-on",),
+        MEGATRON + "--opd-pass-above 0.6",
+        ("--opd-pass-above has no effect without --opd-on",),
     ),
     "a mask of what cannot be": (
         MEGATRON + "--rollout-max-response-len 16 --opd-mask-longer-than 16",

@@ -37,10 +37,10 @@ OF_CRITIC = {
 """Metrics of PPO's critic; tests/e2e/test_ppo.py looks at those."""
 
 OF_SGLANG_TEACHER = {
-    "opd/teacher_requests",
-    "opd/teacher_retries",
-    "opd/teacher_answer_seconds",
-    "opd/teacher_in_flight_limit",
+    "perf/teacher_requests",
+    "perf/teacher_retries",
+    "perf/teacher_answer_seconds",
+    "perf/teacher_in_flight_limit",
 }
 """Metrics of runs whose teacher is behind servers; tests/sglang look at those."""
 

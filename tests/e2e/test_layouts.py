@@ -1,4 +1,4 @@
-"""The command line with ranks: a layout of its own for the teacher, and nothing on the device that is not needed."""
+"""The command line with ranks: a layout of its own for the teacher, a critic, and nothing on the device for no need."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def test_two_ranks_with_everything_away_are_one_process_with_everything_there(
         "opd_baseline": "optimal",
         "use_kl_loss": True,
         "kl_loss_coef": 0.1,
+        "advantage_estimator": "ppo",
+        "lambd": 0.9,
+        "rm_type": None,
+        "custom_rm_path": "tests.e2e.rewards:count_sevens",
         "optimizer": "sgd",
         "sgd_momentum": 0.5,
         "lr": 1e-2,
@@ -61,7 +65,7 @@ def test_two_ranks_with_everything_away_are_one_process_with_everything_there(
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.keys() == theirs.keys()
         names = [name for name in mine if name.startswith(("train/", "opd/", "rollout/", "reward/"))]
-        assert {"train/grad_norm", "train/kl_loss", "opd/reverse_kl_exact"} <= set(names)
+        assert {"train/grad_norm", "train/kl_loss", "train/value_loss", "opd/reverse_kl_exact"} <= set(names)
         assert {name: mine[name] for name in names} == pytest.approx(
             {name: theirs[name] for name in names}, rel=1e-4, abs=1e-5
         )

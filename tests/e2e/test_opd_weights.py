@@ -97,7 +97,7 @@ def test_three_steps(student: Path, teacher: Path, prompts: Path, tmp_path: Path
 def test_the_teacher_says_nothing_where_every_weight_is_zero(
     student: Path, teacher: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics = run_training(student, prompts, tmp_path / "run", **opd(teacher), **PACED, opd_correct_reward=2.0)
+    metrics = run_training(student, prompts, tmp_path / "run", **opd(teacher), **PACED, opd_pass_above=1.0)
     assert all(line["train/grad_norm"] == 0.0 and line["opd/weight_mean"] == 0.0 for line in metrics)
     assert "every prompt has weight 0" in caplog.text
 

@@ -67,7 +67,8 @@ def test_values_are_clipped_from_the_second_step_on_a_rollout(student: Path, pro
 
 def test_the_critic_alone_learns_in_its_first_rollouts(student: Path, prompts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    metrics = run_training(student, prompts, run, **PPO, num_critic_only_steps=2, save_interval=1)
+    settings = PPO | {"num_rollout": 4, "num_critic_only_steps": 2, "save_interval": 1}
+    metrics = run_training(student, prompts, run, **settings)
     first, second, third = (checkpoint(run, step) for step in (1, 2, 3))
     weights = [name for name in first if not name.startswith(("critic.", "optimizer."))]
     assert len(weights) > 5
@@ -80,9 +81,9 @@ def test_the_critic_alone_learns_in_its_first_rollouts(student: Path, prompts: P
         assert "train/loss" not in line
         assert line["rollout/train_logprob_gap_max"] < 1e-4, "the engine speaks with the student that stands still"
     assert metrics[2]["train/grad_norm"] > 0
-    # the student's linear decay is that of its own one step
-    assert metrics[2]["train/lr"] == pytest.approx(1e-3)
-    assert [line["train/critic_lr"] for line in metrics] == pytest.approx([3e-3, 2e-3, 1e-3])
+    # each model's linear decay is over its own steps
+    assert [line["train/lr"] for line in metrics[2:]] == pytest.approx([1e-3, 5e-4])
+    assert [line["train/critic_lr"] for line in metrics] == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 7.5e-4])
 
 
 @pytest.mark.parametrize("distributed", [False, True])

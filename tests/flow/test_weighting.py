@@ -143,7 +143,7 @@ def test_the_outcome_decides_who_is_heard(on: str, kept: set[int]) -> None:
     samples = make_samples(3)
     for sample in samples:
         sample.reward = (1.0, 0.0, 0.5, 0.4)[sample.group_index]
-    weighting(opd_on=on, opd_correct_reward=0.5).apply(samples, 0)
+    weighting(opd_on=on, opd_pass_above=0.45).apply(samples, 0)
     for sample in samples:
         assert set(np.unique(sample.opd_weights)) <= {float(sample.group_index in kept)}
 

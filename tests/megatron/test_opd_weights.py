@@ -130,7 +130,7 @@ def test_a_servers_record_is_compared_by_its_classes(folders: dict[str, Path], t
 def test_weights_are_those_of_the_whole_rollout(folders: dict[str, Path], teacher_folder: Path, form: str) -> None:
     """Against the loss written out in float64, for any size of micro-batches: nothing is made anew for each of them."""
     flags: dict[str, Any] = {**CHOSEN, **PURE, **GRADIENT_FLAGS, "opd_loss": form, "opd_mask_special_tokens": True}
-    flags |= {"opd_prompt_weight": "paced", "opd_correct_reward": 2.0, "opd_kl_coef": 0.6}
+    flags |= {"opd_prompt_weight": "paced", "opd_pass_above": 1.0, "opd_kl_coef": 0.6}
     student, teacher = (load_reference(folder, torch.float64) for folder in (folders["qwen3"], teacher_folder))
     expected: dict[str, Tensor] = {}
     for size in (1, 5, 12):
@@ -185,7 +185,7 @@ def rows_of_logits(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         return counted
 
     monkeypatch.setattr(forward, "token_log_probs", counting("tokens", forward.token_log_probs))
-    monkeypatch.setattr(distribution, "full_divergence", counting("divergence", distribution.full_divergence))
+    monkeypatch.setattr(distribution, "target_divergence", counting("divergence", distribution.target_divergence))
     return counts
 
 

@@ -100,7 +100,7 @@ def test_masks_leave_out_what_they_name() -> None:
     assert counted() == [True] * 4
     assert counted(on="correct") == [True, False, True, False]
     assert counted(on="incorrect") == [False, True, False, True]
-    assert counted(on="correct", correct_reward=0.5) == [True, False, True, True]
+    assert counted(on="correct", pass_above=0.4) == [True, False, True, True]
     assert counted(mask_truncated=True) == [True, False, False, True]
     assert counted(longest=9) == [True, True, True, False]
     assert counted(on="incorrect", mask_truncated=True, longest=9) == [False] * 4

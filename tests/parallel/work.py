@@ -153,7 +153,7 @@ def chosen_tokens(
         "opd_token_select": "sample",
         "opd_token_score": "soft_or",
         "opd_prompt_weight": "paced",
-        "opd_correct_reward": 2.0,
+        "opd_pass_above": 1.0,
         "advantage_estimator": "none",
     }
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **flags | settings | GRADIENT_FLAGS), rendezvous)

@@ -86,7 +86,7 @@ def test_samples_asked_for_at_once_share_requests(qwen: Served, connect: Connect
     assert counted["requests"] <= 25
     assert counted["retries"] == 0
     assert counted["wait_seconds"] > 0
-    assert teacher.statistics() == {"requests": 0, "retries": 0, "samples": 0, "wait_seconds": 0}
+    assert set(teacher.statistics().values()) == {0.0}
 
 
 def test_a_bad_sample_fails_alone(qwen: Served, connect: Connect) -> None:

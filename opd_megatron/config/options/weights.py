@@ -62,7 +62,9 @@ class SampleWeightOptions:
     opd_on: str = option(
         "all", "responses that the term is made of, by their reward", choices=("all", "correct", "incorrect")
     )
-    opd_correct_reward: float = option(1.0, "reward from which a response counts as correct, or as a pass")
+    opd_pass_above: float = option(
+        0.5, "reward above which a response counts as correct, or as a pass, as it does in an evaluation"
+    )
     opd_mask_truncated: bool = option(False, "leave responses out of the term that were cut at the length limit")
     opd_mask_longer_than: int | None = option(None, "leave longer responses out of the term", unit="tokens", minimum=1)
     opd_mask_special_tokens: bool = option(
