@@ -127,7 +127,8 @@ def test_the_engine_rests_after_the_greedy_responses_and_while_the_student_learn
     for name in ("update_weights", "stream", "rest"):
         noting(LocalEngine, name)
     noting(LocalTrainerGroup, "train")
-    run_training(student, prompts, tmp_path / "run", advantage_estimator="remax", num_rollout=2)
+    rewarded: dict[str, Any] = {"rm_type": None, "custom_rm_path": "tests.e2e.rewards:count_sevens"}
+    run_training(student, prompts, tmp_path / "run", advantage_estimator="remax", num_rollout=2, **rewarded)
     assert events == ["update_weights", "stream", "stream", "rest", "train"] * 2
 
 
