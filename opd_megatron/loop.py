@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_megatron import steps
-from opd_megatron.assembly import Parts, assemble, preflight
+from opd_megatron.assembly import Parts, assemble
 from opd_megatron.cluster.group import TrainerError
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.dump import dump_yaml
@@ -27,6 +27,7 @@ from opd_megatron.observe.metrics import MetricLogger
 from opd_megatron.observe.plots import plot_run
 from opd_megatron.observe.progress import Progress
 from opd_megatron.observe.run_folder import RunFolder
+from opd_megatron.preflight import preflight
 from opd_megatron.run_lock import run_lock
 from opd_megatron.sample import Sample
 
