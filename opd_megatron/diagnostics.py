@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_megatron.assembly import Parts
-from opd_megatron.config.resolve import measures_diagnostics, measures_gradients
+from opd_megatron.config.resolve import has_reward, measures_diagnostics, measures_gradients
 from opd_megatron.objectives.diagnostics import (
     distillation_statistics,
     outcome_statistics,
@@ -41,6 +41,6 @@ def _of_tokens(parts: Parts, samples: Sequence[Sample]) -> dict[str, float]:
         [score.valid_T for score in scores],
     )
     metrics = distillation_statistics(tokens) | teacher_statistics(tokens, [score.teacher for score in scores])
-    if parts.options.reward.rm_type != "zero":
+    if has_reward(parts.options):
         metrics |= outcome_statistics(tokens, [(sample.reward or 0.0) > PASS_ABOVE for sample in samples])
     return metrics | {"rollout/repetition": repetition([sample.response_tokens.tolist() for sample in samples])}

@@ -17,7 +17,7 @@ from opd_megatron.config.resolve import is_self_taught, starting_point, student_
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, text_of_records
 from opd_megatron.flow import StudentIdsTeacher
-from opd_megatron.flow.target_models import check_megatron, check_references
+from opd_megatron.flow.target_models import check_megatron, check_reference_scores, check_references
 from opd_megatron.objectives.advantages import chosen_estimator
 from opd_megatron.teacher.connect import part_of_prompts, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher
@@ -63,6 +63,7 @@ def preflight(parts: Parts, done: int) -> list[str]:
     """
     options = parts.options
     _first_weights(parts, done)
+    check_reference_scores(options, parts.trainer, Student(parts.tokenizer))
     notes = []
     objective = options.objective
     rewarded = objective.loss_type == "policy_loss" and options.reward.rm_type != "zero"

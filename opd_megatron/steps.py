@@ -23,7 +23,7 @@ from opd_megatron.config.resolve import (
 )
 from opd_megatron.diagnostics import diagnose
 from opd_megatron.flow import StudentIdsTeacher, score_rollout
-from opd_megatron.flow.masking import leave_out_failed
+from opd_megatron.flow.masking import complete_unscored, leave_out_failed
 from opd_megatron.flow.prefix import train_on_prefix
 from opd_megatron.flow.recorded import recorded_samples
 from opd_megatron.flow.student_pass import ask_student
@@ -162,6 +162,8 @@ def record(parts: Parts, samples: Sequence[Sample], rollout_id: int, folder: Run
 def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dict[str, float]) -> None:
     """Compute advantages over the whole rollout, take its optimizer steps and report them."""
     options = parts.options
+    if options.opd.use_opd:
+        complete_unscored(options, samples)
     statistics = ask_student(options, parts.trainer, samples)
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)

@@ -16,6 +16,7 @@ from opd_megatron.config.resolve import (
     has_own_layout,
     needs_teacher_hidden,
     sampled_tokens_learn,
+    selects_by_divergence,
     teaches_itself_now,
 )
 from opd_megatron.config.vocab_chunks import (
@@ -137,14 +138,15 @@ def _teacher_short(options: Options, buffers: _Buffers) -> int:
 def _exact_bytes(options: Options, frozen: Sequence[ModelArchitecture], buffers: _Buffers) -> int:
     """A chunk's logits of both models and two blocks of temporaries; a teacher's in bf16 are first made in that.
 
-    Diagnostics need the blocks of all their divergences, one after the other, and the likeliest tokens in order.
+    Diagnostics need the blocks of all their divergences, one after the other, and the likeliest tokens in order; the
+    choice of tokens by a divergence those of the Jensen-Shannon divergence.
     """
     opd = options.opd
-    if not opd.use_opd or not (measures_whole_distributions(options) or opd.opd_baseline != "none"):
+    measured = measures_whole_distributions(options) or selects_by_divergence(opd)
+    if not opd.use_opd or not (measured or opd.opd_baseline != "none"):
         return 0
-    blocks, listed = 2, 0
-    if opd.opd_diagnostics_interval:
-        blocks, listed = DIVERGENCE_BLOCKS["jsd"], 4 * buffers.tokens * opd.opd_diagnostics_top_k
+    blocks = DIVERGENCE_BLOCKS["jsd"] if opd.opd_diagnostics_interval or selects_by_divergence(opd) else 2
+    listed = 4 * buffers.tokens * opd.opd_diagnostics_top_k if opd.opd_diagnostics_interval else 0
     working = 2 * buffers.logits + max(blocks * buffers.block, _teacher_short(options, buffers))
     working = max(working, buffers.logits + 3 * buffers.block + int(RECORD_NUMBERS * listed), SORTING_NUMBERS * listed)
     return working + sum(_teacher_side(options, model, buffers) for model in frozen)

@@ -26,6 +26,9 @@ from opd_megatron.config.resolve import (
 from opd_megatron.config.targets import OPD_REFERENCE, kept_reference, loads_reference, named_architectures
 from opd_megatron.config.vocab_chunks import DeviceKind
 
+MEASURED_GRADIENTS = 4
+"""Gradients in float32 that ``--opd-gradient-diagnostics-interval`` holds against one another on the host."""
+
 
 @dataclass(frozen=True)
 class Models:
@@ -127,6 +130,8 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
         rows = Work.of(options, student).rollout_rows
         host += rows * model.hidden_size * teacher_number_bytes(options, hidden=True)
         host += teacher_head_bytes(options, model) if has_own_layout(options) or teaches_itself_now(options) else 0
+    if options.opd.opd_gradient_diagnostics_interval:
+        host += MEASURED_GRADIENTS * 4 * _counted_in_norm(options, held)
     total = _most_at_once(options, parts, max([*frozen, parts["reference"]]), *critic)
     return RankMemory(stage=stage, host=host, total=total, **parts)
 
@@ -214,6 +219,13 @@ def gradient_number_bytes(settings: OptimizerOptions) -> int:
     return 2 if settings.bf16 and not settings.accumulate_allreduce_grads_in_fp32 else 4
 
 
+def _counted_in_norm(options: Options, held: Parameters) -> int:
+    """Numbers of the gradient that this rank's optimizer has."""
+    if not options.optimizer.use_distributed_optimizer:
+        return held.total
+    return share(held.dense, dense_copies(options)) + share(held.experts, expert_copies(options))
+
+
 def optimizer_bytes(options: Options, held: Parameters) -> int:
     """Moments, and with ``--bf16`` main weights and, unless gradients are in float32 already, main gradients.
 
@@ -223,9 +235,7 @@ def optimizer_bytes(options: Options, held: Parameters) -> int:
     numbers = 2 if settings.optimizer == "adam" else int(settings.sgd_momentum > 0)
     if settings.bf16:
         numbers += 1 + int(gradient_number_bytes(settings) < 4)
-    if not settings.use_distributed_optimizer:
-        return 4 * numbers * held.total
-    return 4 * numbers * (share(held.dense, dense_copies(options)) + share(held.experts, expert_copies(options)))
+    return 4 * numbers * _counted_in_norm(options, held)
 
 
 def dense_copies(options: Options) -> int:

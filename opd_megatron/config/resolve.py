@@ -80,7 +80,7 @@ def learns_from_chosen_tokens(options: Options) -> bool:
     Not where the ratio of a whole response, which all its tokens make, decides about the chosen ones.
     """
     objective = options.objective
-    task = objective.advantage_estimator != "none" or objective.custom_advantage_path is not None
+    task = estimates_advantages(options)
     other = objective.use_kl_loss or objective.entropy_coef > 0 or objective.custom_loss_path is not None
     of_responses = (objective.policy_loss == "gspo" or objective.use_opsm) and options.steps_per_rollout > 1
     return selects_tokens(options.opd) and not (task or other or of_responses)
@@ -112,8 +112,8 @@ def needs_teacher_hidden(options: Options) -> bool:
 def has_advantages(options: Options) -> bool:
     """Whether the policy loss has something to weigh: a task advantage, or a distillation term that is one."""
     objective, opd = options.objective, options.opd
-    own = objective.custom_advantage_path is not None or objective.custom_loss_path is not None
-    tasked = own or objective.loss_type != "policy_loss" or objective.advantage_estimator != "none"
+    own = objective.custom_loss_path is not None or objective.loss_type != "policy_loss"
+    tasked = own or estimates_advantages(options)
     return tasked or not opd.use_opd or (opd.opd_loss == "sampled" and not opd.opd_importance)
 
 
@@ -172,15 +172,20 @@ def has_megatron_teacher(options: Options) -> bool:
     return options.opd.use_opd and options.opd.opd_type == "megatron" and not recorded
 
 
+def has_reward(options: Options) -> bool:
+    """Whether samples have a task reward: ``--rm-type zero`` is none, but a recording has its own."""
+    return options.reward.rm_type != "zero" or options.rollout.load_debug_rollout_data is not None
+
+
 def has_task(options: Options) -> bool:
-    """Whether a task reward takes part in what is learned; ``--rm-type zero`` is none.
+    """Whether a task reward takes part in what is learned.
 
     An estimator of the user's own may make advantages of anything.
     """
     objective = options.objective
     if objective.custom_advantage_path is not None:
         return True
-    return objective.advantage_estimator != "none" and options.reward.rm_type != "zero"
+    return objective.advantage_estimator != "none" and has_reward(options)
 
 
 def estimates_advantages(options: Options) -> bool:

@@ -11,6 +11,7 @@ from opd_megatron.config.critic import critic_optimizer, critic_schedule_steps, 
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.options.critic import CriticOptions
+from opd_megatron.config.resolve import has_reward
 
 
 def critic_faults(options: Options) -> Iterator[str]:
@@ -21,7 +22,7 @@ def critic_faults(options: Options) -> Iterator[str]:
                 yield f"--{item.name.replace('_', '-')} has no effect without --advantage-estimator ppo: leave it out"
         return
     objective = options.objective
-    if options.reward.rm_type == "zero" and objective.kl_coef == 0 and options.rollout.load_debug_rollout_data is None:
+    if objective.kl_coef == 0 and not has_reward(options):
         yield (
             "--advantage-estimator ppo has nothing to value with --rm-type zero: use --advantage-estimator none, which "
             "trains no critic"

@@ -92,9 +92,7 @@ def _policy_loss_faults(options: Options) -> Iterator[str]:
     if not has_advantages(options):
         form = "importance" if options.opd.opd_loss == "sampled" else f"loss {options.opd.opd_loss}"
         for name in (name for name in _OF_ADVANTAGES if name in given and getattr(objective, name)):
-            yield (
-                f"{_flag(name)} has no effect: with --advantage-estimator none and --opd-{form} every advantage is 0"
-            )
+            yield (f"{_flag(name)} has no effect: with --opd-{form} and no task reward every advantage is 0")
     if objective.use_kl_loss and objective.kl_loss_coef == 0:
         yield "--use-kl-loss has no effect with --kl-loss-coef 0, its default: give a coefficient"
     if objective.custom_loss_path is not None and "policy_loss" in given:

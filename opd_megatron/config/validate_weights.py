@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_megatron.config.options import Options
+from opd_megatron.config.resolve import has_reward
 
 LEAST_GROUP = 4
 """Samples of a prompt from which its pass rate is estimated: with fewer, most estimates are 0 or 1."""
@@ -35,6 +36,11 @@ def _selection_faults(options: Options) -> Iterator[str]:
             "--opd-token-min-score is a hard cut-off, which --opd-token-select sample cannot make up for: no weight "
             "brings back a token that is never kept. Leave it out, or choose top"
         )
+    if opd.opd_token_select == "top" and opd.opd_token_score != "entropy" and opd.opd_reward_scale != 1.0:
+        yield (
+            f"--opd-token-score {opd.opd_token_score} is a distance from the teacher, beyond which --opd-reward-scale "
+            "goes: it would leave out what is left to learn. Use --opd-token-score entropy, or choose by sample"
+        )
     if opd.opd_token_score != "entropy" and not _has_distributions(options):
         yield (
             f"--opd-token-score {opd.opd_token_score} compares whole distributions, of which nothing is known here: "
@@ -64,15 +70,15 @@ def _paced_faults(options: Options) -> Iterator[str]:
             f"--opd-pass-rate group needs --n-samples-per-prompt of at least {LEAST_GROUP}: it is {copies}; raise it, "
             "or take running or metadata"
         )
-    if opd.opd_pass_rate != "metadata" and _has_no_reward(options):
+    if opd.opd_pass_rate != "metadata" and not has_reward(options):
         yield f"--opd-pass-rate {opd.opd_pass_rate} needs a task reward, which --rm-type zero does not give"
 
 
 def _sample_faults(options: Options) -> Iterator[str]:
     opd, given, rollout = options.opd, options.given, options.rollout
-    if opd.opd_on != "all" and _has_no_reward(options):
+    if opd.opd_on != "all" and not has_reward(options):
         yield f"--opd-on {opd.opd_on} needs a task reward, which --rm-type zero does not give"
-    if opd.opd_reward_beta is not None and _has_no_reward(options):
+    if opd.opd_reward_beta is not None and not has_reward(options):
         yield "--opd-reward-beta needs a task reward, which --rm-type zero does not give"
     if opd.opd_reward_beta is not None and rollout.n_samples_per_prompt == 1:
         yield "--opd-reward-beta has no effect with --n-samples-per-prompt 1: a response alone has weight 1"
@@ -80,13 +86,9 @@ def _sample_faults(options: Options) -> Iterator[str]:
     if "opd_pass_above" in given and opd.opd_on == "all" and not by_rate:
         yield "--opd-pass-above has no effect without --opd-on, or pass rates of the student's own samples"
     longest = opd.opd_mask_longer_than
-    if longest is not None and longest >= rollout.rollout_max_response_len:
+    if longest is not None and longest >= options.training_response_len:
+        limit = "--rollout-max-response-len" if opd.opd_prefix_len is None else "--opd-prefix-len"
         yield (
-            f"--opd-mask-longer-than {longest} has no effect with --rollout-max-response-len "
-            f"{rollout.rollout_max_response_len}: no response is longer"
+            f"--opd-mask-longer-than {longest} has no effect with {limit} {options.training_response_len}: no response "
+            "is longer"
         )
-
-
-def _has_no_reward(options: Options) -> bool:
-    """Whether all rewards are 0; those of a recording are in it."""
-    return options.reward.rm_type == "zero" and options.rollout.load_debug_rollout_data is None

@@ -38,8 +38,11 @@ def complete_masked(samples: Sequence[Sample]) -> None:
                 setattr(sample.teacher_scores, item.name, nothing)
 
 
-def _without_distributions(samples: Sequence[Sample], k: int) -> None:
-    """Where no sample was scored, the most probable tokens that nobody will read."""
+def complete_unscored(options: Options, samples: Sequence[Sample]) -> None:
+    """Where no sample was scored, the most probable tokens of ``--opd-loss distribution``, which nobody will read."""
+    if options.opd.opd_loss != "distribution" or any(sample.teacher_failure is None for sample in samples):
+        return
+    k = options.opd.opd_top_k or 1
     for sample in samples:
         assert sample.teacher_scores is not None
         sample.teacher_scores.top_ids_TK = np.zeros((sample.response_length, k), dtype=np.int32)
@@ -51,8 +54,6 @@ def leave_out_failed(options: Options, samples: Sequence[Sample]) -> None:
     """Where the teacher failed for some samples, let the others' distillation term keep its size in each step."""
     if all(sample.teacher_failure is None for sample in samples):
         return
-    if options.opd.opd_loss == "distribution" and all(sample.teacher_failure is not None for sample in samples):
-        _without_distributions(samples, options.opd.opd_top_k or 1)
     size = options.global_batch_size
     for first in range(0, len(samples), size):
         step = samples[first : first + size]

@@ -9,10 +9,18 @@ from transformers import PreTrainedTokenizerBase
 from opd_megatron.config.checkpoint_paths import inspect_checkpoint
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import is_self_taught, needs_teacher_hidden, student_architecture, teacher_architecture
+from opd_megatron.config.resolve import (
+    is_self_taught,
+    needs_teacher_hidden,
+    reference_folder,
+    student_architecture,
+    teacher_architecture,
+)
 from opd_megatron.config.targets import (
     OPD_REFERENCE,
+    REFERENCE,
     kept_reference,
+    loads_reference,
     more_teachers,
     named_architectures,
     named_models,
@@ -22,7 +30,7 @@ from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.objectives.targets import TARGETS
 from opd_megatron.teacher.megatron import MegatronTeacher, Scorer, check_vocabulary, preflight_megatron
 from opd_megatron.teacher.mixture import Combine, MixedMegatronTeachers
-from opd_megatron.teacher.preflight import Finding, Student
+from opd_megatron.teacher.preflight import Finding, Student, check_scores, known_tokens, text_samples
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +110,16 @@ def compares_distributions(options: Options) -> bool:
             logger.warning("opd/reverse_kl_exact is not measured: %s", why)
         return False
     return True
+
+
+def check_reference_scores(options: Options, trainer: Scorer, student: Student) -> None:
+    """Raise ``UserError`` where a reference does not score a known text as a language model would."""
+    folders = {REFERENCE: str(reference_folder(options))} if loads_reference(options) else {}
+    folders |= {name: folder for name, _, folder in named_models(options) if name == OPD_REFERENCE}
+    tokens = known_tokens(student, student_architecture(options).vocab_size)
+    for name, folder in folders.items():
+        first, second = (trainer.score(name, text_samples([tokens]))[0] for _ in range(2))
+        check_scores(first, second, f"reference {folder}")
 
 
 def check_references(options: Options, student: Student) -> list[Finding]:

@@ -52,7 +52,8 @@ def token_diagnostics(
     }
     records = [None if sample.teacher_scores is None else sample.teacher_scores.top_ids_TK for sample in samples]
     top_ids = [record for record in records if record is not None]
-    recorded = len(top_ids) == len(samples)
+    # tokens that the student named say nothing of what the teacher finds likeliest
+    recorded = len(top_ids) == len(samples) and options.opd.opd_support != "student_topk"
     names = (*OF_STUDENT, *(OF_TEACHER if teacher_rows is not None else OF_RECORD if recorded else ()))
 
     def last_stage(batch: MicroBatch, rows_Nh: Tensor) -> dict[int, np.ndarray]:

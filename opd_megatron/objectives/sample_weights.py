@@ -42,7 +42,9 @@ def paced_weights(
     which matters where prompts have different ``n``. All are 0 where every prompt's is.
     """
     pass_rates_P = pass_rates_P.double()
-    weights_P = pass_rates_P**alpha * (1 - pass_rates_P) ** beta
+    # in logarithms and relative to the largest, or large powers would make all of them 0
+    logs_P = torch.xlogy(alpha, pass_rates_P) + torch.xlogy(beta, 1 - pass_rates_P)
+    weights_P = torch.exp(logs_P - logs_P.max().clamp(min=-1e300)) if len(logs_P) else logs_P
     if samples_P is not None:
         weights_P = weights_P * (samples_P / (samples_P - 1).clamp(min=1)) ** min(alpha, beta)
     mean = weights_P.mean() if len(weights_P) else torch.ones(())

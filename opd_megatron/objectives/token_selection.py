@@ -112,7 +112,7 @@ def top_tokens(
     one over all tokens: what it never looks at is never learnt.
     """
     places_E = eligible_N.nonzero()[:, 0]
-    count = math.ceil(ratio * len(places_E) - 1e-9)  # 0.1 * 30 is a little above 3
+    count = max(math.ceil(ratio * len(places_E) - 1e-9), 1)  # 0.1 * 30 is a little above 3
     order_E = scores_N[places_E].argsort(descending=True, stable=True)
     kept_K = places_E[order_E[:count]]
     if least is not None:

@@ -16,15 +16,24 @@ History: TypeAlias = Mapping[str, Sequence[float]]
 """The values of each metric of :data:`WATCHED`, oldest first; those of one tuple are of the same steps."""
 Alarm: TypeAlias = Callable[[History], str | None]
 
+OUTCOMES = (
+    "opd/reverse_kl_correct",
+    "opd/reverse_kl_correct_se",
+    "opd/reverse_kl_incorrect",
+    "opd/reverse_kl_incorrect_se",
+)
+PARTS = ("train/opd_advantage_abs_mean", "train/task_advantage_abs_mean")
+
 WATCHED = (
     ("train/entropy",),
     ("opd/student_entropy", "opd/teacher_entropy"),
     ("opd/k3",),
+    ("opd/implicit_reward",),
     ("opd/reverse_kl_exact",),
     ("reward/mean",),
-    ("opd/reverse_kl_correct", "opd/reverse_kl_correct_se", "opd/reverse_kl_incorrect", "opd/reverse_kl_incorrect_se"),
+    OUTCOMES,
     ("train/opd_grad_share",),
-    ("train/opd_advantage_abs_mean", "train/task_advantage_abs_mean"),
+    PARTS,
     ("rollout/response_length_mean",),
     ("rollout/repetition",),
 )
@@ -58,6 +67,8 @@ def entropy_collapse(history: History) -> str | None:
 
 def rising_kl(history: History) -> str | None:
     """The reverse KL grew through all of the last 50 measured steps: from ten to ten, and by a quarter in all."""
+    if history["opd/implicit_reward"]:  # whose target is not the teacher
+        return None
     values = history["opd/reverse_kl_exact"]
     if len(values) < RISING_STEPS:
         values = history["opd/k3"]
@@ -85,7 +96,7 @@ def teacher_against_task(history: History) -> str | None:
 
     Over the last 3 measurements: ``opd/reverse_kl_correct`` is the larger one, by at least 0.01 nats per token.
     """
-    correct, correct_se, incorrect, incorrect_se = (history[name][-FEW:] for name in WATCHED[5])
+    correct, correct_se, incorrect, incorrect_se = (history[name][-FEW:] for name in OUTCOMES)
     if len(correct) < FEW:
         return None
     error = math.sqrt(sum(value**2 for value in (*correct_se, *incorrect_se))) / FEW
@@ -101,7 +112,7 @@ def coefficient_without_effect(history: History) -> str | None:
     """The distillation term is there and makes less than 1 % of the gradient or, unmeasured, of the advantage."""
     shares = list(history["train/opd_grad_share"][-FEW:])
     if len(shares) < FEW:
-        sizes = [history[name][-2 * WINDOW :] for name in WATCHED[7]]
+        sizes = [history[name][-2 * WINDOW :] for name in PARTS]
         shares = [opd / (opd + task) if opd + task > 0 else 0.0 for opd, task in zip(*sizes, strict=True)]
         if len(shares) < 2 * WINDOW:
             return None

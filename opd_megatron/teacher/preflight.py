@@ -167,13 +167,13 @@ def same_model_warnings(
     mine = [folder for folder in student.folders if Path(folder).exists()]
     for folder in theirs:
         if any(Path(own).samefile(folder) for own in mine):
-            text = f"{teacher_name} serves {folder}, where the student starts: the distillation term is 0"
+            text = f"{teacher_name} serves {folder}, where the student starts: its part of the distillation term is 0"
             yield Finding("same model", text, warning=True)
     if student.log_probs is not None:
         (own,) = student.log_probs([tokens])
         if len(own) and np.abs(own - log_probs).max() < SAME_MODEL_TOLERANCE:
             text = (
                 f"{teacher_name} gives the same log-probabilities as the student: "
-                "if it is the same model, the distillation term is 0"
+                "if it is the same model, its part of the distillation term is 0"
             )
             yield Finding("same model", text, warning=True)

@@ -47,18 +47,39 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "a policy loss of advantages that are 0": (
         MEGATRON + "--advantage-estimator none --opd-loss distribution --policy-loss gspo --use-tis --eps-clip 0.1",
         (
-            "--policy-loss has no effect: with --advantage-estimator none and --opd-loss distribution",
+            "--policy-loss has no effect: with --opd-loss distribution and no task reward",
             "--use-tis has no effect: with",
             "--eps-clip has no effect: with",
         ),
     ),
     "whitening of advantages that are 0": (
         MEGATRON + "--advantage-estimator none --opd-importance --normalize-advantages",
-        ("--normalize-advantages has no effect: with --advantage-estimator none and --opd-importance",),
+        ("--normalize-advantages has no effect: with --opd-importance and no task reward",),
     ),
     "clipping of labels": (
         BASE.replace("--rm-type exact", "") + "--loss-type sft_loss --label-key label --eps-clip-high 0.3 --gamma 0.9",
         ("--eps-clip-high has no effect with --loss-type sft_loss", "--gamma has no effect with --loss-type sft_loss"),
+    ),
+    "outcomes of unfinished responses": (
+        MEGATRON + "--advantage-estimator none --rollout-max-response-len 8 --opd-prefix-len 4 --opd-on incorrect "
+        "--opd-mask-truncated --opd-mask-longer-than 4",
+        (
+            "--opd-prefix-len leaves responses unfinished, of which no reward can judge: leave out --opd-on",
+            "--opd-mask-truncated leaves out every response that --opd-prefix-len ends",
+            "--opd-mask-longer-than 4 has no effect with --opd-prefix-len 4",
+        ),
+    ),
+    "tokens chosen by a teacher that is not the target": (
+        MEGATRON + "--opd-reward-scale 1.5 --opd-token-select top --opd-token-score soft_or --opd-token-ratio 0.5",
+        ("--opd-token-score soft_or is a distance from the teacher, beyond which --opd-reward-scale goes",),
+    ),
+    "a policy loss of rewards that are 0": (
+        MEGATRON.replace("--rm-type exact", "--rm-type zero") + "--opd-loss distribution --policy-loss cispo",
+        ("--policy-loss has no effect: with",),
+    ),
+    "tokens of a server's diagnostics": (
+        SGLANG + "--opd-diagnostics-interval 1 --opd-diagnostics-top-k 4",
+        ("--opd-diagnostics-top-k has no effect with --opd-type sglang",),
     ),
     "absurd numbers": (
         BASE + f"--seed {10**30} --num-rollout {2**31} --opd-teacher-timeout 1e30 --distributed-timeout-minutes 1e300 "

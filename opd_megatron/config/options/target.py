@@ -17,6 +17,7 @@ class TargetOptions:
         "beyond it, away from the reference)",
         metavar="L",
         above=0.0,
+        maximum=100.0,
     )
     opd_ref_load: str | None = option(
         None,
