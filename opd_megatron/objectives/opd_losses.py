@@ -148,6 +148,13 @@ OPD_LOSSES.describe(
     proof="test_exact_gradients.py::test_a_prefix_descends_the_kl_of_its_own_positions",
 )
 OPD_LOSSES.describe(
+    "responses of the data",
+    "--opd-student-data-fraction F --opd-loss distribution",
+    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from the data with probability $1 - F$",
+    source="GKD, arXiv 2306.13649",
+    proof="test_given_responses.py::test_the_step_is_that_of_the_divergence_at_the_data_s_prefixes",
+)
+OPD_LOSSES.describe(
     "self-distillation",
     "--opd-teacher self",
     formula=r"$T(\cdot \mid s_t) = S_{\mathrm{self}}(\cdot \mid c, s_t)$, $c$ the privileged context",
