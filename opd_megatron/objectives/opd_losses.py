@@ -152,7 +152,7 @@ OPD_LOSSES.describe(
     "--opd-student-data-fraction F --opd-loss distribution",
     formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from the data with probability $1 - F$",
     source="GKD, arXiv 2306.13649",
-    proof="test_given_responses.py::test_the_step_is_that_of_the_divergence_at_the_data_s_prefixes",
+    proof="test_opd_losses.py::test_given_tokens_say_nothing_but_where_distributions_are_compared",
 )
 OPD_LOSSES.describe(
     "self-distillation",
