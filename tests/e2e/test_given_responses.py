@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd_megatron import steps
 from opd_megatron.config.errors import UserError
 from opd_megatron.data.column_arithmetic import sample_problems
 from opd_megatron.sample import Sample, read_samples
@@ -129,3 +130,26 @@ def test_the_step_is_that_of_the_divergence_at_the_data_s_prefixes(
     expected = {name: value.grad.float() for name, value in model.named_parameters() if value.grad is not None}
     found = {name: (before[name] - after[name]) / LINEAR_STEP for name in expected}
     assert_same_tensors(found, expected, 2e-5)
+
+
+def test_task_advantages_are_made_of_the_student_s_samples_alone(
+    student: Path, answered: Path, tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whitened over the student's tokens; 0 on all others."""
+    seen: list[list[Sample]] = []
+    looked = steps.diagnose
+
+    def look(parts: Any, samples: list[Sample], rollout_id: int) -> dict[str, float]:
+        seen.append(list(samples))
+        return looked(parts, samples, rollout_id)
+
+    monkeypatch.setattr(steps, "diagnose", look)
+    run_training(student, answered, tmp_path / "run", **given, **TASK, advantage_estimator="grpo", rollout_batch_size=8)
+    assert len(seen) == 3
+    for samples in seen:
+        own = np.concatenate([sample.advantages for sample in samples if not sample.from_data])
+        others = np.concatenate([sample.advantages for sample in samples if sample.from_data])
+        assert len(others)
+        assert not others.any()
+        assert own.mean() == pytest.approx(0, abs=1e-6)
+        assert own.std(ddof=1) == pytest.approx(1, rel=1e-4)
