@@ -41,6 +41,7 @@ from opd_megatron.objectives.policy_loss import chosen_policy_loss
 from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.generate import RolloutGenerator
+from opd_megatron.rollout.given import GivenResponses
 from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
@@ -100,6 +101,7 @@ def assemble(options: Options) -> Iterator[Parts]:
             options, str(data.prompt_data), tokenizer, data.input_key, data.label_key, extra_keys(options)
         )
         records = with_teacher_prompts(options, records, tokenizer)
+        GivenResponses(options, tokenizer).check(records, student_architecture(options).max_position_embeddings)
         if options.opd.use_opd:
             check_prompt_routes(options, (record.metadata for record in records))
             check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")

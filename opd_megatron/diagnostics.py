@@ -14,7 +14,7 @@ from opd_megatron.objectives.diagnostics import (
     teacher_statistics,
 )
 from opd_megatron.rollout.evaluate import PASS_ABOVE
-from opd_megatron.sample import Sample
+from opd_megatron.sample import Sample, sampled_by_student
 
 
 def diagnose(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
@@ -32,7 +32,11 @@ def diagnose(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> dict[s
 
 
 def _of_tokens(parts: Parts, samples: Sequence[Sample]) -> dict[str, float]:
-    arrays = parts.trainer.token_diagnostics(samples)
+    found = zip(parts.trainer.token_diagnostics(samples), samples, strict=True)
+    arrays = [array for array, sample in found if not sample.from_data]
+    samples = sampled_by_student(samples)
+    if not samples:
+        return {}
     scores = [sample.teacher_scores for sample in samples if sample.teacher_scores is not None]
     tokens = scored_tokens(
         [{name: array[name] for name in array.dtype.names or ()} for array in arrays],

@@ -96,6 +96,8 @@ class Sample:
     response and ``weight_versions`` all of them, in order, where there were several. Every per-token field covers the
     response only and has ``T`` entries; ``T`` may be 0. ``teacher_prompt_tokens`` are the ids of the prompt that the
     teacher sees before the response (None: the student's).
+    ``from_data`` says that the student did not sample the response: it stands in the prompt's row, has neither reward
+    nor advantage and takes no part in what the student's samples estimate.
     """
 
     index: int
@@ -126,6 +128,7 @@ class Sample:
     weight_version: str = ""
     weight_versions: tuple[str, ...] = ()
     teacher_prompt_tokens: np.ndarray | None = None
+    from_data: bool = False
 
     def __post_init__(self) -> None:
         self.status = Status(self.status)
@@ -180,6 +183,11 @@ class Sample:
         record = dict(record)
         scores = record.pop("teacher_scores", None)
         return cls(**record, teacher_scores=None if scores is None else TeacherScores(**scores))
+
+
+def sampled_by_student(samples: Iterable[Sample]) -> list[Sample]:
+    """Those of which the student made the response."""
+    return [sample for sample in samples if not sample.from_data]
 
 
 def prompt_as_response(sample: Sample) -> Sample:

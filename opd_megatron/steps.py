@@ -39,7 +39,7 @@ from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
 from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.sft import sft_samples
-from opd_megatron.sample import Sample, write_samples
+from opd_megatron.sample import Sample, sampled_by_student, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.own_engine import EngineTeacher
 from opd_megatron.valuing import add_values, value_metrics
@@ -78,9 +78,13 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         samples = rollout.samples
         metrics |= rollout.metrics
     train_on_prefix(samples, options.opd.opd_prefix_len if options.opd.use_opd else None)
-    metrics |= rollout_metrics(samples)
-    if options.objective.loss_type != "sft_loss":
-        metrics |= _reward_metrics(samples)
+    own = sampled_by_student(samples)
+    if options.opd.use_opd and (options.opd.opd_student_data_fraction < 1 or len(own) < len(samples)):
+        metrics["opd/student_data_frac"] = len(own) / len(samples)
+    if own:
+        metrics |= rollout_metrics(own)
+        if options.objective.loss_type != "sft_loss":
+            metrics |= _reward_metrics(own)
     return samples
 
 
@@ -105,8 +109,9 @@ def compare_greedily(parts: Parts, samples: Sequence[Sample], rollout_id: int, m
     The greedy responses are seen by nobody else; recorded samples keep what was recorded.
     """
     objective = parts.options.objective
+    samples = sampled_by_student(samples)
     compares = objective.loss_type != "sft_loss" and chosen_estimator(objective).needs_greedy
-    if not compares or not estimates_advantages(parts.options):
+    if not samples or not compares or not estimates_advantages(parts.options):
         return
     if parts.generator is not None:
         greedy = parts.generator.greedy(samples, rollout_id)
@@ -185,7 +190,9 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         for sample, current in zip(samples, log_probs, strict=True)
     ]
     metrics |= _engine_gap(samples, student) | _mismatch(parts.options, samples, student)
-    if options.opd.use_opd:
+    own = [place for place, sample in enumerate(samples) if not sample.from_data]
+    samples, student = [samples[place] for place in own], [student[place] for place in own]
+    if options.opd.use_opd and own:
         scores = [sample.teacher_scores for sample in samples]
         assert all(score is not None for score in scores)
         metrics |= reverse_kl_statistics(
@@ -197,8 +204,14 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
 
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
+    """Advantages of what the student sampled, which alone makes their statistics; responses of the data have 0."""
     objective = parts.options.objective
     score_references(parts.options, parts.trainer, samples)
+    for sample in samples:
+        sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
+    samples = sampled_by_student(samples)
+    if not samples:
+        return
     kls = None
     if objective.kl_coef > 0:
         kls = [log_ratio(torch.tensor(sample.old_log_probs), torch.tensor(sample.ref_log_probs)) for sample in samples]

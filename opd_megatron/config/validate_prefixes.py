@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd_megatron.config.critic import has_critic
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import has_task
 
 
 def prefix_faults(options: Options) -> Iterator[str]:
-    """Every fault of ``--opd-prefix-len``; the options have ``--use-opd``."""
+    """Every fault of the options that choose prefixes; the options have ``--use-opd``."""
+    yield from _length_faults(options)
+    yield from _data_faults(options)
+
+
+def _length_faults(options: Options) -> Iterator[str]:
     length, longest = options.opd.opd_prefix_len, options.rollout.rollout_max_response_len
     if length is None:
         return
@@ -29,3 +35,42 @@ def prefix_faults(options: Options) -> Iterator[str]:
             "--opd-prefix-len leaves responses unfinished, of which a task reward cannot judge: use --rm-type zero or "
             "--advantage-estimator none"
         )
+
+
+def _data_faults(options: Options) -> Iterator[str]:
+    opd, given = options.opd, options.given
+    if options.rollout.load_debug_rollout_data is not None:
+        for name in ("opd_student_data_fraction", "opd_data_response_key"):
+            if name in given:
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} has no effect with --load-debug-rollout-data, whose responses are made: leave it out"
+        return
+    if opd.opd_student_data_fraction == 1.0:
+        if opd.opd_data_response_key is not None:
+            yield "--opd-data-response-key has no effect: give --opd-student-data-fraction below 1"
+        return
+    if opd.opd_data_response_key is None:
+        yield (
+            "--opd-student-data-fraction below 1 needs --opd-data-response-key: name the field of the prompt rows "
+            "that holds a response"
+        )
+    for flag in student_only(options):
+        yield f"--opd-student-data-fraction below 1 does not go with {flag}, which needs the student's own samples"
+
+
+def student_only(options: Options) -> list[str]:
+    """The options, as they are written, that mean something at responses of the student only."""
+    opd, objective = options.opd, options.objective
+    rated = opd.opd_prompt_weight == "paced" and opd.opd_pass_rate != "metadata"
+    chosen = {
+        f"--opd-loss {opd.opd_loss}": opd.opd_loss != "distribution",
+        f"--advantage-estimator {objective.advantage_estimator}": has_critic(options),
+        "--use-kl-loss": objective.use_kl_loss,
+        "--use-tis": objective.use_tis,
+        "--custom-loss-path": objective.custom_loss_path is not None,
+        "--dynamic-filter-path": options.rollout.dynamic_filter_path is not None,
+        f"--opd-on {opd.opd_on}": opd.opd_on != "all",
+        "--opd-reward-beta": opd.opd_reward_beta is not None,
+        f"--opd-pass-rate {opd.opd_pass_rate}": rated,
+    }
+    return [flag for flag, used in chosen.items() if used]

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 def extra_keys(options: Options) -> tuple[str, ...]:
     """Fields of the prompt rows that the options name beside prompt, label and metadata."""
-    key = options.opd.opd_self_context_key
-    return (key,) if is_self_taught(options) and key is not None else ()
+    opd = options.opd
+    named = {
+        opd.opd_self_context_key: is_self_taught(options),
+        opd.opd_data_response_key: opd.use_opd and opd.opd_student_data_fraction < 1.0,
+    }
+    return tuple(key for key, used in named.items() if key is not None and used)
 
 
 def with_teacher_prompts(

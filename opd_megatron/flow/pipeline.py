@@ -184,13 +184,14 @@ class _Making:
             return
         if stages.keep is None:
             self._ask_teacher(group, sample)
-        if stages.reward is not None and not stages.reward.takes_groups:
+        judged = stages.reward is not None and not sample.from_data  # as all of its group are, or are not
+        if stages.reward is not None and judged and not stages.reward.takes_groups:
             await self._judge([sample])
         group.ready.append(sample)
         if len(group.ready) < stages.copies:
             return
         members = sorted(group.ready, key=lambda sample: sample.index)
-        if stages.reward is not None and stages.reward.takes_groups:
+        if stages.reward is not None and judged and stages.reward.takes_groups:
             await self._judge(members)
         if stages.keep is None or group.dropped:
             return

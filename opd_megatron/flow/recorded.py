@@ -9,6 +9,7 @@ import numpy as np
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import student_architecture
+from opd_megatron.config.validate_prefixes import student_only
 from opd_megatron.objectives.advantages import chosen_estimator
 from opd_megatron.sample import Sample, read_samples
 
@@ -46,11 +47,14 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
         return "a token is not in the student's vocabulary"
     if len(sample.tokens) > student.max_position_embeddings:
         return f"it has {len(sample.tokens)} tokens, the student {student.max_position_embeddings} positions"
+    excluding = student_only(options) if sample.from_data else []
+    if excluding:
+        return f"its response is one of the data, and {excluding[0]} needs the student's own samples"
     objective = options.objective
     if objective.loss_type == "policy_loss":
         if objective.use_tis and sample.rollout_log_probs is None:
             return "it has no log-probabilities of the rollout engine, which --use-tis needs"
-        if chosen_estimator(objective).needs_greedy and sample.greedy_reward is None:
+        if chosen_estimator(objective).needs_greedy and not sample.from_data and sample.greedy_reward is None:
             return f"it has no greedy_reward, which --advantage-estimator {objective.advantage_estimator} needs"
     scores = sample.teacher_scores
     if scores is None or not options.opd.use_opd:

@@ -148,6 +148,13 @@ OPD_LOSSES.describe(
     proof="test_exact_gradients.py::test_a_prefix_descends_the_kl_of_its_own_positions",
 )
 OPD_LOSSES.describe(
+    "responses of the data",
+    "--opd-student-data-fraction F --opd-loss distribution",
+    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from the data with probability $1 - F$",
+    source="GKD, arXiv 2306.13649",
+    proof="test_opd_losses.py::test_given_tokens_say_nothing_but_where_distributions_are_compared",
+)
+OPD_LOSSES.describe(
     "self-distillation",
     "--opd-teacher self",
     formula=r"$T(\cdot \mid s_t) = S_{\mathrm{self}}(\cdot \mid c, s_t)$, $c$ the privileged context",

@@ -14,6 +14,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.user_code import load_function
 from opd_megatron.rollout.custom import CustomGenerate, stream_custom
 from opd_megatron.rollout.engine import GenerateRequest, Generation, RolloutEngine, SamplingParams
+from opd_megatron.rollout.given import GivenResponses
 from opd_megatron.rollout.prompt import Prompt, new_sample
 from opd_megatron.sample import Sample, Status
 
@@ -77,6 +78,7 @@ class RolloutGenerator:
         self._seed = options.training.seed
         self._copies = rollout.n_samples_per_prompt
         self._max_prompt_len = rollout.rollout_max_prompt_len
+        self._given = GivenResponses(options, tokenizer)
         self._custom_path = rollout.custom_generate_function_path
         self._custom: CustomGenerate | None = None
         if self._custom_path is not None:
@@ -96,14 +98,21 @@ class RolloutGenerator:
         """``n_samples_per_prompt`` samples of each prompt, each as soon as it is finished.
 
         ``group_index`` is a prompt's place in the list plus ``first_group``, ``index`` the sample's place if groups are
-        counted from 0. What is sampled is a function of the run's seed, ``rollout_id``, the index and the weights.
+        counted from 0. All samples of a prompt have the response of its row where that is chosen
+        (``--opd-student-data-fraction``). What is sampled is a function of the run's seed, ``rollout_id``, the index
+        and the weights.
         Errors of a custom generate function propagate; a sample that it leaves inconsistent is a ``ValueError``.
         """
-        samples = [
-            new_sample(record, group * self._copies + number, group)
-            for group, record in enumerate(records, start=first_group)
-            for number in range(self._copies)
-        ]
+        samples = []
+        for group, record in enumerate(records, start=first_group):
+            given = self._given.chosen(record, rollout_id)
+            for number in range(self._copies):
+                sample = new_sample(record, group * self._copies + number, group)
+                if given:
+                    self._given.fill(sample, record)
+                    yield sample
+                else:
+                    samples.append(sample)
         async with contextlib.aclosing(self._answer(samples, (self._seed, rollout_id), self.sampling)) as finished:
             async for sample in finished:
                 yield sample

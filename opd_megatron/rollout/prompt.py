@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,8 @@ from opd_megatron.sample import Sample
 class Prompt(Protocol):
     """One row of a prompt set; ``index`` is its row, ``prompt_tokens`` int64 ``[P]``.
 
-    ``teacher_prompt_tokens`` are what the teacher sees in their place, None where that is the same.
+    ``teacher_prompt_tokens`` are what the teacher sees in their place, None where that is the same. ``extras`` are
+    further fields of the row that options name.
     """
 
     @property
@@ -27,6 +29,8 @@ class Prompt(Protocol):
     def index(self) -> int: ...
     @property
     def teacher_prompt_tokens(self) -> np.ndarray | None: ...
+    @property
+    def extras(self) -> Mapping[str, Any]: ...
 
 
 def new_sample(record: Prompt, index: int, group_index: int) -> Sample:

@@ -29,12 +29,17 @@ def sft_samples(records: Sequence[Prompt], tokenizer: Any) -> list[Sample]:
                 "string to learn from (see --label-key)"
             )
         sample = new_sample(record, position, position)
-        tokens = [*tokenizer.encode(record.label, add_special_tokens=False), tokenizer.eos_token_id]
-        sample.response = record.label
-        sample.response_tokens = np.array(tokens, dtype=np.int64)
-        sample.loss_mask = np.ones(len(tokens), dtype=np.bool_)
+        give_response(sample, record.label, tokenizer)
         samples.append(sample)
     return samples
+
+
+def give_response(sample: Sample, text: str, tokenizer: Any) -> None:
+    """Make ``text`` the response: its tokens and the end token, all of them trained on."""
+    tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    sample.response = text
+    sample.response_tokens = np.array(tokens, dtype=np.int64)
+    sample.loss_mask = np.ones(len(tokens), dtype=np.bool_)
 
 
 def check_sft_lengths(records: Sequence[Prompt], tokenizer: Any, positions: int) -> None:

@@ -14,6 +14,8 @@ from opd_megatron.config.validate import validate
 BASE = "--hf-checkpoint $hf --prompt-data $prompts --rollout-batch-size 4 --num-rollout 2 --run-dir $root/run "
 OPD = BASE + "--use-opd --opd-type megatron --opd-teacher-load $teacher "
 ZERO = OPD + "--rm-type zero "
+WHOLE = ZERO + "--opd-loss distribution "
+GIVEN = "--opd-student-data-fraction 0.5 --opd-data-response-key label "
 
 CASES: dict[str, tuple[str, str]] = {
     "no distillation": (
@@ -25,11 +27,34 @@ CASES: dict[str, tuple[str, str]] = {
         ZERO + "--opd-prefix-len 8 --rollout-max-response-len 8",
         "--opd-prefix-len 8 has no effect",
     ),
+    "no field of responses": (
+        WHOLE + "--opd-student-data-fraction 0.5",
+        "--opd-student-data-fraction below 1 needs --opd-data-response-key",
+    ),
+    "responses that nobody asks for": (WHOLE + "--opd-data-response-key label", "has no effect: give"),
+    "sampled": (ZERO + GIVEN, "does not go with --opd-loss sampled"),
+    "estimator loss": (ZERO + GIVEN + "--opd-loss kl_loss", "does not go with --opd-loss kl_loss"),
+    "critic": (
+        OPD + GIVEN + "--opd-loss distribution --rm-type exact --advantage-estimator ppo",
+        "does not go with --advantage-estimator ppo",
+    ),
+    "KL to a reference": (WHOLE + GIVEN + "--use-kl-loss", "does not go with --use-kl-loss"),
+    "importance sampling": (WHOLE + GIVEN + "--use-tis", "does not go with --use-tis"),
+    "weights by reward": (WHOLE + GIVEN + "--opd-reward-beta 1", "does not go with --opd-reward-beta"),
+    "outcomes": (WHOLE + GIVEN + "--opd-on correct", "does not go with --opd-on correct"),
+    "SFT": (WHOLE + GIVEN + "--loss-type sft_loss", "--use-opd does not go with --loss-type sft_loss"),
+    "recorded": (
+        "--hf-checkpoint $hf --load-debug-rollout-data $root/r_{rollout_id}.jsonl --rollout-batch-size 4 "
+        "--num-rollout 2 --run-dir $root/run --use-opd --opd-type megatron --opd-loss distribution --rm-type zero "
+        + GIVEN,
+        "--opd-student-data-fraction has no effect with --load-debug-rollout-data",
+    ),
     "no token": (ZERO + "--opd-prefix-len 0", "--opd-prefix-len 0: must be at least 1"),
 }
 
 ACCEPTED = {
     "no task": ZERO + "--opd-prefix-len 8",
+    "responses of the data": WHOLE + GIVEN,
     "a reward to look at": OPD + "--opd-prefix-len 8 --rm-type exact --advantage-estimator none",
 }
 

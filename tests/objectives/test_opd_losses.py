@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_megatron.config.options import OpdOptions
+from opd_megatron.config.options import ObjectiveOptions, OpdOptions
 from opd_megatron.objectives.distribution import DIVERGENCES, chosen_divergence, mixing_weight, opd_coefficient
 from opd_megatron.objectives.divergences import forward_kl, reverse_kl
+from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdTerms
+from opd_megatron.objectives.sequences import Sequences
 
 PREFIXES, V = 5, 6
 
@@ -84,6 +86,29 @@ def test_the_distribution_form_has_the_expected_gradient_of_the_sampled_one(
     (whole,) = torch.autograd.grad(loss_N.sum(), logits_PV)
     sampled = expected_gradient(logits_PV, teacher_PV, OpdOptions())
     torch.testing.assert_close(whole, sampled, rtol=0, atol=1e-12)
+
+
+def test_given_tokens_say_nothing_but_where_distributions_are_compared(logits_PV: Tensor, teacher_PV: Tensor) -> None:
+    """Whatever tokens the data has, the step is that of the divergence; the sampled form follows the tokens."""
+    (exact,) = torch.autograd.grad(reverse_kl_of(logits_PV.log_softmax(-1), teacher_PV), logits_PV)
+    off = {"distribution": 0.0, "sampled": 0.0}
+    for form in off:
+        for token in range(V):
+            log_PV = logits_PV.log_softmax(-1)
+            inputs = PolicyInputs(
+                log_probs_N=log_PV[:, token],
+                advantages_N=torch.zeros(PREFIXES),
+                loss_weights_N=torch.ones(PREFIXES),
+                loss_mask_N=torch.ones(PREFIXES),
+                sequences=Sequences(torch.zeros(PREFIXES, dtype=torch.long), 1),
+                teacher_log_probs_N=teacher_PV[:, token],
+                opd_divergence_N=(log_PV.exp() * (log_PV - teacher_PV)).sum(-1),
+            )
+            loss, _ = policy_objective(inputs, ObjectiveOptions(), 1.0, OpdOptions(opd_loss=form))
+            (found,) = torch.autograd.grad(loss, logits_PV)
+            off[form] = max(off[form], (found - exact).abs().max().item())
+    assert off["distribution"] < 1e-12
+    assert off["sampled"] > 0.1
 
 
 def test_unscored_positions_of_a_distribution_are_nothing_even_where_they_are_nan() -> None:

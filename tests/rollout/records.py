@@ -22,6 +22,7 @@ class Record:
     metadata: dict[str, Any] = field(default_factory=dict)
     index: int = 0
     teacher_prompt_tokens: np.ndarray | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> np.ndarray:

@@ -17,3 +17,12 @@ class PrefixOptions:
         unit="tokens",
         minimum=1,
     )
+    opd_student_data_fraction: float = option(
+        1.0,
+        "share of the prompts that the student answers; the others' responses are those of --opd-data-response-key",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    opd_data_response_key: str | None = option(
+        None, "field of a prompt's row, or of its metadata, that holds a response", metavar="NAME"
+    )
