@@ -55,4 +55,4 @@ def derived(options: Options) -> dict[str, Any]:
 def _printable(flag: Flag, value: Any) -> Any:
     if isinstance(value, tuple):
         return [_printable(flag, entry) for entry in value]
-    return flag.show(value) if isinstance(value, str) else value
+    return flag.masked(value) if isinstance(value, str) else value

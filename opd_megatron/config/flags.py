@@ -56,7 +56,11 @@ class Flag:
             return " ".join(self.show(entry) for entry in value)
         if isinstance(value, bool):
             return str(value).lower()
-        return " ".join(str(self.metadata["show"](value)).split())
+        return " ".join(self.masked(value).split())
+
+    def masked(self, value: Any) -> str:
+        """An entry as text without its secret parts, its line breaks kept."""
+        return str(self.metadata["show"](value))
 
     def read(self, entry: Any) -> Any:
         """Turn text, or a scalar of a configuration file, into a checked entry; raises :class:`BadValueError`."""
