@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import Any
 
 from opd_megatron.reward.base import RewardError, Unjudged, require_label
@@ -102,8 +102,8 @@ class MathRater:
     def __init__(self, limit: float, workers: int | None = None) -> None:
         count = workers or min(MOST_WORKERS, os.cpu_count() or 1)
         self._workers = [_Worker(limit) for _ in range(count)]
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        for worker in self._workers:
+        self._idle: LifoQueue[_Worker] = LifoQueue()  # processes that run before those that would have to start
+        for worker in reversed(self._workers):
             self._idle.put(worker)
         self._threads = CallingThreads(count, "math-verify")
 

@@ -45,6 +45,7 @@ def test_what_goes_beyond_the_prefix_is_not_trained_on(
     run_training(student, prompts, tmp_path / "one", **opd, num_rollout=1, save_debug_rollout_data=pattern)
     del opd["opd_teacher_load"]
     recorded = {"prompt_data": None, "load_debug_rollout_data": pattern, "num_rollout": 1}
+    recorded["advantage_estimator"] = "none"  # a recording has rewards of its own
     whole = run_training(student, prompts, tmp_path / "two", **opd, **recorded)
     cut = run_training(student, prompts, tmp_path / "three", **opd, **recorded, opd_prefix_len=3)
     assert cut[0]["rollout/response_length_max"] == whole[0]["rollout/response_length_max"] > 3

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd_megatron.flow.masking import leave_out_failed
+from opd_megatron.flow.masking import complete_unscored, leave_out_failed
 from opd_megatron.sample import Sample
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -87,7 +87,9 @@ def test_where_nobody_was_scored_whole_distributions_are_trained_all_the_same(fo
         sample.teacher_failure = "timeout"
         sample.teacher_scores.valid_T[:] = False
         sample.advantages = np.ones(sample.response_length)
-    leave_out_failed(make_options(rollout_batch_size=12, **flags), samples)
+    options = make_options(rollout_batch_size=12, **flags)
+    complete_unscored(options, samples)
+    leave_out_failed(options, samples)
     metrics, gradients = step_gradients(make_trainer(folders["qwen3"], **flags), samples)
     assert metrics["train/opd_divergence"] == 0
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())

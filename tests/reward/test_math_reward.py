@@ -27,7 +27,7 @@ def sample(response: str, label: str, index: int = 0) -> Sample:
 
 @pytest.fixture(scope="module")
 def reward() -> Iterator[RewardFunction]:
-    built = build_reward(RewardOptions(rm_type="math", rm_timeout=1.5))
+    built = build_reward(RewardOptions(rm_type="math", rm_timeout=4))
     yield built
     built.close()
 
@@ -70,7 +70,7 @@ def test_a_response_that_hangs_gets_nothing_and_costs_nobody_else(reward: Reward
     samples = [sample(HANGS, "1", 0), *(sample("\\boxed{18}", "18", index) for index in range(1, 6))]
     reward.score(samples)
     assert samples[0].reward == 0.0
-    assert "did not finish in 1.5 s" in str(samples[0].reward_error)
+    assert "did not finish in 4 s" in str(samples[0].reward_error)
     assert [(item.reward, item.reward_error) for item in samples[1:]] == [(1.0, None)] * 5
 
 
