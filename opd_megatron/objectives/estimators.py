@@ -94,7 +94,7 @@ class Groups:
         """Values minus the mean of their group, ``[B]``: exactly 0 where all are equal."""
         # Rounding would leave a trace of equal values after the subtraction of their mean, and a division by a standard
         # deviation would blow it up; their difference from any one of them is exact.
-        first_G = torch.zeros_like(self.size_G).index_reduce_(0, self.of_B, values_B, "amax", include_self=False)
+        first_G = torch.full_like(self.size_G, -torch.inf).scatter_reduce_(0, self.of_B, values_B, "amax")
         values_B = values_B - first_G[self.of_B]
         return values_B - (self.sum(values_B) / self.size_G)[self.of_B]
 
