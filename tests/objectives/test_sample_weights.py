@@ -38,7 +38,7 @@ def test_the_corrected_estimate_of_the_variance_of_a_pass_is_unbiased(samples: i
 
 
 @given(
-    st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8),
+    st.lists(st.integers(0, 16).map(lambda passes: passes / 16), min_size=1, max_size=8),
     st.floats(0.0, 3.0),
     st.floats(0.0, 3.0),
     st.randoms(use_true_random=False),
@@ -56,6 +56,11 @@ def test_paced_weights_have_mean_one_and_follow_their_prompts(rates: list, alpha
     order = list(range(len(rates)))
     random.shuffle(order)
     torch.testing.assert_close(paced_weights(rates_P[order], alpha=alpha, beta=beta), weights_P[order])
+
+
+def test_large_powers_leave_the_prompt_with_the_largest_weight() -> None:
+    assert paced_weights(torch.tensor([0.25, 0.5]), alpha=1e5).tolist() == pytest.approx([0.0, 2.0])
+    assert paced_weights(torch.tensor([0.25, 0.5]), beta=1e5).tolist() == pytest.approx([2.0, 0.0])
 
 
 def test_prompts_that_are_always_or_never_solved_weigh_nothing() -> None:
