@@ -44,7 +44,7 @@ class Flag:
     @property
     def text(self) -> str:
         """The flag as it is typed, ``--opd-kl-coef``."""
-        return "--" + self.name.replace("_", "-")
+        return flag_of(self.name)
 
     @property
     def switch(self) -> bool:
@@ -120,6 +120,11 @@ def _check_bounds(value: float, limits: Mapping[str, Any]) -> None:
         raise BadValueError(f"must be below {limits['below']:g}")
     if abs(value) > LARGEST_FLOAT32:
         raise BadValueError("is too large for a 32-bit number")
+
+
+def flag_of(name: str) -> str:
+    """How the option ``name`` is typed."""
+    return "--" + name.replace("_", "-")
 
 
 def spoken(words: Iterable[Any]) -> str:

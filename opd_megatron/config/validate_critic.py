@@ -9,6 +9,7 @@ from pathlib import Path
 from opd_megatron.config.checkpoint_paths import resolve_step
 from opd_megatron.config.critic import critic_optimizer, critic_schedule_steps, has_critic
 from opd_megatron.config.errors import UserError
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
 from opd_megatron.config.options.critic import CriticOptions
 from opd_megatron.config.resolve import has_reward
@@ -19,7 +20,7 @@ def critic_faults(options: Options) -> Iterator[str]:
     if not has_critic(options):
         for item in dataclasses.fields(CriticOptions):
             if item.name in options.given:
-                yield f"--{item.name.replace('_', '-')} has no effect without --advantage-estimator ppo: leave it out"
+                yield f"{flag_of(item.name)} has no effect without --advantage-estimator ppo: leave it out"
         return
     objective = options.objective
     if objective.kl_coef == 0 and not has_reward(options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import needs_student_ids
 
@@ -39,7 +40,7 @@ _OF_DIVERGENCE = {
 def distribution_faults(options: Options) -> list[str]:
     """Every fault of ``--opd-loss`` and what belongs to it; the options have ``--use-opd``."""
     faults = [
-        f"{_flag(name)} goes with --opd-loss {form} only"
+        f"{flag_of(name)} goes with --opd-loss {form} only"
         for form, names in _OF_FORM.items()
         if form != options.opd.opd_loss
         for name in names
@@ -52,10 +53,6 @@ def distribution_faults(options: Options) -> list[str]:
     if options.opd.opd_loss == "distribution":
         faults += [*_divergence_faults(options, options.opd), *_support_faults(options, options.opd)]
     return faults
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _sampled_faults(opd: OpdOptions) -> Iterator[str]:
@@ -71,11 +68,11 @@ def _divergence_faults(options: Options, opd: OpdOptions) -> Iterator[str]:
     chosen = (opd.opd_divergence, opd.opd_divergence_to)
     for name, kinds in _OF_DIVERGENCE.items():
         if name in options.given and not any(kind in chosen for kind in kinds):
-            yield f"{_flag(name)} goes with --opd-divergence {_either(kinds)} only"
+            yield f"{flag_of(name)} goes with --opd-divergence {_either(kinds)} only"
     if opd.opd_divergence_to is None:
         for name in ("opd_divergence_mix", "opd_divergence_schedule"):
             if name in options.given:
-                yield f"{_flag(name)} needs --opd-divergence-to: name the second divergence"
+                yield f"{flag_of(name)} needs --opd-divergence-to: name the second divergence"
     elif opd.opd_divergence_mix is None and opd.opd_divergence_schedule is None:
         yield "--opd-divergence-to needs --opd-divergence-mix, --opd-divergence-schedule or both"
     if opd.opd_divergence_to == opd.opd_divergence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import EngineOptions, Options
 
 _STARTED_ONLY = (
@@ -27,7 +28,7 @@ def engine_faults(options: Options) -> Iterator[str]:
     if options.engine.rollout_engine == "local":
         names = [item.name for item in dataclasses.fields(EngineOptions) if item.name != "rollout_engine"]
         for name in (name for name in names if name in given):
-            yield f"{_flag(name)} goes with --rollout-engine sglang only"
+            yield f"{flag_of(name)} goes with --rollout-engine sglang only"
         return
     if "rollout_engine_batch_size" in given:
         yield (
@@ -36,7 +37,7 @@ def engine_faults(options: Options) -> Iterator[str]:
         )
     if options.engine.rollout_engine_url:
         for name in (name for name in _STARTED_ONLY if name in given):
-            yield f"{_flag(name)} has no effect on the servers of --rollout-engine-url: leave one of them out"
+            yield f"{flag_of(name)} has no effect on the servers of --rollout-engine-url: leave one of them out"
     elif options.engine.rollout_engine_api_key_env is not None:
         yield (
             "--rollout-engine-api-key-env goes with --rollout-engine-url only: servers that the run starts are reached "
@@ -50,7 +51,3 @@ def engine_faults(options: Options) -> Iterator[str]:
         yield "--rollout-engine sglang has nothing to sample with --loss-type sft_loss and no evaluation: leave it out"
     if len(options.rollout.rollout_stop) > MAX_STOP_STRINGS:
         yield f"--rollout-stop takes at most {MAX_STOP_STRINGS} strings with --rollout-engine sglang"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

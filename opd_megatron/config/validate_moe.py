@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options, ParallelOptions
 
 SizeName = Callable[[str, int], str]
@@ -61,7 +62,7 @@ def expert_option_faults(options: Options, student: ModelArchitecture) -> Iterat
     if student.mixture is None:
         for name in ("moe_router_dtype", "moe_router_load_balancing_type", "moe_aux_loss_coeff"):
             if name in options.given:
-                yield f"--{name.replace('_', '-')} is for a mixture of experts, which the student is not: leave it out"
+                yield f"{flag_of(name)} is for a mixture of experts, which the student is not: leave it out"
         return
     parallel, model = options.parallel, options.model
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import has_advantages, reference_folder
 from opd_megatron.config.targets import REFERENCE, loads_reference, opd_reference_name
@@ -53,14 +54,14 @@ def objective_faults(options: Options) -> Iterator[str]:
     for switch, names in _SWITCHES.items():
         if not getattr(objective, switch):
             for name in (name for name in names if name in given):
-                yield f"{_flag(name)} has no effect without {_flag(switch)}: add it"
+                yield f"{flag_of(name)} has no effect without {flag_of(switch)}: add it"
     if objective.calculate_per_token_loss and objective.loss_length_divisor is not None:
         yield "--calculate-per-token-loss and --loss-length-divisor are two averages over tokens: leave out one of them"
     if objective.loss_type == "sft_loss":
         unused = [name for name in _POLICY_ONLY if name in given and getattr(objective, name)]
         unused += ["n_samples_per_prompt"] if options.rollout.n_samples_per_prompt > 1 else []
         for name in unused:
-            yield f"{_flag(name)} has no effect with --loss-type sft_loss: leave it out"
+            yield f"{flag_of(name)} has no effect with --loss-type sft_loss: leave it out"
         return
     yield from _advantage_faults(options)
     yield from _policy_loss_faults(options)
@@ -92,7 +93,7 @@ def _policy_loss_faults(options: Options) -> Iterator[str]:
     if not has_advantages(options):
         form = "importance" if options.opd.opd_loss == "sampled" else f"loss {options.opd.opd_loss}"
         for name in (name for name in _OF_ADVANTAGES if name in given and getattr(objective, name)):
-            yield (f"{_flag(name)} has no effect: with --opd-{form} and no task reward every advantage is 0")
+            yield (f"{flag_of(name)} has no effect: with --opd-{form} and no task reward every advantage is 0")
     if objective.use_kl_loss and objective.kl_loss_coef == 0:
         yield "--use-kl-loss has no effect with --kl-loss-coef 0, its default: give a coefficient"
     if objective.custom_loss_path is not None and "policy_loss" in given:
@@ -107,7 +108,3 @@ def _policy_loss_faults(options: Options) -> Iterator[str]:
             "--use-opsm has no effect with one optimizer step per rollout, which leaves no response behind: lower "
             "--global-batch-size, raise --ppo-epochs, or leave it out"
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import has_megatron_teacher, is_self_taught, knows_teacher, needs_teacher_hidden
 from opd_megatron.config.teachers_file import read_teachers
@@ -53,12 +54,12 @@ def opd_faults(options: Options) -> list[str]:
     # those of a file may stay where the command line switches distillation, or the teacher, off
     idle = [name for name in idle_opd_options(options) if name in options.typed]
     if not opd.use_opd:
-        faults = [f"{_flag(name)} has no effect without --use-opd: add it" for name in idle]
+        faults = [f"{flag_of(name)} has no effect without --use-opd: add it" for name in idle]
         if options.objective.loss_type == "policy_loss" and options.objective.advantage_estimator == "none":
             faults.append("--advantage-estimator none leaves nothing to learn from: add --use-opd or name an estimator")
         return faults
     faults = [
-        f"{_flag(name)} has no effect with --load-debug-rollout-data, which holds the teacher's scores: leave it out"
+        f"{flag_of(name)} has no effect with --load-debug-rollout-data, which holds the teacher's scores: leave it out"
         for name in idle
     ]
     if options.objective.loss_type == "sft_loss":
@@ -93,12 +94,8 @@ def idle_opd_options(options: Options) -> list[str]:
     return [name for name in names if name in options.given]
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _misplaced(options: Options, names: tuple[str, ...], other: str) -> list[str]:
-    return [f"{_flag(name)} goes with --opd-type {other} only" for name in names if name in options.given]
+    return [f"{flag_of(name)} goes with --opd-type {other} only" for name in names if name in options.given]
 
 
 def _megatron_faults(options: Options) -> list[str]:
@@ -131,7 +128,8 @@ def _sglang_faults(options: Options) -> list[str]:
     opd = options.opd
     if opd.opd_teachers is not None:
         faults += [
-            f"{_flag(name)} does not go with --opd-teachers, whose file says it for each teacher: leave out one of them"
+            f"{flag_of(name)} does not go with --opd-teachers, whose file says it for each teacher: leave out one of "
+            "them"
             for name in ("opd_teacher_url", "opd_teacher_api_key_env")
             if name in options.given
         ]

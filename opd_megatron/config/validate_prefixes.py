@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from opd_megatron.config.critic import has_critic
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import has_task
 
@@ -42,7 +43,7 @@ def _data_faults(options: Options) -> Iterator[str]:
     if options.rollout.load_debug_rollout_data is not None:
         for name in ("opd_student_data_fraction", "opd_data_response_key"):
             if name in given:
-                flag = "--" + name.replace("_", "-")
+                flag = flag_of(name)
                 yield f"{flag} has no effect with --load-debug-rollout-data, whose responses are made: leave it out"
         return
     if opd.opd_student_data_fraction == 1.0:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from opd_megatron.config.architecture import ModelArchitecture
 from opd_megatron.config.errors import UserError
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import (
     has_megatron_teacher,
@@ -170,7 +171,7 @@ def _teacher_layout_faults(options: Options, teacher: ModelArchitecture) -> Iter
     if teacher.mixture is None:
         for name in ("opd_teacher_expert_model_parallel_size", "opd_teacher_expert_tensor_parallel_size"):
             if getattr(options.opd, name) is not None:
-                flag = "--" + name.replace("_", "-")
+                flag = flag_of(name)
                 yield f"{flag} is for a mixture of experts, which the teacher is not: leave it out"
     own = dataclasses.replace(options, parallel=parallel)
     yield from layout_faults_of_model(own, teacher, "teacher", named)
@@ -294,7 +295,7 @@ def _checkpoint_faults(options: Options) -> Iterator[str]:
             yield "--ckpt-step is a step of --load: name its folder"
         for name in ("finetune", "no_load_optim", "no_load_rng"):
             if getattr(paths, name):
-                yield f"--{name.replace('_', '-')} says how --load is read: name its folder"
+                yield f"{flag_of(name)} says how --load is read: name its folder"
     if paths.finetune and (paths.no_load_optim or paths.no_load_rng):
         yield "--finetune loads weights alone: leave out --no-load-optim and --no-load-rng"
     if paths.save_retain_interval is not None and (
@@ -314,7 +315,7 @@ def _reward_and_evaluation_faults(options: Options) -> Iterator[str]:
     if not evaluation.eval_prompt_data:
         for name in ("eval_input_key", "eval_label_key", "eval_rm_type"):
             if name in options.given:
-                yield f"--{name.replace('_', '-')} has nothing to evaluate: give --eval-prompt-data NAME PATH"
+                yield f"{flag_of(name)} has nothing to evaluate: give --eval-prompt-data NAME PATH"
     if (evaluation.stop_eval_metric is None) != (evaluation.stop_eval_value is None):
         yield "--stop-eval-metric and --stop-eval-value go together: give both or neither"
     names = [name for name, _ in evaluation.eval_prompt_data]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference, reference_folder, teaches_itself_now
 
@@ -27,12 +28,12 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
     opd, given = options.opd, options.given
     if opd.opd_teacher != "self":
         for name in (name for name in SELF_ONLY if name in given):
-            yield f"{_flag(name)} goes with --opd-teacher self only"
+            yield f"{flag_of(name)} goes with --opd-teacher self only"
         return
     for name in (name for name in _EXTERNAL_ONLY if name in given):
-        yield f"{_flag(name)} does not go with --opd-teacher self, which has the student's weights and layout"
+        yield f"{flag_of(name)} does not go with --opd-teacher self, which has the student's weights and layout"
     for name in (name for name in ("opd_more_teachers", "opd_teacher_mixture") if name in given):
-        yield f"{_flag(name)} does not go with --opd-teacher self, which is one teacher"
+        yield f"{flag_of(name)} does not go with --opd-teacher self, which is one teacher"
     if opd.opd_include_prompt:
         yield "--opd-include-prompt does not go with --opd-teacher self, which reads another prompt than the student"
     if "opd_self_ema_decay" in given and opd.opd_self_weights != "ema":
@@ -79,7 +80,7 @@ def _server_faults(options: Options) -> Iterator[str]:
             "current weights: choose it, or --opd-type megatron"
         )
     for name in (name for name in ("opd_teacher_url", "opd_teacher_api_key_env") if name in options.given):
-        yield f"{_flag(name)} has no effect with --opd-self-weights current: the rollout engine's servers are asked"
+        yield f"{flag_of(name)} has no effect with --opd-self-weights current: the rollout engine's servers are asked"
 
 
 def self_teacher_weight_faults(options: Options) -> Iterator[str]:
@@ -95,7 +96,3 @@ def self_teacher_weight_faults(options: Options) -> Iterator[str]:
         yield (
             "--offload-teacher has no effect with --opd-self-weights current, which are the student's own: leave it out"
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

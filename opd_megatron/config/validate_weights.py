@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import has_reward
 
@@ -19,15 +20,11 @@ def weight_faults(options: Options) -> list[str]:
     return [*_selection_faults(options), *_paced_faults(options), *_sample_faults(options)]
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _selection_faults(options: Options) -> Iterator[str]:
     opd, given = options.opd, options.given
     if opd.opd_token_select == "all":
         for name in (name for name in _OF_SELECTION if name in given):
-            yield f"{_flag(name)} has no effect with --opd-token-select all: choose top or sample"
+            yield f"{flag_of(name)} has no effect with --opd-token-select all: choose top or sample"
         return
     if opd.opd_token_select == "top" and "opd_token_floor" in given:
         yield "--opd-token-floor goes with --opd-token-select sample only"
@@ -59,7 +56,7 @@ def _paced_faults(options: Options) -> Iterator[str]:
     opd, given, copies = options.opd, options.given, options.rollout.n_samples_per_prompt
     if opd.opd_prompt_weight == "none":
         for name in (name for name in _OF_PACED if name in given):
-            yield f"{_flag(name)} has no effect without --opd-prompt-weight paced: add it"
+            yield f"{flag_of(name)} has no effect without --opd-prompt-weight paced: add it"
         return
     if opd.opd_paced_alpha == opd.opd_paced_beta == 0:
         yield "--opd-paced-alpha 0 and --opd-paced-beta 0 give every prompt the same weight: leave one at its default"

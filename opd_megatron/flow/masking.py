@@ -8,7 +8,7 @@ from dataclasses import fields
 import numpy as np
 
 from opd_megatron.config.options import Options
-from opd_megatron.objectives.weights import scored_opd_weights, token_loss_weights
+from opd_megatron.objectives.weights import scored_opd_weights, step_weights
 from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.protocol import FailureKind
 
@@ -57,11 +57,7 @@ def leave_out_failed(options: Options, samples: Sequence[Sample]) -> None:
     size = options.global_batch_size
     for first in range(0, len(samples), size):
         step = samples[first : first + size]
-        weights = token_loss_weights(
-            [sample.loss_mask for sample in step],
-            options.objective.calculate_per_token_loss,
-            options.objective.loss_length_divisor,
-        )
+        weights = step_weights(options.objective, [sample.loss_mask for sample in step])
         scored = [sample.teacher_failure is None for sample in step]
         for sample, opd_weights_T in zip(step, scored_opd_weights(weights, scored), strict=True):
             sample.opd_weights = opd_weights_T.numpy()

@@ -29,7 +29,7 @@ from opd_megatron.objectives.sample_weights import (
 )
 from opd_megatron.objectives.tensors import joined, owners
 from opd_megatron.objectives.token_selection import sampled_tokens, token_scores, top_tokens
-from opd_megatron.objectives.weights import token_loss_weights
+from opd_megatron.objectives.weights import step_weights
 from opd_megatron.sample import Sample, Status
 
 logger = logging.getLogger(__name__)
@@ -198,14 +198,7 @@ class OpdWeighting:
         """``[N]``: how much each token counts in the loss of its optimizer step."""
         options, size = self._options, self._options.global_batch_size
         masks = [sample.loss_mask for sample in samples]
-        steps = [
-            token_loss_weights(
-                masks[first : first + size],
-                options.objective.calculate_per_token_loss,
-                options.objective.loss_length_divisor,
-            )
-            for first in range(0, len(samples), size)
-        ]
+        steps = [step_weights(options.objective, masks[first : first + size]) for first in range(0, len(samples), size)]
         return torch.cat([weights_T for step in steps for weights_T in step]).double()
 
 

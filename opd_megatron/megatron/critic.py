@@ -126,10 +126,10 @@ class Critic:
         per_step, with_tokens = [], []
         with self.memory.holding(*needed):
             for number, micro_batches in [*enumerate(steps)] * self.options.objective.ppo_epochs:
-                weights, has_tokens = step_loss_weights(self.options, samples, number)
+                weights = step_loss_weights(self.options, samples, number)
                 loss = ValueLoss(samples, weights, self.options.objective.value_clip)
                 per_step.append(self._step(samples, micro_batches, loss))
-                if has_tokens:
+                if any(weight.any() for weight in weights):
                     with_tokens.append(per_step[-1])
             if offload.offload_train:
                 gather_weights(self.wrapped)

@@ -17,23 +17,19 @@ from torch import Tensor
 from opd_megatron.config.errors import RunError
 from opd_megatron.config.options import Options
 from opd_megatron.megatron.optimizer import optimizer_step
-from opd_megatron.objectives.weights import token_loss_weights
+from opd_megatron.objectives.weights import step_weights
 from opd_megatron.sample import Sample
 
 
-def step_loss_weights(options: Options, samples: Sequence[Sample], number: int) -> tuple[list[np.ndarray], bool]:
-    """Weights of the tokens of optimizer step ``number`` of a rollout, and whether any is not 0.
+def step_loss_weights(options: Options, samples: Sequence[Sample], number: int) -> list[np.ndarray]:
+    """Weights of the tokens of optimizer step ``number`` of a rollout.
 
     One ``[T]`` float32 array per sample by its place; those before the step are empty.
     """
-    first, objective = number * options.global_batch_size, options.objective
-    weights = token_loss_weights(
-        [sample.loss_mask for sample in samples[first : first + options.global_batch_size]],
-        objective.calculate_per_token_loss,
-        objective.loss_length_divisor,
-    )
-    by_place = [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
-    return by_place, any(bool(weight.any()) for weight in weights)
+    first = number * options.global_batch_size
+    masks = [sample.loss_mask for sample in samples[first : first + options.global_batch_size]]
+    weights = step_weights(options.objective, masks)
+    return [np.zeros(0, dtype=np.float32)] * first + [weight.numpy() for weight in weights]
 
 
 def apply_gradients(

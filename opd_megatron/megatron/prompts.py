@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd_megatron.config.options import Options
-from opd_megatron.objectives.weights import token_loss_weights
+from opd_megatron.objectives.weights import step_weights
 from opd_megatron.sample import Sample, prompt_as_response
 
 
@@ -42,13 +42,13 @@ class PromptReading:
         """
         if self.read is self.samples:
             return None
-        size, objective = options.global_batch_size, options.objective
+        size = options.global_batch_size
         first = number * size
         masks = [
             np.concatenate([np.ones(self._before(place), dtype=np.bool_), self.samples[place].loss_mask])
             for place in range(first, min(first + size, len(self.samples)))
         ]
-        weights = token_loss_weights(masks, objective.calculate_per_token_loss, objective.loss_length_divisor)
+        weights = step_weights(options.objective, masks)
         return [np.zeros(0, dtype=np.float32)] * first + [weights_T.numpy() for weights_T in weights]
 
     def _before(self, place: int) -> int:

@@ -283,7 +283,7 @@ class MegatronTrainer:
     def _step_loss(self, samples: Sequence[Sample], number: int, rollout_id: int) -> StepLoss:
         """The loss of optimizer step ``number`` of a pass over the rollout."""
         reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
-        weights, _ = step_loss_weights(self.options, reading.read, number)
+        weights = step_loss_weights(self.options, reading.read, number)
         term_weights = reading.step_weights(self.options, number)
         return StepLoss(self.options, self.student, reading.read, weights, self._kept_rows, rollout_id, term_weights)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opd_megatron.config.options import ObjectiveOptions
 from opd_megatron.objectives.catalogue import Catalogue
 from opd_megatron.objectives.tensors import TokenArray, joined, owners
 
@@ -31,6 +32,11 @@ def token_loss_weights(
         divisors_B = torch.full_like(counts_B, len(lengths) * length_divisor)
     weights_N = mask_N.float() / divisors_B.clamp(min=1).float()[owner_N]
     return list(weights_N.split(lengths))
+
+
+def step_weights(objective: ObjectiveOptions, loss_masks: Sequence[TokenArray]) -> list[Tensor]:
+    """:func:`token_loss_weights` as the options want them."""
+    return token_loss_weights(loss_masks, objective.calculate_per_token_loss, objective.loss_length_divisor)
 
 
 def scored_opd_weights(loss_weights: Sequence[Tensor], scored: Sequence[bool]) -> list[Tensor]:
