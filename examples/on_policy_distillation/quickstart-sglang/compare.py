@@ -37,15 +37,18 @@ def read_summary(folder: str) -> dict[str, Any]:
 
 def table(summaries: dict[str, dict[str, Any]]) -> str:
     """The students before and after, side by side."""
-    lines = [f"{'':>16}  {'pass@1':>6}  {'at T=1':>6}  {'reverse KL':>10}  {'steps':>5}  {'s':>5}"]
     first = next(iter(summaries.values()))
-    before = (first[f"student_pass@1_before{part}"] for part in ("", "_t1"))
-    lines.append("{:>16}  {:6.3f}  {:6.3f}  {:10.4f}".format("before", *before, first["reverse_kl_first"]))
+    lines = [f"{'':>16}  {'pass@1':>6}  {'at T=1':>6}  {'reverse KL':>10}  {'steps':>5}  {'s':>5}"]
+    lines.append(_line("before", first, "before", "first"))
     for name, found in summaries.items():
-        rates = (found[f"student_pass@1_after{part}"] for part in ("", "_t1"))
-        cost = f"{found['opd_steps']:5}  {found['opd_seconds']:5.0f}"
-        lines.append("{:>16}  {:6.3f}  {:6.3f}  {:10.4f}  {}".format(name, *rates, found["reverse_kl_last"], cost))
+        cost = f"  {found['opd_steps']:5}  {found['opd_seconds']:5.0f}"
+        lines.append(_line(name, found, "after", "last") + cost)
     return "\n".join(lines)
+
+
+def _line(name: str, found: dict[str, Any], when: str, kl: str) -> str:
+    greedy, sampled = found[f"student_pass@1_{when}"], found[f"student_pass@1_{when}_t1"]
+    return f"{name:>16}  {greedy:6.3f}  {sampled:6.3f}  {found[f'reverse_kl_{kl}']:10.4f}"
 
 
 def main(argv: Sequence[str]) -> None:
