@@ -22,7 +22,7 @@ from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.exchange import exchange
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs, TokenStatistics
+from opd_megatron.questions import LogProbs, StudentTokens
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -160,15 +160,15 @@ def chosen_tokens(
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **flags | settings | GRADIENT_FLAGS), rendezvous)
     samples = make_samples(1)
     scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
-    statistics = _everywhere(trainer.ask(TokenStatistics(), samples))
-    known = [statistics[place] for place in range(len(samples))]
+    answers = _everywhere(trainer.ask(StudentTokens(divergence=True), samples))
+    known = [answers[place] for place in range(len(samples))]
     for place, sample in enumerate(samples):
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
         sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
-        sample.old_log_probs, sample.entropies = known[place][:, 0], known[place][:, 1]
+        sample.old_log_probs, sample.entropies = known[place]["student_log_prob"], known[place]["student_entropy"]
     OpdWeighting(trainer.options, ()).apply(samples, 0, known)
     metrics, found = step_gradients(trainer, samples)
-    return known, metrics, found
+    return [np.array(answer.tolist()) for answer in known], metrics, found
 
 
 def own_groups(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> bool:
