@@ -17,6 +17,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     estimates_advantages,
+    hears_feedback,
     measures_diagnostics,
     measures_exact_kl,
     needs_teacher_hidden,
@@ -81,6 +82,9 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     own = sampled_by_student(samples)
     if options.opd.use_opd and (options.opd.opd_student_data_fraction < 1 or len(own) < len(samples)):
         metrics["opd/student_data_frac"] = len(own) / len(samples)
+    if hears_feedback(options):
+        heard = sum(sample.teacher_prompt_tokens is not None for sample in samples)
+        metrics["opd/feedback_frac"] = heard / len(samples)
     if own:
         metrics |= rollout_metrics(own)
         if options.objective.loss_type != "sft_loss":

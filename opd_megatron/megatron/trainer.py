@@ -48,8 +48,9 @@ from opd_megatron.megatron.frozen import (
 from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
+    SKIPPED_STEPS,
     apply_gradients,
-    mean_over_steps,
+    of_rollout,
     step_loss_weights,
     sum_over_data_parallel,
 )
@@ -302,7 +303,7 @@ class MegatronTrainer:
             log_probs = found | log_probs  # those before the first step that saw the sample
         self._kept_rows = {}
         log_probs = PromptReading.of(samples, self.options.opd.opd_include_prompt).cut(log_probs)
-        return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
+        return TrainResult(of_rollout(per_step, with_tokens) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
@@ -315,14 +316,16 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.student, loss.samples, micro_batches, loss, with_gradients=True)
-        gradient_norm, learning_rate = apply_gradients(
+        gradient_norm, learning_rate, taken = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("optimizer"),
             forget_copies=self.options.offload.offload_optimizer or self.options.offload.offload_train,
             rate_flag="--lr",
         )
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, SKIPPED_STEPS: float(not taken)}
+        metrics |= router_statistics(self.chunks)
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])

@@ -98,6 +98,21 @@ def losses(
     return [trainer.train(make_samples(number)).metrics or {} for number in range(steps)]
 
 
+def nothing_to_learn(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Metrics of three steps, of which the second has no gradient, and the weights that this step moved."""
+    trainer = _trainer(rendezvous, folder, TRAINING | flags)
+    unrewarded = make_samples(1)
+    for sample in unrewarded:
+        sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
+    metrics = [trainer.train(make_samples(0)).metrics or {}]
+    before = exported(trainer)
+    metrics.append(trainer.train(unrewarded).metrics or {})
+    moved = [name for name, tensor in exported(trainer).items() if not torch.equal(tensor, before[name])]
+    return [*metrics, trainer.train(make_samples(2)).metrics or {}], moved
+
+
 def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> list[dict[str, float]]:
     """Metrics of steps with a Megatron teacher, two optimizer steps per rollout, at a temperature other than 1."""
     settings = (
