@@ -79,7 +79,7 @@ class Row:
 ROWS = {
     "grpo": Row("GRPO", GRPO, group=8),
     "opd": Row("OPD, sampled", OPD),
-    "opd-baseline": Row("OPD, sampled, quietest baseline", f"{OPD} --opd-baseline optimal"),
+    "opd-baseline": Row("OPD, sampled, optimal baseline", f"{OPD} --opd-baseline optimal"),
     "opd-grpo": Row("OPD + GRPO", f"--use-opd --opd-type megatron {GRPO}", group=8),
     "full": Row("distribution, whole vocabulary", DISTRIBUTION),
     "top8": Row("distribution, top-8 + tail", f"{DISTRIBUTION} --opd-support teacher_topk --opd-top-k 8"),
@@ -92,6 +92,7 @@ ROWS = {
     "paced": Row("PACED", f"{DISTRIBUTION} --lr 5e-4 --rm-type column_arithmetic --opd-prompt-weight paced", group=8),
     "extrapolation": Row("extrapolation, 1.25", f"{DISTRIBUTION} --opd-reward-scale 1.25"),
     "full-128": Row("distribution, 128 prompts", DISTRIBUTION, prompts=128),
+    "opd-128": Row("OPD, sampled, optimal baseline, 128 prompts", f"{OPD} --opd-baseline optimal", prompts=128),
 }
 
 

@@ -38,6 +38,7 @@ from opd_megatron.megatron.frozen import frozen_models
 from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.objectives.advantages import chosen_estimator
 from opd_megatron.objectives.policy_loss import chosen_policy_loss
+from opd_megatron.questions import LogProbs, TopIds
 from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.generate import RolloutGenerator
@@ -213,7 +214,7 @@ def _engine(
 
 def _student_log_probs(trainer: TrainerGroup, tokens: np.ndarray, temperature: float | None = None) -> np.ndarray:
     """The trainer's log-probabilities of ``tokens[1:]`` at the rollout temperature, or another one."""
-    return trainer.score("student", text_samples([tokens]), temperature=temperature)[0]
+    return trainer.ask(LogProbs("student", temperature=temperature), text_samples([tokens]))[0]
 
 
 def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
@@ -243,4 +244,5 @@ def _teacher(options: Options, trainer: TrainerGroup, engine: RolloutEngine | No
     servers = connect_teachers(options, vocab_size, combine)
     if not needs_student_ids(options):
         return servers
-    return StudentIdsTeacher(servers, lambda samples: trainer.top_ids(samples, opd.opd_top_k or 1), policy_of(options))
+    question = TopIds(opd.opd_top_k or 1)
+    return StudentIdsTeacher(servers, lambda samples: trainer.ask(question, samples), policy_of(options))

@@ -13,6 +13,7 @@ from opd_megatron.objectives.diagnostics import (
     scored_tokens,
     teacher_statistics,
 )
+from opd_megatron.questions import TokenDiagnostics
 from opd_megatron.rollout.evaluate import PASS_ABOVE
 from opd_megatron.sample import Sample, sampled_by_student
 
@@ -32,7 +33,7 @@ def diagnose(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> dict[s
 
 
 def _of_tokens(parts: Parts, samples: Sequence[Sample]) -> dict[str, float]:
-    found = zip(parts.trainer.token_diagnostics(samples), samples, strict=True)
+    found = zip(parts.trainer.ask(TokenDiagnostics(), samples), samples, strict=True)
     arrays = [array for array, sample in found if not sample.from_data]
     samples = sampled_by_student(samples)
     if not samples:

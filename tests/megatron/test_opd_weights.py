@@ -16,6 +16,7 @@ from opd_megatron.flow.student_pass import ask_student
 from opd_megatron.flow.weighting import OpdWeighting
 from opd_megatron.megatron import distribution, forward
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs, TokenStatistics
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -51,17 +52,15 @@ def samples_without_a_task(seed: int = 21) -> list[Sample]:
 
 def weighed(trainer: MegatronTrainer, samples: list[Sample]) -> list[np.ndarray]:
     """Score with the teacher, look with the student, make the weights; the student's statistics."""
-    scores = trainer.score("teacher", samples, keep_hidden=True)
+    scores = trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
     for place, sample in enumerate(samples):
         assert sample.teacher_scores is not None
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place], valid_T=sample.teacher_scores.valid_T)
 
     class Alone:
-        def score(self, name: Any, samples: Any) -> Any:
-            raise AssertionError("one pass is enough")
-
-        def token_statistics(self, samples: Any) -> list[np.ndarray]:
-            found = trainer.token_statistics(samples)
+        def ask(self, question: Any, samples: Any) -> list[np.ndarray]:
+            assert question == TokenStatistics(), "one pass is enough"
+            found = trainer.ask(question, samples)
             return [found[place] for place in range(len(samples))]
 
     statistics = ask_student(trainer.options, Alone(), samples)
@@ -121,7 +120,7 @@ def test_a_servers_record_is_compared_by_its_classes(folders: dict[str, Path], t
         classes = torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], dim=1)
         record = torch.cat([top.values, rest[:, None]], dim=1)
         expected.append(torch.where(torch.from_numpy(sample.loss_mask), jensen_shannon(classes, record), 0.0))
-    found = trainer.token_statistics(samples)
+    found = trainer.ask(TokenStatistics(), samples)
     for place, values in enumerate(expected):
         np.testing.assert_allclose(found[place][:, 2], values.numpy(), rtol=0, atol=2e-5)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from opd_megatron.megatron.gradient_diagnostics import prompt_halves
+from opd_megatron.questions import LogProbs, TokenDiagnostics
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     load_reference,
@@ -35,8 +36,8 @@ def test_whole_distributions(folders: tuple[Path, Path]) -> None:
         student, teacher=teacher, use_opd=True, rollout_temperature=TEMPERATURE, opd_diagnostics_top_k=TOP_K
     )
     samples = make_samples(0)
-    trainer.score("teacher", samples, keep_hidden=True)
-    found = trainer.token_diagnostics(samples)
+    trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
+    found = trainer.ask(TokenDiagnostics(), samples)
     models = [load_reference(folder, torch.float64) for folder in folders]
     for place, sample in enumerate(samples):
         if not sample.response_length:
@@ -73,7 +74,7 @@ def test_a_servers_record(folders: tuple[Path, Path]) -> None:
         length = sample.response_length
         ids = np.array([random.permutation(53)[:4] for _ in range(length)], dtype=np.int32).reshape(length, 4)
         sample.teacher_scores = TeacherScores(log_probs_T=np.zeros(length), top_ids_TK=ids)
-    found = trainer.token_diagnostics(samples)
+    found = trainer.ask(TokenDiagnostics(), samples)
     model = load_reference(folders[0], torch.float64)
     for place, sample in enumerate(samples):
         assert found[place].dtype.names == ("student_log_prob", "student_entropy", "student_mass", "overlap")
