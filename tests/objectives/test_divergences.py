@@ -157,6 +157,46 @@ def test_skew_slopes_are_bounded_where_a_probability_vanishes() -> None:
     assert skew_kl(0.1)(ruled_out, logs)[1].abs().item() < 1 / 0.1
 
 
+def test_a_truncated_top_k_sum_is_not_a_divergence() -> None:
+    """The raw sum of ``S log(S/T)`` over the teacher's top two of three tokens, and what a tail makes of it.
+
+    It is negative at ``S = T/e`` on the support, where its gradient is 0 in every free probability, so nothing draws S
+    to T from there; at ``S = T`` it draws S away. With the tail as one more class all of this is gone.
+    """
+    teacher = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    shrunk = torch.tensor([0.6 / math.e, 0.3 / math.e, 1 - 0.9 / math.e], dtype=torch.float64)
+
+    def raw_sum(probabilities: Tensor) -> tuple[float, Tensor]:
+        listed = probabilities[:2].clone().requires_grad_()
+        total = (listed * (listed / teacher[:2]).log()).sum()
+        return total.item(), torch.autograd.grad(total, listed)[0]
+
+    negative, pull = raw_sum(shrunk)
+    assert negative == pytest.approx(-0.9 / math.e, abs=1e-12)  # -0.331
+    torch.testing.assert_close(pull, torch.zeros_like(pull), rtol=0, atol=1e-12)
+    nothing, push = raw_sum(teacher)
+    assert nothing == pytest.approx(0.0, abs=1e-12)
+    torch.testing.assert_close(push, torch.ones_like(push), rtol=0, atol=1e-12)
+
+    def with_tail(probabilities: Tensor) -> tuple[float, Tensor]:
+        """Value, and the gradient of the logits of the three classes."""
+        terms, slopes = reverse_kl(probabilities.log(), teacher.log())
+        return terms.sum().item(), slopes - probabilities * slopes.sum()
+
+    positive, pull = with_tail(shrunk)
+    assert positive > 0.5
+    assert pull[:2].max() < -0.1  # descending it gives the listed tokens their mass back
+    nothing, pull = with_tail(teacher)
+    assert nothing == pytest.approx(0.0, abs=1e-12)
+    torch.testing.assert_close(pull, torch.zeros_like(pull), rtol=0, atol=1e-12)
+    # at least twice the squared total variation (Pinsker), which is 0 at S = T alone
+    generator = torch.Generator().manual_seed(9)
+    students = (2 * torch.randn(200, 3, dtype=torch.float64, generator=generator)).log_softmax(-1)
+    found = reverse_kl(students, teacher.log().expand_as(students))[0].sum(-1)
+    variation = (students.exp() - teacher).abs().sum(-1) / 2
+    assert bool((found >= 2 * variation.square() - 1e-12).all())
+
+
 @given(
     name=st.sampled_from(sorted(ALL)),
     student=st.lists(st.floats(-30, 5), min_size=2, max_size=6),
