@@ -249,7 +249,7 @@ def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
         limit=opd.opd_log_ratio_clip,
     )
     for sample, future in zip(samples, futures, strict=True):
-        sample.opd_future = future.numpy()
+        sample.opd_future = future.float().numpy()
 
 
 def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:
