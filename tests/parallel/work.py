@@ -202,8 +202,8 @@ def brought_head_bytes(rendezvous: Rendezvous, folder: Path, flags: dict[str, An
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
     for number in range(2):
         trainer.ask(LogProbs("teacher", keep_hidden=True), make_samples(number))
-    rows = trainer._kept_rows["teacher"]
-    held = [rows._weight_Vh, *trainer.frozen["teacher"]._brought_head]
+    rows = trainer.scorers.kept_rows["teacher"]
+    held = [rows._weight_Vh, *trainer.scorers.frozen["teacher"]._brought_head]
     storages = {tensor.data_ptr(): tensor.nbytes for tensor in held if tensor is not None}
     return sum(storages.values())
 
