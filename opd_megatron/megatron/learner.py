@@ -47,8 +47,8 @@ def apply_gradients(
 ) -> tuple[float, float, bool]:
     """Take one step with the gradients that are there.
 
-    Returns their global norm before clipping, the learning rate, and whether the step was taken: where the gradient is 0
-    everywhere nothing was to be learned, and the weights stay, which momentum and weight decay would move on. The
+    Returns their global norm before clipping, the learning rate, and whether the step was taken: where the gradient is
+    0 everywhere nothing was to be learned, and the weights stay, which momentum and weight decay would move on. The
     schedule counts the step in any case.
 
     ``holding`` has the optimizer's state on the device. ``forget_copies`` drops gradients of master weights, which
