@@ -48,7 +48,7 @@ from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.rollout.sglang_engine import SGLangEngine
-from opd_megatron.teacher.connect import check_prompt_routes, connect_server, connect_teachers
+from opd_megatron.teacher.connect import connect_server, connect_teachers
 from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.own_engine import EngineTeacher
 from opd_megatron.teacher.preflight import text_samples
@@ -105,7 +105,6 @@ def assemble(options: Options) -> Iterator[Parts]:
         records = with_teacher_prompts(options, records, tokenizer)
         GivenResponses(options, tokenizer).check(records, student_architecture(options).max_position_embeddings)
         if options.opd.use_opd:
-            check_prompt_routes(options, (record.metadata for record in records))
             check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":

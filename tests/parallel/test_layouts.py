@@ -79,10 +79,11 @@ def _transformers_voice(folder: Path) -> list[tuple[np.ndarray, torch.Tensor]]:
 
 
 def check_voices(parts: list[dict[str, Any]], folder: Path) -> None:
-    """Logits and log-probabilities are those of transformers, and the export is what was loaded."""
-    log_probs, logits = (merged([part[name] for part in parts]) for name in ("log_probs", "logits"))
+    """Logits, log-probabilities and likeliest tokens are those of transformers, and the export is what was loaded."""
+    log_probs, logits, top_ids = (merged([part[name] for part in parts]) for name in ("log_probs", "logits", "top_ids"))
     for place, (expected, expected_logits) in enumerate(_transformers_voice(folder)):
         np.testing.assert_allclose(log_probs[place], expected, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(top_ids[place], expected_logits.topk(work.TOP).indices)
         if len(expected):
             assert relative_error(torch.from_numpy(logits[place]), expected_logits) <= 1e-5
     assert_equal_tensors(parts[0]["exported"], load_file(folder / "model.safetensors"))
