@@ -78,7 +78,13 @@ class Critic:
     ) -> None:
         self.options, self.memory = options, memory
         self.chunks = build_of_kind(ValueModel, options, architecture)
-        self._fill(first_weights(options, start))
+        first = first_weights(options, start)
+        try:
+            self._fill(first)
+        except UserError as error:
+            if first is start:
+                raise
+            raise UserError(f"--critic-load {error}: a critic has the student's architecture") from error
         set_load_balancing(self.chunks, options)
         settings = critic_optimizer(options)
         self.wrapped = wrap_model(self.chunks, settings)
