@@ -604,6 +604,22 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         MEGATRON + "--opd-loss distribution --opd-divergence-mix 0.5",
         ("--opd-divergence-mix needs --opd-divergence-to",),
     ),
+    "a schedule of nothing": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-divergence-schedule 0:9",
+        ("--opd-divergence-schedule has nothing to change: name a second divergence with --opd-divergence-to",),
+    ),
+    "a beta that changes the size of the loss": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-jsd-beta-end 0.5",
+        (
+            "--opd-jsd-beta-end needs --opd-divergence-schedule: say over which rollouts",
+            "--opd-jsd-beta-end needs --opd-jsd-scaled",
+            "--opd-jsd-beta-end 0.5 is where --opd-jsd-beta begins",
+        ),
+    ),
+    "a changing beta of another divergence": (
+        MEGATRON + "--opd-loss distribution --opd-jsd-beta-end 1 --opd-jsd-scaled --opd-divergence-schedule 0:9",
+        ("--opd-jsd-beta-end goes with --opd-divergence jsd only",),
+    ),
     "a second divergence without weight": (
         MEGATRON + "--opd-loss distribution --opd-divergence-to forward_kl",
         ("--opd-divergence-to needs --opd-divergence-mix, --opd-divergence-schedule or both",),

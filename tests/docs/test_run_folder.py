@@ -50,6 +50,7 @@ OF_OTHER_TERMS = {
     "train/opd_divergence",
     "train/opd_prompt_divergence",
     "opd/implicit_reward",
+    "opd/jsd_beta",
     "opd/student_data_frac",
 }
 """Metrics of other forms of the distillation term; tests/e2e/test_distillation_forms.py looks at those, and
