@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         MEGATRON + "--advantage-estimator none --opd-loss distribution --policy-loss gspo --use-tis --eps-clip 0.1",
         (
             "--policy-loss has no effect: with --opd-loss distribution and no task reward",
-            "--use-tis has no effect: with",
+            "--use-tis has no effect: with --opd-loss distribution and no task reward no mean over sampled tokens",
             "--eps-clip has no effect: with",
         ),
     ),

@@ -21,6 +21,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "clipped": ({"opd_log_ratio_clip": 0.1}, "train/opd_clipfrac"),
     "discounted": ({"opd_kl_discount": 0.9, "opd_baseline": "kl"}, "train/opd_advantage_abs_mean"),
     "importance": ({"opd_importance": True, **MOVING}, "train/opd_loss"),
+    "importance of the engine's tokens": ({"opd_importance": True, "use_tis": True}, "train/tis_weight"),
+    "k3 loss of the engine's tokens": (
+        {"opd_loss": "kl_loss", "opd_kl_loss_type": "k3", "use_tis": True, **MOVING},
+        "train/tis_weight",
+    ),
     "k1 loss": ({"opd_loss": "kl_loss", "opd_kl_loss_type": "k1"}, "train/opd_loss"),
     "k2 loss": ({"opd_loss": "kl_loss"}, "train/opd_loss"),
     "teacher's top": ({**WHOLE, "opd_support": "teacher_topk", "opd_top_k": 4}, "train/opd_divergence"),
