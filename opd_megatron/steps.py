@@ -32,6 +32,7 @@ from opd_megatron.flow.targets import score_references, target_statistics
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
+from opd_megatron.objectives.distribution import divergence_metrics
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.mismatch import mismatch_statistics
 from opd_megatron.objectives.opd import future_distances, reverse_kl_statistics
@@ -183,6 +184,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
         metrics["opd/only"] = float(not estimates_advantages(options))
+        metrics |= divergence_metrics(options.opd, rollout_id)
         metrics |= diagnose(parts, samples, rollout_id, answers)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
