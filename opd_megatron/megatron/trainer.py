@@ -65,6 +65,7 @@ from opd_megatron.megatron.optimizer import (
 )
 from opd_megatron.megatron.own_teacher import OwnTeacher
 from opd_megatron.megatron.prompts import PromptReading
+from opd_megatron.megatron.schedule import keep_place, schedule_state
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
 from opd_megatron.megatron.teacher_rows import OtherPrompts, TeacherRows
@@ -160,7 +161,7 @@ class MegatronTrainer:
         if self.critic is not None:
             self.critic.resume(start.folder)
         with self.memory.holding("weights", "optimizer"):
-            return checkpoint.load_training_state(
+            state = checkpoint.load_training_state(
                 start.folder,
                 self.chunks,
                 self.optimizer,
@@ -169,6 +170,9 @@ class MegatronTrainer:
                 with_optimizer=not options.no_load_optim,
                 with_rng=not options.no_load_rng,
             )
+        if not options.no_load_optim:
+            keep_place(self.scheduler, self.options, state)
+        return state
 
     def _steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
         """Every rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
@@ -372,7 +376,7 @@ class MegatronTrainer:
                 hf_folder=hf_folder,
                 optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,
-                run_state={**run_state, "optimizer": optimizer_kind(self.options)},
+                run_state={**run_state, "optimizer": optimizer_kind(self.options), **schedule_state(self.options)},
                 beside=beside,
             )
         if dist.get_rank() == 0:
