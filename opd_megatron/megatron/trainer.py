@@ -54,6 +54,7 @@ from opd_megatron.megatron.optimizer import (
     wrap_model,
 )
 from opd_megatron.megatron.prompts import PromptReading
+from opd_megatron.megatron.schedule import keep_place, schedule_state
 from opd_megatron.megatron.scorers import Scorers
 from opd_megatron.megatron.scoring import merge_parts, reports, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
@@ -130,7 +131,7 @@ class MegatronTrainer:
         if self.critic is not None:
             self.critic.resume(start.folder)
         with self.memory.holding("weights", "optimizer"):
-            return checkpoint.load_training_state(
+            state = checkpoint.load_training_state(
                 start.folder,
                 self.chunks,
                 self.optimizer,
@@ -139,6 +140,9 @@ class MegatronTrainer:
                 with_optimizer=not options.no_load_optim,
                 with_rng=not options.no_load_rng,
             )
+        if not options.no_load_optim:
+            keep_place(self.scheduler, self.options, state)
+        return state
 
     def _share(self, samples: Sequence[Sample]) -> list[MicroBatches]:
         """This rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
@@ -291,7 +295,7 @@ class MegatronTrainer:
                 hf_folder=hf_folder,
                 optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,
-                run_state={**run_state, "optimizer": optimizer_kind(self.options)},
+                run_state={**run_state, "optimizer": optimizer_kind(self.options), **schedule_state(self.options)},
                 beside=beside,
             )
             if dist.get_rank() == 0:
