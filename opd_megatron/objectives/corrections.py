@@ -80,6 +80,13 @@ CORRECTIONS.describe(
     proof="test_expected_losses.py::test_sequence_weights_give_the_on_policy_gradient",
 )
 CORRECTIONS.describe(
+    "importance sampling of a distillation loss",
+    "--use-tis --opd-loss kl_loss, --use-tis --opd-importance",
+    formula=r"$w\, c\, \rho\, k_1$ and the like: the loss of sampled tokens has the weights above",
+    source="the same",
+    proof="test_expected_losses.py::test_importance_weights_bring_every_term_of_sampled_tokens_to_the_students_law",
+)
+CORRECTIONS.describe(
     "IcePop",
     "--use-tis --tis-mode mask",
     formula=r"$L_t \leftarrow w_t L_t$ where $c_{\mathrm{low}} \le w_t \le c$, else 0",

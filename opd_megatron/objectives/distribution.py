@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 from opd_megatron.config.options import OpdOptions
@@ -50,6 +51,14 @@ DIVERGENCES.register(
     source="GKD, arXiv 2306.13649",
     proof=_PROOF,
     more_flags="--opd-jsd-beta B [--opd-jsd-scaled]",
+)
+DIVERGENCES.describe(
+    "Jensen-Shannon of a changing weight",
+    "--opd-divergence jsd --opd-jsd-scaled --opd-jsd-beta-end B --opd-divergence-schedule START:END",
+    formula=r"$\mathrm{JSD}_\beta / (\beta (1-\beta))$ with $\beta$ along a line; $\beta \to 0$: "
+    r"$\mathrm{KL}(T \Vert S)$, $\beta \to 1$: $\mathrm{KL}(S \Vert T)$",
+    source="GKD, arXiv 2306.13649",
+    proof="test_opd_losses.py::test_beta_leads_from_one_kl_to_the_other_without_a_jump",
 )
 DIVERGENCES.register(
     "skew_kl",
@@ -125,7 +134,11 @@ DIVERGENCES.describe(
 
 
 def chosen_divergence(opd: OpdOptions, rollout_id: int) -> Divergence:
-    """``(1 - w) D1 + w D2`` with ``w`` of :func:`mixing_weight`; ``D1`` alone without ``--opd-divergence-to``."""
+    """``(1 - w) D1 + w D2`` with ``w`` of :func:`mixing_weight`; ``D1`` alone without ``--opd-divergence-to``.
+
+    A Jensen-Shannon divergence has the beta of :func:`jsd_beta`.
+    """
+    opd = replace(opd, opd_jsd_beta=jsd_beta(opd, rollout_id))
     first = DIVERGENCES[opd.opd_divergence](opd)
     if opd.opd_divergence_to is None:
         return first
@@ -139,10 +152,32 @@ def mixing_weight(opd: OpdOptions, rollout_id: int) -> float:
     ``--opd-divergence-mix`` (default 1), which ``--opd-divergence-schedule START:END`` reaches by a straight line.
     """
     final = 1.0 if opd.opd_divergence_mix is None else opd.opd_divergence_mix
+    return final * _way(opd, rollout_id)
+
+
+def jsd_beta(opd: OpdOptions, rollout_id: int) -> float:
+    """``--opd-jsd-beta``, or where the line to ``--opd-jsd-beta-end`` is in rollout ``rollout_id`` (from 0).
+
+    It leads through the rollouts of ``--opd-divergence-schedule``. The divergence must be scaled, or its size would
+    change with beta, to nothing at both ends.
+    """
+    if opd.opd_jsd_beta_end is None:
+        return opd.opd_jsd_beta
+    way = _way(opd, rollout_id)
+    return (1.0 - way) * opd.opd_jsd_beta + way * opd.opd_jsd_beta_end
+
+
+def divergence_metrics(opd: OpdOptions, rollout_id: int) -> dict[str, float]:
+    """``opd/jsd_beta`` where it changes."""
+    return {} if opd.opd_jsd_beta_end is None else {"opd/jsd_beta": jsd_beta(opd, rollout_id)}
+
+
+def _way(opd: OpdOptions, rollout_id: int) -> float:
+    """From 0 before ``--opd-divergence-schedule START:END`` to 1 behind it, and 1 without one."""
     if opd.opd_divergence_schedule is None:
-        return final
+        return 1.0
     start, end = map(int, opd.opd_divergence_schedule.split(":"))
-    return final * min(max((rollout_id - start) / (end - start), 0.0), 1.0)
+    return min(max((rollout_id - start) / (end - start), 0.0), 1.0)
 
 
 def opd_coefficient(opd: OpdOptions, rollout_id: int) -> float:

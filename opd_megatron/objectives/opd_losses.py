@@ -44,11 +44,13 @@ class OpdTerms:
 class OpdEffect:
     """What is added to the advantage (detached) or to the loss, ``[N]``, and metrics of the same shape.
 
-    ``weighted_metrics`` are parts of the term: the weights of tokens multiply them as they do the term itself.
+    ``of_samples`` says that the loss stands for its mean over the sampled token, so that a token from another policy
+    must be weighed. ``weighted_metrics`` are parts of the term: the weights of tokens multiply them, too.
     """
 
     advantage_N: Tensor | None = None
     loss_N: Tensor | None = None
+    of_samples: bool = False
     metrics: dict[str, Tensor] = field(default_factory=dict)
     weighted_metrics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -73,7 +75,7 @@ def sampled(terms: OpdTerms) -> OpdEffect:
         loss_N = importance_weighted_term(
             terms.log_probs_N, terms.old_log_probs_N, terms.teacher_log_probs_N, terms.scored_N, limit=limit
         )
-        return OpdEffect(loss_N=loss_N, metrics=metrics)
+        return OpdEffect(loss_N=loss_N, of_samples=True, metrics=metrics)
     advantage_N = sampled_term(
         terms.old_log_probs_N,
         terms.teacher_log_probs_N,
@@ -107,7 +109,7 @@ def kl_estimator(terms: OpdTerms) -> OpdEffect:
         torch.where(terms.scored_N, values_N, 0.0)
         for values_N in (terms.log_probs_N, terms.old_log_probs_N, terms.teacher_log_probs_N)
     )
-    return OpdEffect(loss_N=kl_loss(terms.options.opd_kl_loss_type, kept_N, teacher_N, old_N))
+    return OpdEffect(loss_N=kl_loss(terms.options.opd_kl_loss_type, kept_N, teacher_N, old_N), of_samples=True)
 
 
 OPD_LOSSES.register(
