@@ -28,6 +28,24 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "k1 loss": ({"opd_loss": "kl_loss", "opd_kl_loss_type": "k1"}, "train/opd_loss"),
     "k2 loss": ({"opd_loss": "kl_loss"}, "train/opd_loss"),
+    "k3 loss": ({"opd_loss": "kl_loss", "opd_kl_loss_type": "k3"}, "train/opd_loss"),
+    "uneven jsd, scaled, and another at another temperature": (
+        {
+            **WHOLE,
+            "opd_divergence": "jsd",
+            "opd_jsd_scaled": True,
+            "opd_jsd_beta": 0.3,
+            "opd_divergence_to": "forward_kl",
+            "opd_divergence_mix": 0.25,
+            "opd_temperature": 0.7,
+        },
+        "train/opd_divergence",
+    ),
+    "student's top and a tail": ({**WHOLE, "opd_support": "student_topk", "opd_top_k": 4}, "train/opd_divergence"),
+    "teacher's top, rescaled": (
+        {**WHOLE, "opd_support": "teacher_topk", "opd_top_k": 4, "opd_tail": "renormalized"},
+        "train/opd_divergence",
+    ),
     "teacher's top": ({**WHOLE, "opd_support": "teacher_topk", "opd_top_k": 4}, "train/opd_divergence"),
     "student's top, rescaled": (
         {**WHOLE, "opd_support": "student_topk", "opd_top_k": 4, "opd_tail": "renormalized"},
