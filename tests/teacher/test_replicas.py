@@ -54,8 +54,8 @@ def serving(*steps: Step) -> Iterator[list[ScriptedServer]]:
             server.close()
 
 
-def score(servers: list[ScriptedServer], count: int = 60) -> list[Any]:
-    teacher = SGLangTeacher([server.url for server in servers], vocab_size=10, backoff=0.02)
+def score(servers: list[ScriptedServer], count: int = 60, **settings: Any) -> list[Any]:
+    teacher = SGLangTeacher([server.url for server in servers], vocab_size=10, backoff=0.02, **settings)
     samples = [
         Sample(index, index, "", prompt_tokens=np.array([1, 2]), response_tokens=np.full(1 + index % 5, 4))
         for index in range(count)
@@ -128,6 +128,25 @@ def test_a_sample_that_no_server_can_score_fails_alone_and_holds_up_nobody() -> 
         outcomes = score(servers)
     for index, outcome in enumerate(outcomes):
         assert isinstance(outcome, TeacherFailure if index % 5 == 4 else TeacherScores), outcome
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"error": "Bearer sk-verysecret is no key"},
+        {"meta_info": {"finish_reason": {"type": "abort", "message": "no credit for sk-verysecret"}}},
+        {"meta_info": {"input_token_logprobs": [[None, 2, None], ["sk-verysecret", 4, None]]}},
+    ],
+)
+def test_a_key_that_a_good_answer_repeats_reaches_neither_message_nor_log(
+    answer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "sk-verysecret")
+    with serving(reply(200, answer)) as servers:
+        (failure,) = score(servers, count=1, api_key_env="TEACHER_KEY", max_retries=1)
+    assert isinstance(failure, TeacherFailure)
+    assert "attempt 2 of 2" in caplog.text
+    assert "verysecret" not in str(failure) + caplog.text
 
 
 class Swapped:
