@@ -38,8 +38,9 @@ from opd_megatron.megatron.frozen import FrozenModel, ModelName, build_from_opti
 from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
+    SKIPPED_STEPS,
     apply_gradients,
-    mean_over_steps,
+    of_rollout,
     step_loss_weights,
     sum_over_data_parallel,
 )
@@ -53,6 +54,7 @@ from opd_megatron.megatron.optimizer import (
     wrap_model,
 )
 from opd_megatron.megatron.prompts import PromptReading
+from opd_megatron.megatron.schedule import keep_place, schedule_state
 from opd_megatron.megatron.scorers import Scorers
 from opd_megatron.megatron.scoring import merge_parts, reports, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
@@ -129,7 +131,7 @@ class MegatronTrainer:
         if self.critic is not None:
             self.critic.resume(start.folder)
         with self.memory.holding("weights", "optimizer"):
-            return checkpoint.load_training_state(
+            state = checkpoint.load_training_state(
                 start.folder,
                 self.chunks,
                 self.optimizer,
@@ -138,6 +140,9 @@ class MegatronTrainer:
                 with_optimizer=not options.no_load_optim,
                 with_rng=not options.no_load_rng,
             )
+        if not options.no_load_optim:
+            keep_place(self.scheduler, self.options, state)
+        return state
 
     def _share(self, samples: Sequence[Sample]) -> list[MicroBatches]:
         """This rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
@@ -234,7 +239,7 @@ class MegatronTrainer:
             log_probs = found | log_probs  # those before the first step that saw the sample
         self.scorers.forget()
         log_probs = PromptReading.of(samples, self.options.opd.opd_include_prompt).cut(log_probs)
-        return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
+        return TrainResult(of_rollout(per_step, with_tokens) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
@@ -247,14 +252,16 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.student, loss.samples, micro_batches, loss, with_gradients=True)
-        gradient_norm, learning_rate = apply_gradients(
+        gradient_norm, learning_rate, taken = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("optimizer"),
             forget_copies=self.options.offload.offload_optimizer or self.options.offload.offload_train,
             rate_flag="--lr",
         )
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, SKIPPED_STEPS: float(not taken)}
+        metrics |= router_statistics(self.chunks)
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
@@ -288,7 +295,7 @@ class MegatronTrainer:
                 hf_folder=hf_folder,
                 optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,
-                run_state={**run_state, "optimizer": optimizer_kind(self.options)},
+                run_state={**run_state, "optimizer": optimizer_kind(self.options), **schedule_state(self.options)},
                 beside=beside,
             )
             if dist.get_rank() == 0:

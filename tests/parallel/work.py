@@ -23,7 +23,7 @@ from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.exchange import exchange
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs, StudentTokens
+from opd_megatron.questions import LogProbs, StudentTokens, TopIds
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -44,6 +44,8 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 TRAINING: dict[str, Any] = {"lr": 2e-3, "lr_warmup_iters": 3, "lr_decay_style": "cosine", "num_rollouts": 12}
 STEPS = 10
+TOP = 3
+"""How many of the student's likeliest tokens are asked for."""
 
 
 def _trainer(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> MegatronTrainer:
@@ -56,6 +58,7 @@ def voices(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[
     samples = make_samples(0)
     return {
         "log_probs": trainer.ask(LogProbs("student"), samples),
+        "top_ids": trainer.ask(TopIds(TOP), samples),
         "logits": logits(trainer, samples) if parallel_state.is_pipeline_last_stage() else _join_in(trainer),
         "exported": exported(trainer),
     }
@@ -84,11 +87,18 @@ def whole_responses(
 def step_and_scores(
     rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[int, Any]]:
-    """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it."""
+    """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it.
+
+    Every token has a weight of its own in the distillation term, a fifth of them 0.
+    """
     terms: dict[str, Any] = {"entropy_coef": 0.01, "rollout_temperature": 0.8, "calculate_per_token_loss": True}
     trainer = _trainer(rendezvous, folder, flags | LOSSES["opd"] | GRADIENT_FLAGS | terms)
+    samples, random = make_samples(1), np.random.default_rng(5)
+    for sample in samples:
+        sample.opd_weights = random.uniform(0, 2, sample.response_length).astype(np.float32)
+        sample.opd_weights[random.random(sample.response_length) < 0.2] = 0
     scores = trainer.ask(LogProbs("student"), make_samples(1))
-    return *step_gradients(trainer, make_samples(1)), scores
+    return *step_gradients(trainer, samples), scores
 
 
 def losses(
@@ -97,6 +107,21 @@ def losses(
     """Metrics of the first steps on recorded rollouts."""
     trainer = _trainer(rendezvous, folder, TRAINING | flags | LOSSES[loss])
     return [trainer.train(make_samples(number)).metrics or {} for number in range(steps)]
+
+
+def nothing_to_learn(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Metrics of three steps, of which the second has no gradient, and the weights that this step moved."""
+    trainer = _trainer(rendezvous, folder, TRAINING | flags)
+    unrewarded = make_samples(1)
+    for sample in unrewarded:
+        sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
+    metrics = [trainer.train(make_samples(0)).metrics or {}]
+    before = exported(trainer)
+    metrics.append(trainer.train(unrewarded).metrics or {})
+    moved = [name for name, tensor in exported(trainer).items() if not torch.equal(tensor, before[name])]
+    return [*metrics, trainer.train(make_samples(2)).metrics or {}], moved
 
 
 def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> list[dict[str, float]]:
