@@ -90,18 +90,6 @@ def counted_samples(
     return counted_B if longest is None else counted_B & (lengths_B <= longest)
 
 
-def effective_share(weights_N: Tensor) -> float:
-    """``(sum w)^2 / (N sum w^2)``: the effective sample size of ``N`` weights over ``N``; 0 where all are 0.
-
-    1 where all are equal, ``k / N`` where ``k`` are equal and the others 0 (Kish). NaN for none.
-    """
-    weights_N = weights_N.double()
-    squares = float(weights_N.square().sum())
-    if not len(weights_N):
-        return float("nan")
-    return float(weights_N.sum()) ** 2 / (len(weights_N) * squares) if squares > 0 else 0.0
-
-
 PROMPT_WEIGHTS.register(
     "paced",
     paced_weights,

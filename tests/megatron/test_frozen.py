@@ -19,15 +19,7 @@ from tests.megatron.support import (
     make_samples,
     make_trainer,
     reference_log_probs,
-    save_reference,
-    tiny_config,
 )
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
 
 
 def _distil(trainer: MegatronTrainer) -> dict[str, float]:
