@@ -30,6 +30,7 @@ from opd_megatron.data.privileged import extra_keys, with_teacher_prompts
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
+from opd_megatron.flow.feedback import feedback_prompts
 from opd_megatron.flow.target_models import combination, compares_distributions, megatron_teacher
 from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
@@ -136,7 +137,8 @@ def assemble(options: Options) -> Iterator[Parts]:
         generator, flow = None, None
         if samples_rollouts and engine is not None and prompts is not None:
             generator = RolloutGenerator(engine, tokenizer, options)
-            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher))
+            feedback = feedback_prompts(options, tokenizer)
+            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher, feedback))
             stack.callback(flow.close)
         yield Parts(
             options=options,

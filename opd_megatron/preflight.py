@@ -88,8 +88,9 @@ def preflight(parts: Parts, done: int) -> list[str]:
 
 def _check_teacher(parts: Parts) -> list[Finding]:
     options, teacher = parts.options, parts.teacher
+    vocab_size = student_architecture(options).vocab_size
     if teacher is None:
-        return check_references(options, Student(parts.tokenizer))
+        return check_references(options, Student(parts.tokenizer, vocab_size=vocab_size))
     if isinstance(teacher, EngineTeacher):
         return teacher.preflight(_longest_sample(parts), options.opd.opd_overlong)
     if is_self_taught(options) and isinstance(teacher, MegatronTeacher):
@@ -109,6 +110,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         log_probs=student_log_probs if same_temperature else None,
         texts=text_of_records(records, parts.tokenizer, count=JUDGED_TEXTS, longest=min(JUDGED_TOKENS, positions)),
         chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
+        vocab_size=vocab_size,
     )
     if isinstance(teacher, MegatronTeacher):
         return check_megatron(teacher, student) + check_references(options, student)

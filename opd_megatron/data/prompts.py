@@ -54,9 +54,9 @@ def check_prompt_file(
 ) -> list[str]:
     """What is wrong with a prompt file, as phrases; an empty list if nothing is.
 
-    ``path`` may carry a slice (``PATH@[a:b]``). The first few bad rows are named by line (Parquet: row) and the others
-    counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault. ``routes`` are a field of
-    the metadata and the teachers of which it has to name one.
+    ``path`` may carry a slice (``PATH@[a:b]``). The first row with a fault is named by line (Parquet: row), the others
+    are counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault. ``routes`` are a field
+    of the metadata and the teachers of which it has to name one.
     """
     rows, faults = _read_checked(path, input_key, label_key, metadata_key, apply_chat_template)
     return faults or summarize([fault for row in rows if (fault := _route_fault(row, metadata_key, routes))])
@@ -66,10 +66,14 @@ def _read_checked(
     path: str, input_key: str, label_key: str | None, metadata_key: str, apply_chat_template: bool
 ) -> tuple[list[Row], list[str]]:
     rows, faults = read_rows(path)
+    places: dict[str, list[str]] = {}
     for row in rows:
         fault = _row_fault(row.fields, input_key, label_key, metadata_key, apply_chat_template)
         if fault:
-            faults.append(f"{row.where}: {fault}")
+            places.setdefault(fault, []).append(row.where)
+    for fault, where in places.items():
+        others = f" (and {len(where) - 1} more rows)" if len(where) > 1 else ""
+        faults.append(f"{where[0]}{others}: {fault}")
     return rows, summarize(faults)
 
 

@@ -78,7 +78,13 @@ class Critic:
     ) -> None:
         self.options, self.memory = options, memory
         self.chunks = build_of_kind(ValueModel, options, architecture)
-        self._fill(first_weights(options, start))
+        first = first_weights(options, start)
+        try:
+            self._fill(first)
+        except UserError as error:
+            if first is start:
+                raise
+            raise UserError(f"--critic-load {error}: a critic has the student's architecture") from error
         set_load_balancing(self.chunks, options)
         settings = critic_optimizer(options)
         self.wrapped = wrap_model(self.chunks, settings)
@@ -141,7 +147,8 @@ class Critic:
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.chunks[-1], samples, micro_batches, loss, with_gradients=True)
         offload = self.options.offload
-        norm, rate = apply_gradients(
+        norm, rate, _ = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("critic optimizer"),

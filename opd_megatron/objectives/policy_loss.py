@@ -131,7 +131,7 @@ POLICY_LOSSES.describe(
     "--eps-clip-c",
     formula=r"at most $-c_{\mathrm{dual}} A$ where $A < 0$",
     source="arXiv 1912.09729",
-    proof="test_policy_loss.py::test_dual_clip_bounds_the_loss_of_negative_advantages",
+    proof="test_expected_losses.py::test_dual_clip_has_the_gradient_of_the_bounded_surrogate",
 )
 POLICY_LOSSES.register(
     "gspo",
@@ -149,6 +149,27 @@ POLICY_LOSSES.register(
     formula=r"$-\mathrm{sg}(\mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{\mathrm{high}}))\, A \log S$",
     source="arXiv 2506.13585",
     proof="test_expected_losses.py::test_cispo_has_the_gradient_of_the_surrogate_with_truncated_weights",
+)
+POLICY_LOSSES.describe(
+    "a loss of one's own",
+    "--custom-loss-path package.module:function",
+    formula="$L_t$ of a function",
+    source="",
+    proof="test_own_objectives.py::test_a_loss_of_ones_own_is_weighted_and_reported_like_all_others",
+)
+POLICY_LOSSES.describe(
+    "entropy bonus",
+    "--entropy-coef H",
+    formula=r"$-h\, H(S(\cdot \mid s_t))$ in the loss, over the whole vocabulary",
+    source="Williams and Peng, 1991",
+    proof="test_losses.py::test_entropy_bonus_raises_the_entropy",
+)
+POLICY_LOSSES.describe(
+    "several passes over a rollout",
+    "--ppo-epochs N",
+    formula=r"$S_{\mathrm{old}}$ and $d_t$ stay those of the weights that sampled",
+    source="arXiv 1707.06347",
+    proof="e2e/test_objectives.py::test_passes_over_a_rollout_are_optimizer_steps_of_the_schedule",
 )
 
 

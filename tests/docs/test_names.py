@@ -15,6 +15,7 @@ from tests.docs.declared import (
     TOOLS,
     argparse_flags,
     flag_text,
+    named_tests,
     source_texts,
     tool_flags,
     train_flags,
@@ -163,6 +164,21 @@ def test_named_files_of_the_package_exist() -> None:
         assert any(place.exists() for place in places), name
     package = ROOT / "opd_megatron"
     assert {f"{item.parent.name}/" for item in package.glob("*/__init__.py")} <= set(rooms)
+
+
+@EACH_PAGE
+def test_named_tests_exist(page: Path) -> None:
+    """```file.py`: `test_name```, the file in tests/objectives or, with a folder, in tests."""
+    for file, name in re.findall(r"`((?:\w+/)?test_\w+\.py)`: `(\w+)`", page.read_text(encoding="utf-8")):
+        assert name in named_tests(file if "/" in file else f"objectives/{file}"), f"{file} has no {name}"
+
+
+def test_every_mutation_has_a_test_that_notices_it() -> None:
+    text = (ROOT / "docs" / "objective.md").read_text(encoding="utf-8")
+    section = text.partition("## What would be noticed\n")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ") and "test_" in row]
+    assert len(rows) >= 10
+    assert all(re.search(r"\| `(?:\w+/)?test_\w+\.py`: `test_\w+` \|$", row) for row in rows)
 
 
 @EACH_PAGE

@@ -116,7 +116,7 @@ class Ledger:
         monkeypatch.setattr(learner, "optimizer_step", counted)
 
     def _models(self) -> dict[str, torch.nn.Module]:
-        frozen = {str(name): scorer.model for name, scorer in self.trainer.frozen.items()}
+        frozen = {str(name): scorer.model for name, scorer in self.trainer.scorers.frozen.items()}
         return {"student": self.trainer.student, **frozen}
 
     def count(self) -> dict[str, int]:

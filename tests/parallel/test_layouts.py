@@ -132,6 +132,16 @@ def test_the_first_ten_losses_are_the_same(
     assert_same_metrics(found, expected, 1e-5)
 
 
+def test_all_ranks_leave_out_a_step_with_nothing_to_learn(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], layout: str
+) -> None:
+    parts = two.run(work.nothing_to_learn, folders["qwen3"], LAYOUTS[layout])
+    expected, _ = alone(work.nothing_to_learn, folders["qwen3"], ())
+    assert [metrics["train/skipped_steps"] for metrics in expected] == [0, 1, 0]
+    assert_same_metrics(reporting([metrics for metrics, _ in parts]), expected, 1e-5)
+    assert [moved for _, moved in parts] == [[], []]
+
+
 def test_distillation_from_a_megatron_teacher_is_the_same(
     two: WorkerPool, alone: Alone, folders: dict[str, Path], layout: str
 ) -> None:
