@@ -32,7 +32,6 @@ from opd_megatron.config.resolve import (
     teaches_itself_by_average,
     teaches_itself_now,
 )
-from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.chunks import Entries
@@ -49,8 +48,9 @@ from opd_megatron.megatron.frozen import (
 from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
+    SKIPPED_STEPS,
     apply_gradients,
-    mean_over_steps,
+    of_rollout,
     step_loss_weights,
     sum_over_data_parallel,
 )
@@ -68,12 +68,11 @@ from opd_megatron.megatron.own_teacher import OwnTeacher
 from opd_megatron.megatron.prompts import PromptReading
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
+from opd_megatron.megatron.student_tokens import student_tokens
 from opd_megatron.megatron.teacher_rows import OtherPrompts, TeacherRows
-from opd_megatron.megatron.token_diagnostics import token_diagnostics
-from opd_megatron.megatron.token_statistics import token_statistics
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
-from opd_megatron.questions import LogProbs, Question, TokenDiagnostics, TokenStatistics, TopIds, Values
+from opd_megatron.questions import LogProbs, Question, StudentTokens, TopIds, Values
 from opd_megatron.sample import Sample
 
 
@@ -207,10 +206,8 @@ class MegatronTrainer:
                 micro_batches = self._micro_batches(samples)
                 with self.memory.holding("weights"):
                     return response_top_ids(self.chunks, samples, micro_batches, k)
-            case TokenStatistics():
-                return self._token_statistics(samples)
-            case TokenDiagnostics():
-                return self._token_diagnostics(samples)
+            case StudentTokens():
+                return self._student_tokens(question, samples)
 
     def _log_probs(self, question: LogProbs, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         name, keep_hidden = question.model, question.keep_hidden
@@ -246,20 +243,15 @@ class MegatronTrainer:
             raise ValueError("--advantage-estimator ppo alone has a critic")
         return self.critic.values(samples, self._share(samples))
 
-    def _token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+    def _student_tokens(self, question: StudentTokens, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         micro_batches = self._micro_batches(samples)
+        # kept rows are of prompts, too
+        compares = self.options.opd.opd_include_prompt and (question.divergence or question.diagnostics)
+        reading = PromptReading.of(samples, compares)
         with self.memory.holding("weights"):
-            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
             return reading.cut(
-                token_statistics(self.chunks, self.options, reading.read, micro_batches, self._kept_rows)
+                student_tokens(self.chunks, self.options, reading.read, micro_batches, self._kept_rows, question)
             )
-
-    def _token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
-        micro_batches = self._micro_batches(samples)
-        with self.memory.holding("weights"):
-            rows = None if more_teachers(self.options) else self._kept_rows.get("teacher")
-            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
-            return reading.cut(token_diagnostics(self.chunks, self.options, reading.read, micro_batches, rows))
 
     def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
         """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
@@ -311,7 +303,7 @@ class MegatronTrainer:
             log_probs = found | log_probs  # those before the first step that saw the sample
         self._kept_rows = {}
         log_probs = PromptReading.of(samples, self.options.opd.opd_include_prompt).cut(log_probs)
-        return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
+        return TrainResult(of_rollout(per_step, with_tokens) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
@@ -324,14 +316,16 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.student, loss.samples, micro_batches, loss, with_gradients=True)
-        gradient_norm, learning_rate = apply_gradients(
+        gradient_norm, learning_rate, taken = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("optimizer"),
             forget_copies=self.options.offload.offload_optimizer or self.options.offload.offload_train,
             rate_flag="--lr",
         )
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, SKIPPED_STEPS: float(not taken)}
+        metrics |= router_statistics(self.chunks)
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])

@@ -9,7 +9,7 @@ import numpy as np
 
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs, TokenDiagnostics
+from opd_megatron.questions import LogProbs, StudentTokens
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import make_samples, make_spec
 from tests.parallel.work import _everywhere
@@ -33,7 +33,7 @@ def diagnostics(
     scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
     for place, sample in enumerate(samples):
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
-    tokens = trainer.ask(TokenDiagnostics(), samples)
+    tokens = trainer.ask(StudentTokens(diagnostics=True), samples)
     gradient = trainer.gradient_diagnostics(samples, 0)
     plain = {place: {name: array[name] for name in array.dtype.names or ()} for place, array in tokens.items()}
     return plain, gradient, trainer.train(samples).metrics or {}
