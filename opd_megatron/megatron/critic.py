@@ -37,6 +37,7 @@ from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.moe import set_load_balancing
 from opd_megatron.megatron.offload import DeviceMemory, HostStore, let_leave
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, gather_weights, wrap_model
+from opd_megatron.megatron.schedule import keep_place
 from opd_megatron.megatron.scoring import merge_parts
 from opd_megatron.megatron.value_model import ValueModel
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
@@ -189,8 +190,10 @@ class Critic:
         if self.options.checkpoint.no_load_optim:
             return
         with self.on_device():
-            saved = checkpoint.read_common(source).get("critic", {})
+            common = checkpoint.read_common(source)
+            saved = common.get("critic", {})
             checkpoint.load_optimizer(source, saved, self.chunks, self.optimizer, self.scheduler, PREFIX)
+        keep_place(self.scheduler, self.options, common["run"], of_critic=True)
 
 
 @dataclass(frozen=True)
