@@ -38,6 +38,7 @@ from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
 from opd_megatron.rollout.generate import rollout_metrics
+from opd_megatron.rollout.given import origin_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, sampled_by_student, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
@@ -80,7 +81,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     train_on_prefix(samples, options.opd.opd_prefix_len if options.opd.use_opd else None)
     own = sampled_by_student(samples)
     if options.opd.use_opd and (options.opd.opd_student_data_fraction < 1 or len(own) < len(samples)):
-        metrics["opd/student_data_frac"] = len(own) / len(samples)
+        metrics |= origin_metrics(samples)
     if own:
         metrics |= rollout_metrics(own)
         if options.objective.loss_type != "sft_loss":

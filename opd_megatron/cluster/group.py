@@ -55,8 +55,8 @@ class TrainerGroup(Protocol):
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         """Take the optimizer steps of a rollout; metrics, and the student's log-probabilities before them."""
 
-    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """The student as Hugging Face tensors."""
+    def export_weights(self, name: ModelName = "student") -> Iterable[tuple[str, Tensor]]:
+        """The student, or a frozen model, as Hugging Face tensors."""
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint."""
@@ -122,8 +122,8 @@ class LocalTrainerGroup:
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results([self._trainer.train(samples, rollout_id)], len(samples))
 
-    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
-        return self._trainer.export_weights()
+    def export_weights(self, name: ModelName = "student") -> Iterable[tuple[str, Tensor]]:
+        return self._trainer.export_weights(name)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         with writing(folder):

@@ -70,9 +70,9 @@ class _TrainerRank:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._trainer, method)(*args, **kwargs)
 
-    def export_weights(self) -> list[tuple[str, Tensor]]:
+    def export_weights(self, name: ModelName) -> list[tuple[str, Tensor]]:
         assert self._trainer is not None
-        return list(self._trainer.export_weights())
+        return list(self._trainer.export_weights(name))
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         assert self._trainer is not None
@@ -205,9 +205,10 @@ class RayTrainerGroup:
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
         return merge_results(self._all("train", ray.put(list(samples)), rollout_id), len(samples))
 
-    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
-        exported: list[tuple[str, Tensor]] = self._wait([actor.export_weights.remote() for actor in self._actors])[0]
-        return exported
+    def export_weights(self, name: ModelName = "student") -> Iterable[tuple[str, Tensor]]:
+        exported: list[list[tuple[str, Tensor]]]
+        exported = self._wait([actor.export_weights.remote(name) for actor in self._actors])
+        return exported[0]
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         self._wait([actor.save.remote(folder, step, hf_folder, run_state) for actor in self._actors])

@@ -6,7 +6,7 @@ gives the log-probabilities of the responses. What else the objective needs of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ from opd_megatron.megatron import checkpoint, distributed
 from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
 from opd_megatron.megatron.forward import check_tokens
+from opd_megatron.megatron.hf_weights import export_hf_weights
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, Model, build_chunks
 from opd_megatron.megatron.scoring import response_log_probs
@@ -193,6 +194,11 @@ class FrozenScorer:
             rank = parallel_state.get_data_parallel_rank()
             micro_batches = [places for step in steps for places in step[rank]]
             return response_log_probs(self.model, samples, micro_batches, temperature, keep)
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As :func:`~opd_megatron.megatron.hf_weights.export_hf_weights`."""
+        with distributed.using(self._groups):
+            yield from export_hf_weights(self.model)
 
     parts: tuple[str, ...] = ()
     """Parts of the trainer's memory that it needs beside its own."""

@@ -346,8 +346,14 @@ class MegatronTrainer:
             metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
+    def export_weights(self, name: ModelName = "student") -> Iterator[tuple[str, Tensor]]:
+        """Stream a model as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
+        if name != "student":
+            frozen = self.frozen[name]
+            assert isinstance(frozen, FrozenScorer)  # the others have weights of the student
+            with self.memory.holding(name):
+                yield from frozen.export_weights()
+            return
         with self.memory.holding("weights"):
             gather_weights(self.wrapped)
             yield from export_hf_weights(self.chunks)

@@ -86,6 +86,10 @@ class RoutedTeachers:
         """See :meth:`SGLangTeacher.score_ids`."""
         return await self.route(sample).score_ids(sample, ids_TK)
 
+    async def answer_one(self, sample: Sample, sampling: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
+        """See :meth:`SGLangTeacher.answer_one`."""
+        return await self.route(sample).answer_one(sample, sampling)
+
     def begin_step(self, deadline: float | None) -> None:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
         for teacher in self.teachers.values():
