@@ -5,8 +5,10 @@
 The script posts the same samples in batches and turns each answer into arrays; it knows neither faults nor retries.
 Several numbers of posts and of threads are tried, and the fastest takes turns with the client. The server's prefix
 cache is emptied before each turn. Prints requests per second of both, the median of the turns' ratios, and the largest
-difference of the scores from transformers. A short run of the training loop, whose student samples more slowly than the
-teacher scores, then gives the share of a step that waits for the teacher alone.
+difference of the scores from transformers. A short run of the training loop, whose student samples in several batches
+and more slowly than the teacher scores, then gives the share of a step that waits for the teacher alone, beside the
+rates of both: response tokens per second that the engine samples while the teacher scores, and that the teacher scores
+when it has the machine for itself.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from transformers import AutoModelForCausalLM
 import train
 from opd_megatron.data.column_arithmetic import sample_problems
 from opd_megatron.observe.run_folder import read_metrics
-from opd_megatron.sample import Sample, TeacherScores
+from opd_megatron.sample import Sample, TeacherScores, read_samples
 from opd_megatron.teacher.sglang import SGLangTeacher
 from tests.sglang.served import make_model, served
 
@@ -44,6 +46,9 @@ REPOSITORY = Path(__file__).parents[1]
 TIMEOUT = 120.0
 WAYS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (8, 2)]
 """Numbers of posts and of threads that are tried for the script."""
+PROMPTS = 256
+"""Of a rollout of the training loop, one sample each."""
+DECODED_TOGETHER = 32
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--top-k", type=int, nargs="+", default=[0, 64])
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--rollouts", type=int, default=6, help="of the training loop (0: leave it out)")
+    parser.add_argument("--rollouts", type=int, default=4, help="of the training loop (0: leave it out)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     return parser.parse_args(argv)
 
@@ -201,22 +206,41 @@ def largest_difference(model: Any, samples: Sequence[Sample], scores: Sequence[T
     return worst
 
 
-def waiting_share(url: str, folder: Path, rollouts: int) -> dict[str, float]:
-    """Share of the step that the loop waits for the teacher; the first step, which opens connections, is left out."""
+def waiting_share(url: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Share of the step that the loop waits for the teacher, and the rates of engine and teacher in tokens per second.
+
+    The first step, which opens connections, is left out.
+    """
     student = make_model(folder / "student", vocab_size=0, hidden=256, layers=8, seed=1)
     prompts = folder / "prompts.jsonl"
-    problems = sample_problems(256, 3, held_out=False)
+    problems = sample_problems(PROMPTS, 3, held_out=False)
     rows = [json.dumps({"prompt": problem.prompt(), "label": problem.answer()}) for problem in problems]
     prompts.write_text("\n".join(rows) + "\n", encoding="utf-8")
     argv = ["--use-opd", "--opd-type", "sglang", "--opd-teacher-url", url, "--advantage-estimator", "none"]
     argv += ["--hf-checkpoint", str(student), "--prompt-data", str(prompts), "--run-dir", str(folder / "run")]
-    argv += ["--rollout-batch-size", "64", "--n-samples-per-prompt", "1", "--micro-batch-size", "64"]
-    argv += ["--rollout-max-response-len", "128", "--num-rollout", str(rollouts), "--rm-type", "zero", "--lr", "1e-3"]
-    train.main([*argv, "--no-tensorboard"])
+    argv += ["--rollout-batch-size", str(PROMPTS), "--rollout-engine-batch-size", str(DECODED_TOGETHER)]
+    argv += ["--rollout-max-response-len", "128", "--num-rollout", str(arguments.rollouts), "--micro-batch-size", "64"]
+    argv += ["--n-samples-per-prompt", "1", "--rm-type", "zero", "--lr", "1e-3", "--no-tensorboard"]
+    train.main([*argv, "--save-debug-rollout-data", str(folder / "rollout_{rollout_id}.jsonl")])
     lines = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if line["step"] > 1]
+    samples = [list(read_samples(folder / f"rollout_{line['step'] - 1}.jsonl")) for line in lines]
+    sampled = [sum(sample.response_length for sample in rollout) for rollout in samples]
+    engine = statistics.median(
+        tokens / line["perf/sampling_seconds"] for tokens, line in zip(sampled, lines, strict=True)
+    )
+    client = Client(url, arguments.vocab_size, 0)
+    try:
+        client.run(samples[0])
+        teacher = statistics.median(
+            tokens / timed(url, client.run, rollout)[0] for tokens, rollout in zip(sampled, samples, strict=True)
+        )
+    finally:
+        client.close()
     return {
         "teacher_wait_frac": statistics.fmean(line["perf/teacher_wait_frac"] for line in lines),
         "seconds_per_step": statistics.fmean(line["perf/step_seconds"] for line in lines),
+        "engine_tokens_per_second": engine,
+        "teacher_tokens_per_second": teacher,
     }
 
 
@@ -241,11 +265,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"from transformers {found['largest_difference_from_transformers']:.1e}",
                     flush=True,
                 )
-            step = waiting_share(url, folder, arguments.rollouts) if arguments.rollouts else None
+            step = waiting_share(url, folder, arguments) if arguments.rollouts else None
             if step is not None:
+                engine, teacher_rate = step["engine_tokens_per_second"], step["teacher_tokens_per_second"]
                 print(
-                    f"training step of {step['seconds_per_step']:.2f} s: {100 * step['teacher_wait_frac']:.1f} % of it "
-                    "waiting for the teacher"
+                    f"training step of {step['seconds_per_step']:.2f} s, {PROMPTS} samples, {DECODED_TOGETHER} decoded "
+                    f"together: {100 * step['teacher_wait_frac']:.1f} % of it waiting for the teacher; engine "
+                    f"{engine:.0f}, teacher {teacher_rate:.0f} tokens/s, ratio {teacher_rate / engine:.1f}"
                 )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"rates": rates, "step": step}, indent=2), encoding="utf-8")

@@ -30,6 +30,7 @@ from opd_megatron.data.privileged import extra_keys, with_teacher_prompts
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
+from opd_megatron.flow.feedback import feedback_prompts
 from opd_megatron.flow.target_models import combination, compares_distributions, megatron_teacher
 from opd_megatron.flow.teacher_answers import megatron_voice, server_answer
 from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
@@ -39,6 +40,7 @@ from opd_megatron.megatron.frozen import frozen_models
 from opd_megatron.megatron.trainer import TrainerSpec
 from opd_megatron.objectives.advantages import chosen_estimator
 from opd_megatron.objectives.policy_loss import chosen_policy_loss
+from opd_megatron.questions import LogProbs, TopIds
 from opd_megatron.reward import RewardFunction, build_reward
 from opd_megatron.rollout.engine import RolloutEngine
 from opd_megatron.rollout.generate import RolloutGenerator
@@ -47,7 +49,7 @@ from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.rollout.sglang_engine import SGLangEngine
-from opd_megatron.teacher.connect import check_prompt_routes, connect_server, connect_teachers
+from opd_megatron.teacher.connect import connect_server, connect_teachers
 from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.own_engine import EngineTeacher
 from opd_megatron.teacher.preflight import text_samples
@@ -104,7 +106,6 @@ def assemble(options: Options) -> Iterator[Parts]:
         records = with_teacher_prompts(options, records, tokenizer)
         GivenResponses(options, tokenizer).check(records, student_architecture(options).max_position_embeddings)
         if options.opd.use_opd:
-            check_prompt_routes(options, (record.metadata for record in records))
             check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
@@ -140,8 +141,9 @@ def assemble(options: Options) -> Iterator[Parts]:
             if voice is not None:
                 stack.callback(voice.close)
             generator = RolloutGenerator(engine, tokenizer, options, voice)
+            feedback = feedback_prompts(options, tokenizer)
             answer = server_answer(options, teacher, tokenizer, generator.sampling)
-            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher, answer))
+            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher, feedback, answer))
             stack.callback(flow.close)
         yield Parts(
             options=options,
@@ -218,7 +220,7 @@ def _engine(
 
 def _student_log_probs(trainer: TrainerGroup, tokens: np.ndarray, temperature: float | None = None) -> np.ndarray:
     """The trainer's log-probabilities of ``tokens[1:]`` at the rollout temperature, or another one."""
-    return trainer.score("student", text_samples([tokens]), temperature=temperature)[0]
+    return trainer.ask(LogProbs("student", temperature=temperature), text_samples([tokens]))[0]
 
 
 def _trainer_spec(options: Options, num_rollouts: int) -> TrainerSpec:
@@ -248,4 +250,5 @@ def _teacher(options: Options, trainer: TrainerGroup, engine: RolloutEngine | No
     servers = connect_teachers(options, vocab_size, combine)
     if not needs_student_ids(options):
         return servers
-    return StudentIdsTeacher(servers, lambda samples: trainer.top_ids(samples, opd.opd_top_k or 1), policy_of(options))
+    question = TopIds(opd.opd_top_k or 1)
+    return StudentIdsTeacher(servers, lambda samples: trainer.ask(question, samples), policy_of(options))

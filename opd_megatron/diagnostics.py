@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from opd_megatron.assembly import Parts
 from opd_megatron.config.resolve import has_reward, measures_diagnostics, measures_gradients
 from opd_megatron.objectives.diagnostics import (
@@ -17,23 +19,26 @@ from opd_megatron.rollout.evaluate import PASS_ABOVE
 from opd_megatron.sample import Sample, sampled_by_student
 
 
-def diagnose(parts: Parts, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
+def diagnose(
+    parts: Parts, samples: Sequence[Sample], rollout_id: int, answers: Sequence[np.ndarray] | None
+) -> dict[str, float]:
     """What ``--opd-diagnostics-interval`` and ``--opd-gradient-diagnostics-interval`` ask for in this rollout.
 
-    The samples have their advantages and the teacher's scores. Nothing about weights or samples changes.
+    The samples have their advantages and the teacher's scores; ``answers`` are those of the student's pass before the
+    step (:func:`~opd_megatron.flow.student_pass.ask_student`). Nothing about weights or samples changes.
     """
     metrics: dict[str, float] = {}
     opd = parts.options.opd
     if measures_diagnostics(opd, rollout_id):
-        metrics |= _of_tokens(parts, samples)
+        assert answers is not None
+        metrics |= _of_tokens(parts, samples, answers)
     if measures_gradients(opd, rollout_id):
         metrics |= parts.trainer.gradient_diagnostics(samples, rollout_id)
     return metrics
 
 
-def _of_tokens(parts: Parts, samples: Sequence[Sample]) -> dict[str, float]:
-    found = zip(parts.trainer.token_diagnostics(samples), samples, strict=True)
-    arrays = [array for array, sample in found if not sample.from_data]
+def _of_tokens(parts: Parts, samples: Sequence[Sample], answers: Sequence[np.ndarray]) -> dict[str, float]:
+    arrays = [answer for answer, sample in zip(answers, samples, strict=True) if not sample.from_data]
     samples = sampled_by_student(samples)
     if not samples:
         return {}

@@ -19,6 +19,7 @@ from opd_megatron.data.prompts import PromptRecord, text_of_records
 from opd_megatron.flow import StudentIdsTeacher
 from opd_megatron.flow.target_models import check_megatron, check_reference_scores, check_references
 from opd_megatron.objectives.advantages import chosen_estimator
+from opd_megatron.questions import LogProbs
 from opd_megatron.teacher.connect import part_of_prompts, servers_of
 from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.own_engine import EngineTeacher
@@ -100,7 +101,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     records = parts.prompts.records if parts.prompts is not None else []
 
     def student_log_probs(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return parts.trainer.score("student", text_samples(texts))
+        return parts.trainer.ask(LogProbs("student"), text_samples(texts))
 
     student = Student(
         parts.tokenizer,

@@ -17,6 +17,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     estimates_advantages,
+    hears_feedback,
     measures_diagnostics,
     measures_exact_kl,
     needs_teacher_hidden,
@@ -82,6 +83,9 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     own = sampled_by_student(samples)
     if options.opd.use_opd and (options.opd.opd_student_data_fraction < 1 or len(own) < len(samples)):
         metrics |= origin_metrics(samples)
+    if hears_feedback(options):
+        heard = sum(sample.teacher_prompt_tokens is not None for sample in samples)
+        metrics["opd/feedback_frac"] = heard / len(samples)
     if own:
         metrics |= rollout_metrics(own)
         if options.objective.loss_type != "sft_loss":
@@ -170,17 +174,17 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     options = parts.options
     if options.opd.use_opd:
         complete_unscored(options, samples)
-    statistics = ask_student(options, parts.trainer, samples)
+    answers = ask_student(options, parts.trainer, samples, rollout_id)
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
         metrics |= value_metrics(samples)
     if options.opd.use_opd:
         leave_out_failed(options, samples)
-        metrics |= parts.weighting.apply(samples, rollout_id, statistics)
+        metrics |= parts.weighting.apply(samples, rollout_id, answers)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
         metrics["opd/only"] = float(not estimates_advantages(options))
-        metrics |= diagnose(parts, samples, rollout_id)
+        metrics |= diagnose(parts, samples, rollout_id, answers)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":
@@ -246,7 +250,7 @@ def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
         limit=opd.opd_log_ratio_clip,
     )
     for sample, future in zip(samples, futures, strict=True):
-        sample.opd_future = future.numpy()
+        sample.opd_future = future.float().numpy()
 
 
 def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from opd_megatron.cluster.group import TrainerGroup
 from opd_megatron.config.options import ObjectiveOptions
 from opd_megatron.objectives.advantages import chosen_estimator, critic_targets
 from opd_megatron.objectives.tensors import TokenArray
 from opd_megatron.objectives.values import value_statistics
+from opd_megatron.questions import Respondent, Values
 from opd_megatron.sample import Sample
 
 
 def add_values(
-    trainer: TrainerGroup,
+    trainer: Respondent,
     objective: ObjectiveOptions,
     samples: Sequence[Sample],
     kls: Sequence[TokenArray] | None,
@@ -26,7 +26,7 @@ def add_values(
     """
     if not chosen_estimator(objective).needs_values:
         return None
-    values = trainer.values(samples)
+    values = trainer.ask(Values(), samples)
     rewards, masks = [float(sample.reward or 0.0) for sample in samples], [sample.loss_mask for sample in samples]
     targets = critic_targets(objective, rewards, masks, values, kls)
     for sample, values_T, returns_T in zip(samples, values, targets, strict=True):

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch import Tensor
 
-from opd_megatron.cluster.group import TrainerError, merge_arrays, merge_results
+from opd_megatron.cluster.group import TrainerError, TrainerGroup
 from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.distributed import Rendezvous
-from opd_megatron.megatron.frozen import ModelName
-from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec, peak_memory_bytes
-from opd_megatron.megatron.write_errors import writing
-from opd_megatron.sample import Sample
+from opd_megatron.megatron.trainer import MegatronTrainer, TrainerSpec
 from opd_megatron.system import free_port
 
 PLACEMENT_SECONDS = 120.0
@@ -67,23 +61,12 @@ class _TrainerRank:
     def build(self, spec: TrainerSpec, rendezvous: Rendezvous) -> None:
         self._trainer = MegatronTrainer(spec, rendezvous)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._trainer, method)(*args, **kwargs)
-
-    def export_weights(self, name: ModelName) -> list[tuple[str, Tensor]]:
-        assert self._trainer is not None
-        return list(self._trainer.export_weights(name))
-
-    def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
-        assert self._trainer is not None
-        with writing(folder):
-            self._trainer.save(folder, step, hf_folder, run_state)
-
-    def peak_memory_bytes(self) -> int:
-        return peak_memory_bytes()
+    def call(self, method: str, *arguments: Any) -> Any:
+        found = getattr(self._trainer, method)(*arguments)
+        return list(found) if isinstance(found, Iterator) else found
 
 
-class RayTrainerGroup:
+class RayTrainerGroup(TrainerGroup):
     """One actor per rank on the nodes of a Ray cluster, which is started on this machine unless an address is given.
 
     Raises :class:`UserError` if the cluster cannot place the ranks and :class:`TrainerError` if one fails, after all of
@@ -168,53 +151,9 @@ class RayTrainerGroup:
                 raise _readable(rank, error) from error
         return [results[reference] for reference in references]
 
-    def _all(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        return self._wait([actor.call.remote(method, *args, **kwargs) for actor in self._actors])
-
-    def resume(self) -> dict[str, Any] | None:
-        return self._all("resume")[0]
-
-    def score(
-        self,
-        name: ModelName,
-        samples: Sequence[Sample],
-        *,
-        keep_hidden: bool = False,
-        temperature: float | None = None,
-    ) -> list[np.ndarray]:
-        shared = ray.put(list(samples))
-        scored = self._all("score", name, shared, keep_hidden=keep_hidden, temperature=temperature)
-        return merge_arrays(scored, len(samples))
-
-    def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        return merge_arrays(self._all("values", ray.put(list(samples))), len(samples))
-
-    def top_ids(self, samples: Sequence[Sample], k: int) -> list[np.ndarray]:
-        return merge_arrays(self._all("top_ids", ray.put(list(samples)), k), len(samples))
-
-    def token_statistics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        return merge_arrays(self._all("token_statistics", ray.put(list(samples))), len(samples))
-
-    def token_diagnostics(self, samples: Sequence[Sample]) -> list[np.ndarray]:
-        return merge_arrays(self._all("token_diagnostics", ray.put(list(samples))), len(samples))
-
-    def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
-        found: dict[str, float] = self._all("gradient_diagnostics", ray.put(list(samples)), rollout_id)[0]
-        return found
-
-    def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> tuple[dict[str, float], list[np.ndarray]]:
-        return merge_results(self._all("train", ray.put(list(samples)), rollout_id), len(samples))
-
-    def export_weights(self, name: ModelName = "student") -> Iterable[tuple[str, Tensor]]:
-        exported: list[list[tuple[str, Tensor]]]
-        exported = self._wait([actor.export_weights.remote(name) for actor in self._actors])
-        return exported[0]
-
-    def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
-        self._wait([actor.save.remote(folder, step, hf_folder, run_state) for actor in self._actors])
-
-    def peak_memory_bytes(self) -> int:
-        return int(max(self._wait([actor.peak_memory_bytes.remote() for actor in self._actors])))
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        shared = [ray.put(argument) for argument in arguments]  # once for all ranks
+        return self._wait([actor.call.remote(method, *shared) for actor in self._actors])
 
     def close(self) -> None:
         for actor in self._actors:

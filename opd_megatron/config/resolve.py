@@ -204,6 +204,11 @@ def is_self_taught(options: Options) -> bool:
     return options.opd.use_opd and options.opd.opd_teacher == "self"
 
 
+def hears_feedback(options: Options) -> bool:
+    """Whether what the student sees as its own teacher is known only when a sample has its reward."""
+    return is_self_taught(options) and options.opd.opd_self_feedback
+
+
 def teacher_folder(options: Options) -> str | None:
     """``--opd-teacher-load`` where it has an effect; None for a student that is its own teacher."""
     return options.opd.opd_teacher_load if has_megatron_teacher(options) else None

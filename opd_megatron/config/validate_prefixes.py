@@ -102,6 +102,7 @@ def student_only(options: Options) -> list[str]:
         "--dynamic-filter-path": options.rollout.dynamic_filter_path is not None,
         f"--opd-on {opd.opd_on}": opd.opd_on != "all",
         "--opd-reward-beta": opd.opd_reward_beta is not None,
+        "--opd-self-feedback": opd.opd_self_feedback,
         f"--opd-pass-rate {opd.opd_pass_rate}": rated,
     }
     return [flag for flag, used in chosen.items() if used]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.config.flags import spoken
 from opd_megatron.data.rows import Row, read_rows, summarize
 
 if TYPE_CHECKING:
@@ -49,13 +50,16 @@ def check_prompt_file(
     metadata_key: str,
     *,
     apply_chat_template: bool = True,
+    routes: tuple[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """What is wrong with a prompt file, as phrases; an empty list if nothing is.
 
     ``path`` may carry a slice (``PATH@[a:b]``). The first few bad rows are named by line (Parquet: row) and the others
-    counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault.
+    counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault. ``routes`` are a field of
+    the metadata and the teachers of which it has to name one.
     """
-    return _read_checked(path, input_key, label_key, metadata_key, apply_chat_template)[1]
+    rows, faults = _read_checked(path, input_key, label_key, metadata_key, apply_chat_template)
+    return faults or summarize([fault for row in rows if (fault := _route_fault(row, metadata_key, routes))])
 
 
 def _read_checked(
@@ -91,6 +95,20 @@ def _row_fault(
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             return f"entry {position} of {input_key!r} is not a message with role and content"
     return None if apply_chat_template else f"field {input_key!r} holds messages: give --apply-chat-template"
+
+
+def _route_fault(row: Row, metadata_key: str, routes: tuple[str, Sequence[str]] | None) -> str | None:
+    if routes is None:
+        return None
+    key, names = routes
+    route = (row.fields.get(metadata_key) or {}).get(key)
+    if isinstance(route, str) and route in names:
+        return None
+    found = "missing" if route is None else repr(route)
+    return (
+        f"{row.where}: the metadata field {key!r} is {found}, --opd-teachers has {spoken(names)}: correct the prompts, "
+        "--opd-teachers or --opd-teacher-route-key"
+    )
 
 
 def load_prompt_records(

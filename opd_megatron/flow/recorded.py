@@ -62,6 +62,8 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
     scored = scores.log_probs_T[scores.valid_T]
     if np.isnan(scored).any() or (scored > 1e-3).any():
         return "the teacher's scores are no log-probabilities"
+    if not len(scored):
+        return None
     top = scores.top_ids_TK
     if options.opd.opd_loss == "distribution" and (top is None or top.shape[1] != options.opd.opd_top_k):
         return f"the teacher's scores do not hold the {options.opd.opd_top_k} most probable tokens of each position"

@@ -28,7 +28,8 @@ from opd_megatron.config.targets import (
 )
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.objectives.targets import TARGETS
-from opd_megatron.teacher.megatron import MegatronTeacher, Scorer, check_vocabulary, preflight_megatron
+from opd_megatron.questions import LogProbs, Respondent
+from opd_megatron.teacher.megatron import MegatronTeacher, check_vocabulary, preflight_megatron
 from opd_megatron.teacher.mixture import Combine, MixedMegatronTeachers
 from opd_megatron.teacher.preflight import Finding, Student, check_scores, known_tokens, text_samples
 
@@ -43,7 +44,7 @@ def carried_tokenizer(folder: str) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(hf_folder)
 
 
-def megatron_teacher(options: Options, trainer: Scorer) -> MegatronTeacher:
+def megatron_teacher(options: Options, trainer: Respondent) -> MegatronTeacher:
     """``--opd-teacher-load``, with ``--opd-more-teachers`` mixed in."""
     temperature, more = options.rollout.rollout_temperature, more_teachers(options)
     sizes = named_architectures(options)
@@ -112,13 +113,13 @@ def compares_distributions(options: Options) -> bool:
     return True
 
 
-def check_reference_scores(options: Options, trainer: Scorer, student: Student) -> None:
+def check_reference_scores(options: Options, trainer: Respondent, student: Student) -> None:
     """Raise ``UserError`` where a reference does not score a known text as a language model would."""
     folders = {REFERENCE: str(reference_folder(options))} if loads_reference(options) else {}
     folders |= {name: folder for name, _, folder in named_models(options) if name == OPD_REFERENCE}
     tokens = known_tokens(student, student_architecture(options).vocab_size)
     for name, folder in folders.items():
-        first, second = (trainer.score(name, text_samples([tokens]))[0] for _ in range(2))
+        first, second = (trainer.ask(LogProbs(name), text_samples([tokens]))[0] for _ in range(2))
         check_scores(first, second, f"reference {folder}")
 
 

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
-
-import numpy as np
 
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference
 from opd_megatron.config.targets import REFERENCE, kept_reference, opd_reference_name
 from opd_megatron.objectives.targets import extrapolated, implicit_reward_statistics
+from opd_megatron.questions import LogProbs, Respondent
 from opd_megatron.sample import Sample
 
 
-class Scorer(Protocol):
-    """The part of the trainer that scores samples with a frozen model."""
-
-    def score(self, name: str, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]: ...
-
-
-def score_references(options: Options, trainer: Scorer, samples: Sequence[Sample]) -> None:
+def score_references(options: Options, trainer: Respondent, samples: Sequence[Sample]) -> None:
     """Give samples the log-probabilities of the references that the objective and the target name; each scores once."""
     own = opd_reference_name(options)
     for name in dict.fromkeys([REFERENCE] * needs_reference(options) + [own] * (own is not None)):
         assert name is not None
-        scored = trainer.score(name, samples, keep_hidden=name == kept_reference(options))
+        scored = trainer.ask(LogProbs(name, keep_hidden=name == kept_reference(options)), samples)
         for sample, log_probs in zip(samples, scored, strict=True):
             if name == REFERENCE:
                 sample.ref_log_probs = log_probs

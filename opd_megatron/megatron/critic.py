@@ -141,7 +141,8 @@ class Critic:
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.chunks[-1], samples, micro_batches, loss, with_gradients=True)
         offload = self.options.offload
-        norm, rate = apply_gradients(
+        norm, rate, _ = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("critic optimizer"),

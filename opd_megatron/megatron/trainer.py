@@ -7,6 +7,7 @@ rank) and are empty elsewhere; the controller merges them.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,6 @@ from opd_megatron.config.resolve import (
     teaches_itself_by_average,
     teaches_itself_now,
 )
-from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
 from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.chunks import Entries
@@ -48,8 +48,9 @@ from opd_megatron.megatron.frozen import (
 from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
+    SKIPPED_STEPS,
     apply_gradients,
-    mean_over_steps,
+    of_rollout,
     step_loss_weights,
     sum_over_data_parallel,
 )
@@ -67,10 +68,11 @@ from opd_megatron.megatron.own_teacher import OwnTeacher
 from opd_megatron.megatron.prompts import PromptReading
 from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
+from opd_megatron.megatron.student_tokens import student_tokens
 from opd_megatron.megatron.teacher_rows import OtherPrompts, TeacherRows
-from opd_megatron.megatron.token_diagnostics import token_diagnostics
-from opd_megatron.megatron.token_statistics import token_statistics
+from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
+from opd_megatron.questions import LogProbs, Question, StudentTokens, TopIds, Values
 from opd_megatron.sample import Sample
 
 
@@ -190,22 +192,26 @@ class MegatronTrainer:
         check_tokens(samples, self.spec.architecture.vocab_size)
         return [places for step in self._share(samples) for places in step]
 
-    def score(
-        self,
-        name: ModelName,
-        samples: Sequence[Sample],
-        *,
-        keep_hidden: bool = False,
-        temperature: float | None = None,
-    ) -> dict[int, np.ndarray]:
-        """Log-probabilities ``[T]`` float32 of each response, by place in ``samples``.
+    def ask(self, question: Question, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        """The answer for this rank's share of ``samples``, by place in them: see :mod:`opd_megatron.questions`.
 
-        They are at the rollout temperature unless another ``temperature`` is given. The teacher sees each response
-        behind the prompt that is meant for it. With ``keep_hidden`` the frozen model's hidden rows stay on the host for
-        the next :meth:`train`.
-        Raises ``ValueError`` for a token outside the model's vocabulary.
+        Raises ``ValueError`` for a token outside the model's vocabulary, and for values without a critic.
         """
-        temperature = self.temperature if temperature is None else temperature
+        match question:
+            case LogProbs():
+                return self._log_probs(question, samples)
+            case Values():
+                return self._values(samples)
+            case TopIds(k):
+                micro_batches = self._micro_batches(samples)
+                with self.memory.holding("weights"):
+                    return response_top_ids(self.chunks, samples, micro_batches, k)
+            case StudentTokens():
+                return self._student_tokens(question, samples)
+
+    def _log_probs(self, question: LogProbs, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+        name, keep_hidden = question.model, question.keep_hidden
+        temperature = self.temperature if question.temperature is None else question.temperature
         if name == "student":
             micro_batches = self._micro_batches(samples)
             with self.memory.holding("weights"):
@@ -231,45 +237,21 @@ class MegatronTrainer:
             self._kept_rows[name] = rows
         return reading.cut(found)
 
-    def values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
-        """What the critic expects before each response token, ``[T]`` float32 by place in ``samples``.
-
-        Raises ``ValueError`` for a token outside the vocabulary, or without a critic.
-        """
+    def _values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         check_tokens(samples, self.spec.architecture.vocab_size)
         if self.critic is None:
             raise ValueError("--advantage-estimator ppo alone has a critic")
         return self.critic.values(samples, self._share(samples))
 
-    def top_ids(self, samples: Sequence[Sample], k: int) -> dict[int, np.ndarray]:
-        """Ids ``[T, k]`` int32 of the student's most probable tokens at each response position, by place."""
+    def _student_tokens(self, question: StudentTokens, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         micro_batches = self._micro_batches(samples)
+        # kept rows are of prompts, too
+        compares = self.options.opd.opd_include_prompt and (question.divergence or question.diagnostics)
+        reading = PromptReading.of(samples, compares)
         with self.memory.holding("weights"):
-            return response_top_ids(self.chunks, samples, micro_batches, k)
-
-    def token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
-        """Of the student and by place, see :func:`~opd_megatron.megatron.token_statistics.token_statistics`.
-
-        It compares with the teacher's hidden rows that :meth:`score` kept. Raises ``ValueError`` for a token outside
-        the vocabulary.
-        """
-        micro_batches = self._micro_batches(samples)
-        with self.memory.holding("weights"):
-            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
             return reading.cut(
-                token_statistics(self.chunks, self.options, reading.read, micro_batches, self._kept_rows)
+                student_tokens(self.chunks, self.options, reading.read, micro_batches, self._kept_rows, question)
             )
-
-    def token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
-        """What student and teacher think at each response token, by place: see :mod:`.token_diagnostics`.
-
-        With the teacher's hidden rows that :meth:`score` kept, if it kept them for these samples.
-        """
-        micro_batches = self._micro_batches(samples)
-        with self.memory.holding("weights"):
-            rows = None if more_teachers(self.options) else self._kept_rows.get("teacher")
-            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
-            return reading.cut(token_diagnostics(self.chunks, self.options, reading.read, micro_batches, rows))
 
     def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
         """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
@@ -297,7 +279,7 @@ class MegatronTrainer:
         of_critic = {} if self.critic is None else self.critic.train(samples, self._share(samples))
         if rollout_id < self.options.objective.num_critic_only_steps:
             self._kept_rows = {}
-            return TrainResult(of_critic if self._is_reporter else None, self.score("student", samples))
+            return TrainResult(of_critic if self._is_reporter else None, self.ask(LogProbs("student"), samples))
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
             result = self._train(samples, rollout_id)
@@ -321,7 +303,7 @@ class MegatronTrainer:
             log_probs = found | log_probs  # those before the first step that saw the sample
         self._kept_rows = {}
         log_probs = PromptReading.of(samples, self.options.opd.opd_include_prompt).cut(log_probs)
-        return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
+        return TrainResult(of_rollout(per_step, with_tokens) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
@@ -334,14 +316,16 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.student, loss.samples, micro_batches, loss, with_gradients=True)
-        gradient_norm, learning_rate = apply_gradients(
+        gradient_norm, learning_rate, taken = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("optimizer"),
             forget_copies=self.options.offload.offload_optimizer or self.options.offload.offload_train,
             rate_flag="--lr",
         )
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, SKIPPED_STEPS: float(not taken)}
+        metrics |= router_statistics(self.chunks)
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
@@ -359,9 +343,12 @@ class MegatronTrainer:
             yield from export_hf_weights(self.chunks)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
-        """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept."""
+        """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept.
+
+        Raises ``RunError`` if it cannot be written.
+        """
         options = self.options.checkpoint
-        with ExitStack() as stack:
+        with writing(folder), ExitStack() as stack:
             stack.enter_context(self.memory.holding("weights", "optimizer"))
             beside: tuple[Entries, dict[str, Any]] = ({}, {})
             if self.critic is not None:
@@ -381,18 +368,15 @@ class MegatronTrainer:
                 run_state={**run_state, "optimizer": optimizer_kind(self.options)},
                 beside=beside,
             )
-        if dist.get_rank() == 0:
-            remove_old_steps(folder, step, options)
+            if dist.get_rank() == 0:
+                remove_old_steps(folder, step, options)
+
+    def peak_memory_bytes(self) -> int:
+        """Largest memory of this rank so far: allocated on the CUDA device, or resident on the host."""
+        if cpu.has_cuda():
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def close(self) -> None:
         """Leave the process group."""
         distributed.shutdown()
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory of this rank so far: allocated on the CUDA device, or resident on the host."""
-    import resource
-
-    if cpu.has_cuda():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -85,6 +85,8 @@ def task_advantages(
     advantages = estimator.estimate(batch, options)
     if options.normalize_advantages or estimator.always_whitened:
         advantages = whiten(advantages, batch.loss_masks)
+        if estimator.compares_samples:
+            advantages = _without_lone_samples(advantages, batch)
     return [
         torch.where(mask_T, advantage_T, 0.0).float()
         for advantage_T, mask_T in zip(advantages, batch.loss_masks, strict=True)
@@ -154,6 +156,20 @@ def _unmasked(what: str, arrays: Sequence[TokenArray], masks: Sequence[Tensor]) 
             raise ValueError(f"the {what} of sample {position} is not finite at an unmasked token")
         kept.append(values_T)
     return kept
+
+
+def _without_lone_samples(advantages: Sequence[Tensor], batch: RewardBatch) -> list[Tensor]:
+    """0 for samples alone with their prompt: whitening has moved their advantage of 0 by the mean of the rollout's.
+
+    They are tokens of the rollout all the same and count in the mean and the variance, as those of a prompt do whose
+    samples all earned the same.
+    """
+    groups = batch.groups()
+    alone_B = groups.size_G[groups.of_B] == 1
+    return [
+        torch.zeros_like(advantage_T) if alone else advantage_T
+        for advantage_T, alone in zip(advantages, alone_B.tolist(), strict=True)
+    ]
 
 
 def whiten(advantages: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> list[Tensor]:

@@ -19,6 +19,12 @@ from opd_megatron.objectives.tensors import TokenArray, joined, owners
 OF_STUDENT = ("student_log_prob", "student_entropy")
 """Always measured: log p_S of the sampled token, and H(S) in nats."""
 
+OF_CHOICE = ("divergence",)
+"""Where tokens are chosen by it: the Jensen-Shannon divergence from the teacher in nats, over the term's own support.
+
+0 where the teacher gave no score.
+"""
+
 OF_TEACHER = ("reverse_kl", "forward_kl", "jsd", "teacher_entropy", "teacher_mass", "student_mass", "overlap")
 """Where the whole distribution of the teacher is at hand.
 
@@ -73,16 +79,21 @@ def scored_tokens(
 ) -> ScoredTokens:
     """Join the samples, one ``[T]`` for each argument and field of ``measured``, and keep the scored tokens.
 
+    Of the fields the student's log-probability and those of :data:`MEANS` are looked at.
+
     Raises ``ValueError`` when the samples of the arguments differ in number, or the tokens of all of them together.
     """
     lengths = [len(mask) for mask in loss_masks]
     if not len(measured) == len(teacher_log_probs) == len(teacher_valid) == len(lengths):
         raise ValueError(f"{len(measured)} samples were measured, {len(lengths)} are there")
     scored_N = joined(loss_masks).bool() & joined(teacher_valid).bool()
-    names = list(measured[0]) if measured else []
-    columns = {name: joined([sample[name] for sample in measured]).double()[scored_N] for name in names}
+
+    def column(name: str) -> Tensor:
+        return joined([sample[name] for sample in measured]).double()[scored_N]
+
+    columns = {name: column(name) for name in MEANS if measured and name in measured[0]}
     quarter_N = joined([position_quarters(length) for length in lengths]).long()
-    k1_U = log_ratio(columns.pop("student_log_prob"), joined(teacher_log_probs).double()[scored_N])
+    k1_U = log_ratio(column("student_log_prob"), joined(teacher_log_probs).double()[scored_N])
     return ScoredTokens(owners(lengths)[scored_N], quarter_N[scored_N], k1_U, columns)
 
 

@@ -7,7 +7,8 @@ more likely. Normalisation over the rollout and the loss mask are applied by its
 Shape legend: ``B`` samples of the rollout, ``G`` groups (prompts), ``T`` response tokens of one sample (differs by
 sample, may be 0), ``U`` its unmasked tokens. ``r`` is the reward of a response after ``--kl-coef`` has shaped it
 (:meth:`RewardBatch.shaped_rewards`), and means are over the samples of its own prompt, however many there are. Where an
-estimator compares the samples of a prompt, one that is alone has advantage 0. Calculations are in float64.
+estimator compares the samples of a prompt, one that is alone has advantage 0, also after whitening. Calculations are in
+float64.
 """
 
 from __future__ import annotations

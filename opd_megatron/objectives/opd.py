@@ -73,7 +73,7 @@ def future_distances(
     discount: float,
     limit: float | None = None,
 ) -> list[Tensor]:
-    """``F_t = sum_{u > t} discount^(u - t) d_u``, one float32 ``[T]`` per sample, 0 where the loss mask is 0.
+    """``F_t = sum_{u > t} discount^(u - t) d_u``, one float64 ``[T]`` per sample, 0 where the loss mask is 0.
 
     Time passes at unmasked tokens only; one that the teacher did not score has ``d = 0``. ``d + F`` in place of ``d``
     makes the expected gradient that of the KL between whole responses at discount 1, and at discount 0 that of the
@@ -91,7 +91,7 @@ def future_distances(
         distance_U = torch.where(as_mask(valid), distance_T, 0.0)[mask_T]
         future_T = torch.zeros(len(mask_T), dtype=torch.float64)
         future_T[mask_T] = discounted_returns(distance_U, discount) - distance_U
-        futures.append(future_T.float())
+        futures.append(future_T)
     return futures
 
 

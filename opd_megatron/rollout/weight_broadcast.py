@@ -20,7 +20,7 @@ from torch import Tensor
 
 from opd_megatron.config.errors import RunError
 from opd_megatron.http_client import HttpError, HttpFault
-from opd_megatron.rollout.sglang_server import SGLangServer
+from opd_megatron.rollout.sglang_server import SGLangServer, afterwards
 from opd_megatron.threads import CallingThreads
 
 BUCKET_BYTES = 2**29
@@ -88,10 +88,8 @@ async def _update(server: SGLangServer) -> AsyncGenerator[None, None]:
             raise
         await server.tell("/end_weight_update", {})
         await server.tell("/begin_weight_update", {"selector": "all"})
-    try:
+    async with afterwards(lambda seconds: server.tell("/end_weight_update", {}, seconds)):
         yield
-    finally:
-        await asyncio.shield(server.tell("/end_weight_update", {}))
 
 
 def buckets(tensors: NamedTensors, most: int) -> Iterator[list[tuple[str, Tensor]]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.questions import LogProbs, Respondent
 from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.preflight import (
     Finding,
@@ -31,12 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Scorer(Protocol):
-    """The part of the trainer that scores samples with its frozen teacher."""
-
-    def score(self, name: str, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]: ...
-
-
 class MegatronTeacher:
     """Scores through the trainer's forward pass, without gradients, at the rollout temperature.
 
@@ -46,7 +41,7 @@ class MegatronTeacher:
     """
 
     def __init__(
-        self, trainer: Scorer, folder: str, *, temperature: float, vocab_size: int, model: str = "teacher"
+        self, trainer: Respondent, folder: str, *, temperature: float, vocab_size: int, model: str = "teacher"
     ) -> None:
         self.name = folder
         self.vocab_size = vocab_size
@@ -64,7 +59,7 @@ class MegatronTeacher:
                     f"teacher {self.name} does not know token {tokens.max()} of sample {sample.index}: its "
                     f"vocabulary has {self.vocab_size} tokens"
                 )
-        scored = self._trainer.score(self._model, samples, keep_hidden=self.keep_hidden)
+        scored = self._trainer.ask(LogProbs(self._model, keep_hidden=self.keep_hidden), samples)
         return [
             TeacherScores(log_probs_T=log_probs, temperature=self._temperature, teacher=self.name)
             for log_probs in scored

@@ -7,9 +7,10 @@ from typing import TypeAlias
 
 import numpy as np
 
+from opd_megatron.questions import Respondent
 from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.gathering import score_together
-from opd_megatron.teacher.megatron import MegatronTeacher, Scorer
+from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
 
@@ -32,7 +33,7 @@ class MixedMegatronTeachers(MegatronTeacher):
     """Frozen models of one trainer, scored one after the other. ``members`` have the trainer's names of the models."""
 
     def __init__(
-        self, trainer: Scorer, members: Sequence[MegatronTeacher], combine: Combine, *, temperature: float
+        self, trainer: Respondent, members: Sequence[MegatronTeacher], combine: Combine, *, temperature: float
     ) -> None:
         name = " + ".join(member.name for member in members)
         smallest = min(member.vocab_size for member in members)

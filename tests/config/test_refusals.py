@@ -380,6 +380,19 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "none.yaml: cannot be read",
         ),
     ),
+    "routes that no teacher has": (
+        BASE + "--prompt-data $routed --use-opd --opd-type sglang --opd-teachers $teachers --dry-run",
+        (
+            "routed.jsonl, line 2: the metadata field 'teacher' is missing, --opd-teachers has math or code",
+            "routed.jsonl, line 3: the metadata field 'teacher' is 'maths', --opd-teachers has math or code",
+            "routed.jsonl, line 4: the metadata field 'teacher' is ['math'], --opd-teachers has",
+        ),
+    ),
+    "routes under another field": (
+        BASE + "--prompt-data $routed@[0:1] --use-opd --opd-type sglang --opd-teachers $teachers "
+        "--opd-teacher-route-key subject",
+        ("routed.jsonl, line 1: the metadata field 'subject' is missing",),
+    ),
     "route without teachers": (SGLANG + "--opd-teacher-route-key field", ("--opd-teacher-route-key has no effect",)),
     "a key in place of its variable": (
         SGLANG + "--opd-teacher-api-key-env sk-verysecret",

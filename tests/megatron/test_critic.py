@@ -15,6 +15,7 @@ from opd_megatron.config.resolve import StartingPoint
 from opd_megatron.megatron.checkpoint import stored_dtype
 from opd_megatron.megatron.hf_weights import local_parameters, model_maps
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import Values
 from opd_megatron.sample import Sample
 from tests.megatron.critic_support import critic_gradients, critic_of, give_head, head_numbers, judged_samples
 from tests.megatron.support import (
@@ -65,7 +66,7 @@ def test_values_and_gradients_are_those_of_a_dense_reference(folders: dict[str, 
     give_head(trainer)
     model = load_reference(folders[family], torch.float64)
     head = tuple(part.double().requires_grad_() for part in head_numbers(model.config.hidden_size))
-    for place, values in trainer.values(samples).items():
+    for place, values in trainer.ask(Values(), samples).items():
         expected = reference_values(model, head, samples[place])
         np.testing.assert_allclose(values, expected.detach(), rtol=0, atol=1e-5)
         assert values.dtype == np.float32
@@ -136,7 +137,7 @@ def test_the_step_does_not_depend_on_micro_batches(folders: dict[str, Path], tmp
 
 def test_a_new_critic_expects_nothing_and_sees_what_the_student_sees(folders: dict[str, Path]) -> None:
     trainer = make_trainer(folders["qwen2"], **PPO)
-    assert all(not values.any() for values in trainer.values(make_samples(1)).values())
+    assert all(not values.any() for values in trainer.ask(Values(), make_samples(1)).values())
     critic, student = local_parameters(critic_of(trainer).chunks), local_parameters(trainer.chunks)
     assert student.keys() - critic.keys() == {"output_layer.weight"}
     assert critic.keys() - student.keys() == {"value_head.weight", "value_head.bias"}
@@ -188,7 +189,7 @@ def _three_rollouts(trainer: MegatronTrainer, folder: Path, hf_folder: Path) -> 
     found = []
     for number in range(3):
         samples = judged_samples(number)
-        for place, values in trainer.values(samples).items():
+        for place, values in trainer.ask(Values(), samples).items():
             samples[place].values = values
         found.append(trainer.train(samples, rollout_id=number).metrics)
     trainer.save(folder, 3, hf_folder, {"rollouts": 3})
@@ -236,12 +237,12 @@ def test_resuming_without_parts_of_a_critic(folders: dict[str, Path], tmp_path: 
     trainer.save(tmp_path, 1, folders["qwen2"], {"rollouts": 1})
     start = StartingPoint("load", tmp_path / "iter_0000001")
     samples = make_samples(2)
-    expected = trainer.values(samples)
+    expected = trainer.ask(Values(), samples)
     with pytest.raises(UserError, match="was saved without the optimizer's state: resume with --no-load-optim"):
         make_trainer(folders["qwen2"], start=start, **PPO).resume()
     for flags in ({"no_load_optim": True}, {"finetune": True}, {"no_load_optim": True, "critic_load": "unread"}):
         resumed = make_trainer(folders["qwen2"], start=start, **PPO, **flags)
         assert (resumed.resume() is None) == ("finetune" in flags)
-        for place, values in resumed.values(samples).items():
+        for place, values in resumed.ask(Values(), samples).items():
             np.testing.assert_array_equal(values, expected[place])
             assert values.any() or not len(values)

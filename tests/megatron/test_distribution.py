@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd_megatron.megatron.distribution import Record
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import Sample, TeacherScores, prompt_as_response
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -39,7 +40,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distil(trainer: MegatronTrainer, samples: list[Sample]) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients of a step; which tokens the teacher scored stays as the samples say."""
-    scores = trainer.score("teacher", samples, keep_hidden=True)
+    scores = trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
     for place, sample in enumerate(samples):
         assert sample.teacher_scores is not None
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place], valid_T=sample.teacher_scores.valid_T)

@@ -12,6 +12,7 @@ import torch
 from opd_megatron.megatron.frozen import FrozenScorer
 from opd_megatron.megatron.teacher_rows import TeacherRows
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     load_reference,
@@ -32,7 +33,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _distil(trainer: MegatronTrainer) -> dict[str, float]:
     """Metrics of a step with the exact KL."""
     samples = make_samples(3)
-    scores = trainer.score("teacher", samples, keep_hidden=True)
+    scores = trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
     for place, sample in enumerate(samples):
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
     metrics = trainer.train(samples).metrics
@@ -61,7 +62,7 @@ def test_the_teacher_has_a_precision_of_its_own(
     own = torch.bfloat16 if bf16 else torch.float32
     assert _dtypes(trainer.student) == _dtypes(trainer.frozen["reference"].model) == {own}
     samples, model = make_samples(3), load_reference(teacher_folder)
-    scores = trainer.score("teacher", samples)
+    scores = trainer.ask(LogProbs("teacher"), samples)
     with torch.no_grad():
         expected = np.concatenate([reference_log_probs(model, sample).numpy() for sample in samples])
     error = np.abs(np.concatenate([scores[place] for place in range(len(samples))]) - expected).max()
@@ -118,4 +119,4 @@ def test_nothing_of_the_teacher_is_kept_where_nobody_asks(
     monkeypatch.setattr(TeacherRows, "keep", no_rows)
     trainer = make_trainer(folders["qwen3"], teacher=teacher_folder, use_opd=True)
     assert isinstance(trainer.frozen["teacher"], FrozenScorer)
-    assert len(trainer.score("teacher", make_samples(3))) == 12
+    assert len(trainer.ask(LogProbs("teacher"), make_samples(3))) == 12

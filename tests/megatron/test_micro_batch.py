@@ -11,6 +11,7 @@ import torch
 from opd_megatron.megatron.batching import BatchingRule, balanced_shares, fill_by_tokens, plan
 from opd_megatron.megatron.micro_batch import SequenceLayout, build
 from opd_megatron.megatron.packing import ContextSplit, describe
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import Sample
 from tests.megatron.support import (
     VOCAB_SIZE,
@@ -186,7 +187,7 @@ def test_log_probs_are_those_of_transformers(
     assert min(len(sample.prompt_tokens) for sample in samples) == 1
     assert min(sample.response_length for sample in samples) == 0
     trainer = make_trainer(folders["qwen2"], micro_batch_size=micro_batch_size, rollout_temperature=temperature)
-    found = trainer.score("student", samples)
+    found = trainer.ask(LogProbs("student"), samples)
     assert sorted(found) == list(range(len(samples)))
     model = load_reference(folders["qwen2"])
     for place, sample in enumerate(samples):
@@ -202,8 +203,8 @@ def test_a_token_outside_the_vocabulary_is_an_error(folders: dict[str, Path], to
     samples = make_samples(1)
     samples[-1] = _sample([1, token], [2])
     for passes in (
-        lambda: trainer.score("student", samples),
-        lambda: trainer.score("reference", samples),
+        lambda: trainer.ask(LogProbs("student"), samples),
+        lambda: trainer.ask(LogProbs("reference"), samples),
         lambda: trainer.train(samples),
     ):
         with pytest.raises(ValueError, match=f"token {token} is not in the vocabulary of {VOCAB_SIZE}"):

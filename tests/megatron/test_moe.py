@@ -18,6 +18,7 @@ from opd_megatron.megatron.checkpoint import save_checkpoint
 from opd_megatron.megatron.moe import balance_loss
 from opd_megatron.megatron.safe_checkpoint import StepReader
 from opd_megatron.megatron.weight_map import parameter_maps
+from opd_megatron.questions import LogProbs
 from opd_megatron.rollout.feed_forward import tensors_by_stored_name
 from opd_megatron.sample import Sample
 from tests.megatron.support import (
@@ -191,7 +192,7 @@ def _in_order(lengths: list[int], rule: BatchingRule, **_: Any) -> list[list[tup
 def test_metrics_of_the_routers(mixtures: dict[str, Path], family: str) -> None:
     samples = [sample for sample in make_samples(2) if len(sample.tokens) > 1][:6]
     trainer = make_trainer(mixtures[family], rollout_batch_size=6)
-    trainer.score("student", samples)
+    trainer.ask(LogProbs("student"), samples)
     found = trainer.train(samples).metrics
     assert found is not None
     entropies, loads = [], []
@@ -210,7 +211,7 @@ def test_metrics_of_the_routers(mixtures: dict[str, Path], family: str) -> None:
 def test_nothing_is_counted_or_balanced_while_scoring(mixtures: dict[str, Path]) -> None:
     trainer = make_trainer(mixtures["qwen3_moe"], moe_aux_loss_coeff=COEFFICIENT, reference=mixtures["qwen3_moe"])
     for name in ("student", "reference"):
-        trainer.score(name, make_samples(0))
+        trainer.ask(LogProbs(name), make_samples(0))
     models = [trainer.student, *(frozen.model for frozen in trainer.frozen.values())]
     routers = [part for model in models for part in model.modules() if isinstance(part, moe.ExpertRouter)]
     assert len(routers) == 4

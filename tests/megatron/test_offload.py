@@ -16,6 +16,7 @@ from opd_megatron.config.resolve import StartingPoint, resolve_step
 from opd_megatron.megatron import learner, offload
 from opd_megatron.megatron.offload import HostStore, Part
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     assert_equal_tensors,
@@ -47,8 +48,8 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _rollout(trainer: MegatronTrainer, number: int) -> dict[str, float]:
     """Score and train one rollout, as the loop does it."""
     samples = make_samples(number)
-    scores = trainer.score("teacher", samples, keep_hidden=True)
-    references = trainer.score("reference", samples)
+    scores = trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
+    references = trainer.ask(LogProbs("reference"), samples)
     for place, sample in enumerate(samples):
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
         sample.ref_log_probs = references[place]

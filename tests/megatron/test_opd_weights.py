@@ -16,6 +16,7 @@ from opd_megatron.flow.student_pass import ask_student
 from opd_megatron.flow.weighting import OpdWeighting
 from opd_megatron.megatron import distribution, forward
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs, StudentTokens
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -50,24 +51,22 @@ def samples_without_a_task(seed: int = 21) -> list[Sample]:
 
 
 def weighed(trainer: MegatronTrainer, samples: list[Sample]) -> list[np.ndarray]:
-    """Score with the teacher, look with the student, make the weights; the student's statistics."""
-    scores = trainer.score("teacher", samples, keep_hidden=True)
+    """Score with the teacher, look with the student, make the weights; the student's answers."""
+    scores = trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
     for place, sample in enumerate(samples):
         assert sample.teacher_scores is not None
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place], valid_T=sample.teacher_scores.valid_T)
 
     class Alone:
-        def score(self, name: Any, samples: Any) -> Any:
-            raise AssertionError("one pass is enough")
-
-        def token_statistics(self, samples: Any) -> list[np.ndarray]:
-            found = trainer.token_statistics(samples)
+        def ask(self, question: Any, samples: Any) -> list[np.ndarray]:
+            assert question == StudentTokens(divergence=True), "one pass is enough"
+            found = trainer.ask(question, samples)
             return [found[place] for place in range(len(samples))]
 
-    statistics = ask_student(trainer.options, Alone(), samples)
-    assert statistics is not None
-    OpdWeighting(trainer.options, range(3)).apply(samples, 2, statistics)
-    return statistics
+    answers = ask_student(trainer.options, Alone(), samples, 2)
+    assert answers is not None
+    OpdWeighting(trainer.options, range(3)).apply(samples, 2, answers)
+    return answers
 
 
 def jensen_shannon(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -81,22 +80,24 @@ def test_the_student_says_of_each_token_what_transformers_says(
 ) -> None:
     trainer = make_trainer(folders["qwen3"], teacher=teacher_folder, rollout_temperature=temperature, **CHOSEN)
     samples = samples_without_a_task()
-    statistics = weighed(trainer, samples)
+    answers = weighed(trainer, samples)
     models = [load_reference(folder, torch.float64) for folder in (folders["qwen3"], teacher_folder)]
-    for sample, found_T3 in zip(samples, statistics, strict=True):
+    for sample, answer in zip(samples, answers, strict=True):
         student, teacher = (
             torch.log_softmax(reference_logits(model, sample).detach() / temperature, -1) for model in models
         )
         assert sample.teacher_scores is not None
         compared = torch.from_numpy(sample.loss_mask & sample.teacher_scores.valid_T)
-        expected = [
-            student.gather(1, torch.from_numpy(sample.response_tokens)[:, None])[:, 0],
-            -(student.exp() * student).sum(-1),
-            torch.where(compared, jensen_shannon(student, teacher), 0.0),
-        ]
-        np.testing.assert_allclose(found_T3, torch.stack(expected, dim=1).numpy(), rtol=0, atol=2e-5)
-        np.testing.assert_array_equal(sample.old_log_probs, found_T3[:, 0])
-        np.testing.assert_array_equal(sample.entropies, found_T3[:, 1])
+        expected = {
+            "student_log_prob": student.gather(1, torch.from_numpy(sample.response_tokens)[:, None])[:, 0],
+            "student_entropy": -(student.exp() * student).sum(-1),
+            "divergence": torch.where(compared, jensen_shannon(student, teacher), 0.0),
+        }
+        assert set(answer.dtype.names or ()) == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(answer[name], values.numpy(), rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(sample.old_log_probs, answer["student_log_prob"])
+        np.testing.assert_array_equal(sample.entropies, answer["student_entropy"])
 
 
 def test_a_servers_record_is_compared_by_its_classes(folders: dict[str, Path], teacher_folder: Path) -> None:
@@ -121,9 +122,9 @@ def test_a_servers_record_is_compared_by_its_classes(folders: dict[str, Path], t
         classes = torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], dim=1)
         record = torch.cat([top.values, rest[:, None]], dim=1)
         expected.append(torch.where(torch.from_numpy(sample.loss_mask), jensen_shannon(classes, record), 0.0))
-    found = trainer.token_statistics(samples)
+    found = trainer.ask(StudentTokens(divergence=True), samples)
     for place, values in enumerate(expected):
-        np.testing.assert_allclose(found[place][:, 2], values.numpy(), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(found[place]["divergence"], values.numpy(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", ["sampled", "distribution"])

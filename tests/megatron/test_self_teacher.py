@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opd_megatron.megatron.hf_weights import export_hf_weights
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -63,7 +64,7 @@ def own_trainer(folder: Path, weights: str, **flags: Any) -> MegatronTrainer:
 
 def scored(trainer: MegatronTrainer, samples: list[Sample]) -> dict[int, np.ndarray]:
     """Attach the teacher's scores, its hidden rows kept."""
-    scores = trainer.score("teacher", samples, keep_hidden=True)
+    scores = trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
     for place, sample in enumerate(samples):
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
     return scores
@@ -136,9 +137,9 @@ def test_current_weights_are_those_of_the_rollout_and_frozen_ones_of_the_start(f
         trainer = own_trainer(folders["qwen3"], weights, lr=1e-2, advantage_estimator="none")
         first[weights] = scored(trainer, samples)
         trainer.train(samples)
-        second[weights] = trainer.score("teacher", samples)
+        second[weights] = trainer.ask(LogProbs("teacher"), samples)
         seen = [behind_the_context(sample) for sample in samples]
-        student = trainer.score("student", seen)
+        student = trainer.ask(LogProbs("student"), seen)
         assert all(np.array_equal(student[p], second[weights][p]) for p in student) is (weights == "current")
     for place in range(len(samples)):
         np.testing.assert_allclose(first["frozen"][place], first["current"][place], atol=1e-6)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -122,7 +123,7 @@ def test_the_gradient_of_a_step_is_that_of_the_kl_to_the_target(
     )
     samples = make_samples(3, vocab_size=SHARED)
     for name in names:
-        scored = trainer.score(name, samples, keep_hidden=True)
+        scored = trainer.ask(LogProbs(name, keep_hidden=True), samples)
     for place, sample in enumerate(samples):
         assert sample.advantages is not None
         sample.advantages = 0 * sample.advantages

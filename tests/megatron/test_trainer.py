@@ -13,6 +13,7 @@ import torch
 from opd_megatron.config.errors import RunError
 from opd_megatron.megatron.trainer import MegatronTrainer
 from opd_megatron.megatron.vocab_head import shard
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     FAMILIES,
@@ -81,12 +82,12 @@ def test_distillation_moves_the_student_towards_the_teacher(folders: dict[str, P
     """Tokens that the teacher likes more than the student become more probable, the others less."""
     samples = make_samples(4)
     trainer = make_trainer(folders["qwen2"], teacher=teacher_folder, use_opd=True, optimizer="sgd", lr=1e-2)
-    for place, log_probs in trainer.score("teacher", samples).items():
+    for place, log_probs in trainer.ask(LogProbs("teacher"), samples).items():
         samples[place].teacher_scores = TeacherScores(log_probs_T=log_probs)
         samples[place].advantages = np.zeros_like(log_probs)
-    before = trainer.score("student", samples)
+    before = trainer.ask(LogProbs("student"), samples)
     trainer.train(samples)
-    after = trainer.score("student", samples)
+    after = trainer.ask(LogProbs("student"), samples)
     moved = np.concatenate([after[place] - before[place] for place in range(len(samples))])
     teacher = np.concatenate([scores.log_probs_T for sample in samples if (scores := sample.teacher_scores)])
     distance = np.concatenate([before[place] for place in range(len(samples))]) - teacher
@@ -169,7 +170,7 @@ def test_an_entropy_bonus_has_the_gradient_of_transformers(folders: dict[str, Pa
 
 def _opd_samples(trainer: MegatronTrainer, seed: int) -> list[Sample]:
     samples = make_samples(seed)
-    for place, log_probs in trainer.score("student", samples).items():
+    for place, log_probs in trainer.ask(LogProbs("student"), samples).items():
         samples[place].old_log_probs = log_probs
     return samples
 
@@ -220,6 +221,7 @@ def test_a_step_without_tokens_does_not_spoil_the_means(folders: dict[str, Path]
     flags = {"use_opd": True, "rollout_batch_size": 12}
     alone = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples[:6])
     both = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples)
+    assert (alone.pop("train/skipped_steps"), both.pop("train/skipped_steps")) == (0, 1)
     assert both == pytest.approx(alone, rel=1e-6)
     assert all(np.isfinite(value) for value in both.values())
     # a rollout without any has none
@@ -232,11 +234,11 @@ def test_frozen_models_leave_the_student_as_it_was(folders: dict[str, Path], tea
     trainer = make_trainer(folders["qwen2"], teacher=teacher_folder, reference=other, use_opd=True)
     assert_equal_tensors(exported(trainer), alone)
     samples = make_samples(2)
-    student = trainer.score("student", samples)
-    trainer.score("teacher", samples, keep_hidden=True)
-    trainer.score("reference", samples)
+    student = trainer.ask(LogProbs("student"), samples)
+    trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
+    trainer.ask(LogProbs("reference"), samples)
     assert_equal_tensors(exported(trainer), alone)
-    again = trainer.score("student", samples)
+    again = trainer.ask(LogProbs("student"), samples)
     assert all(np.array_equal(again[place], student[place]) for place in student)
 
 
@@ -249,7 +251,7 @@ def test_every_model_speaks_with_its_own_voice(
     samples = make_samples(3)
     for name, folder in (("student", folders["qwen3"]), ("teacher", teacher_folder), ("reference", other)):
         model = load_reference(folder)
-        found = trainer.score(name, samples)  # type: ignore[arg-type]
+        found = trainer.ask(LogProbs(name), samples)  # type: ignore[arg-type]
         for place, sample in enumerate(samples):
             expected = reference_log_probs(model, sample, temperature).detach().numpy()
             np.testing.assert_allclose(found[place], expected, rtol=0, atol=1e-5, err_msg=name)
@@ -258,9 +260,9 @@ def test_every_model_speaks_with_its_own_voice(
 def test_frozen_models_do_not_learn(folders: dict[str, Path], teacher_folder: Path) -> None:
     trainer = make_trainer(folders["qwen3"], teacher=teacher_folder, use_opd=True, lr=1e-2)
     samples = make_samples(3)
-    before = trainer.score("teacher", samples)
+    before = trainer.ask(LogProbs("teacher"), samples)
     trainer.train(samples)
-    after = trainer.score("teacher", samples)
+    after = trainer.ask(LogProbs("teacher"), samples)
     assert all(np.array_equal(after[place], before[place]) for place in before)
 
 
@@ -272,7 +274,7 @@ def test_the_exact_reverse_kl_equals_the_dense_one(
     flags: dict[str, Any] = {"use_opd": True, "rollout_temperature": temperature}
     trainer = make_trainer(folders["qwen3"], teacher=teacher_folder, **flags)
     samples = make_samples(5)
-    for place, log_probs in trainer.score("teacher", samples, keep_hidden=True).items():
+    for place, log_probs in trainer.ask(LogProbs("teacher", keep_hidden=True), samples).items():
         samples[place].teacher_scores = TeacherScores(log_probs_T=log_probs)
     student, teacher = load_reference(folders["qwen3"]), load_reference(teacher_folder)
     kls = []
@@ -291,11 +293,44 @@ def test_the_exact_reverse_kl_equals_the_dense_one(
 def test_a_teacher_with_the_students_weights_has_no_distance(folders: dict[str, Path]) -> None:
     trainer = make_trainer(folders["llama"], teacher=folders["llama"], use_opd=True)
     samples = make_samples(6)
-    for place, log_probs in trainer.score("teacher", samples, keep_hidden=True).items():
+    for place, log_probs in trainer.ask(LogProbs("teacher", keep_hidden=True), samples).items():
         samples[place].teacher_scores = TeacherScores(log_probs_T=log_probs)
     metrics = _train(trainer, samples)
     assert metrics["opd/reverse_kl_exact"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["train/opd_advantage_abs_mean"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"use_distributed_optimizer": True, "bf16": True}, {"clip_grad": 0.0, "offload_optimizer": True}],
+    ids=lambda flags: "-".join(flags) or "plain",
+)
+def test_a_step_with_nothing_to_learn_moves_no_weight(folders: dict[str, Path], flags: dict[str, Any]) -> None:
+    """Momentum and weight decay would; the schedule counts the step, and the next one is what it would have been."""
+    flags = {"weight_decay": 0.1, "lr": 1e-2, "lr_decay_style": "linear", "num_rollouts": 5} | flags
+    nothing, unweighted = make_samples(5), make_samples(6)
+    for sample in nothing:
+        sample.loss_mask[:] = False
+    for sample in unweighted:
+        sample.advantages, sample.opd_weights = (np.zeros(sample.response_length, dtype=np.float32) for _ in range(2))
+    trainer = make_trainer(folders["qwen3"], use_opd=True, **flags)
+    first = _train(trainer, make_samples(4))
+    before = exported(trainer)
+    skipped = [_train(trainer, samples) for samples in (nothing, unweighted)]
+    assert_equal_tensors(exported(trainer), before)
+    last = _train(trainer, make_samples(7))
+    after = exported(trainer)
+    assert [found["train/skipped_steps"] for found in (first, *skipped, last)] == [0, 1, 1, 0]
+    assert [found["train/grad_norm"] for found in skipped] == [0, 0]
+    rates = [found["train/lr"] for found in (first, *skipped, last)]
+    assert rates == sorted(set(rates), reverse=True)
+
+    without = make_trainer(folders["qwen3"], use_opd=True, **flags)
+    _train(without, make_samples(4))
+    for _ in range(2):
+        without.scheduler.step(increment=1)
+    assert _train(without, make_samples(7)) == last
+    assert_equal_tensors(exported(without), after)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folders: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from opd_megatron.config.resolve import StartingPoint, resolve_step
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import Values
 from tests.megatron.critic_support import critic_gradients, give_head, judged_samples
 from tests.megatron.support import GRADIENT_FLAGS, make_samples, make_spec
 from tests.parallel.work import TRAINING
@@ -26,7 +27,7 @@ def critic_step(
     settings = PPO | GRADIENT_FLAGS | {"value_clip": 0.3} | flags
     trainer = MegatronTrainer(make_spec(folder, **settings), rendezvous)
     give_head(trainer)
-    values = trainer.values(make_samples(1))
+    values = trainer.ask(Values(), make_samples(1))
     metrics, gradients = critic_gradients(trainer, judged_samples(1), target, folder)
     return values, {name: metrics[name] for name in OF_CRITIC if name in metrics}, gradients
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import GRADIENT_FLAGS, make_samples, make_spec, step_gradients
 from tests.parallel.work import _everywhere
@@ -39,7 +40,7 @@ def gradients(
     )
     trainer, samples = MegatronTrainer(spec, rendezvous), make_samples(1)
     for name in ("teacher", "teacher_2", "reference"):
-        scores = _everywhere(trainer.score(name, samples, keep_hidden=True))
+        scores = _everywhere(trainer.ask(LogProbs(name, keep_hidden=True), samples))
     for place, sample in enumerate(samples):
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
     return step_gradients(trainer, samples)

@@ -22,6 +22,7 @@ from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.exchange import exchange
 from opd_megatron.megatron.trainer import MegatronTrainer
+from opd_megatron.questions import LogProbs, StudentTokens, TopIds
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -42,6 +43,8 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 TRAINING: dict[str, Any] = {"lr": 2e-3, "lr_warmup_iters": 3, "lr_decay_style": "cosine", "num_rollouts": 12}
 STEPS = 10
+TOP = 3
+"""How many of the student's likeliest tokens are asked for."""
 
 
 def _trainer(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> MegatronTrainer:
@@ -53,7 +56,8 @@ def voices(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[
     trainer = _trainer(rendezvous, folder, flags)
     samples = make_samples(0)
     return {
-        "log_probs": trainer.score("student", samples),
+        "log_probs": trainer.ask(LogProbs("student"), samples),
+        "top_ids": trainer.ask(TopIds(TOP), samples),
         "logits": logits(trainer, samples) if parallel_state.is_pipeline_last_stage() else _join_in(trainer),
         "exported": exported(trainer),
     }
@@ -85,7 +89,7 @@ def step_and_scores(
     """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it."""
     terms: dict[str, Any] = {"entropy_coef": 0.01, "rollout_temperature": 0.8, "calculate_per_token_loss": True}
     trainer = _trainer(rendezvous, folder, flags | LOSSES["opd"] | GRADIENT_FLAGS | terms)
-    scores = trainer.score("student", make_samples(1))
+    scores = trainer.ask(LogProbs("student"), make_samples(1))
     return *step_gradients(trainer, make_samples(1)), scores
 
 
@@ -95,6 +99,21 @@ def losses(
     """Metrics of the first steps on recorded rollouts."""
     trainer = _trainer(rendezvous, folder, TRAINING | flags | LOSSES[loss])
     return [trainer.train(make_samples(number)).metrics or {} for number in range(steps)]
+
+
+def nothing_to_learn(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Metrics of three steps, of which the second has no gradient, and the weights that this step moved."""
+    trainer = _trainer(rendezvous, folder, TRAINING | flags)
+    unrewarded = make_samples(1)
+    for sample in unrewarded:
+        sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
+    metrics = [trainer.train(make_samples(0)).metrics or {}]
+    before = exported(trainer)
+    metrics.append(trainer.train(unrewarded).metrics or {})
+    moved = [name for name, tensor in exported(trainer).items() if not torch.equal(tensor, before[name])]
+    return [*metrics, trainer.train(make_samples(2)).metrics or {}], moved
 
 
 def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> list[dict[str, float]]:
@@ -113,8 +132,8 @@ def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], te
     found = []
     for number in range(3):
         samples = make_samples(number)
-        scores = _everywhere(trainer.score("teacher", samples, keep_hidden=True))
-        old = _everywhere(trainer.score("student", samples))
+        scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
+        old = _everywhere(trainer.ask(LogProbs("student"), samples))
         for place, sample in enumerate(samples):
             sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
             sample.old_log_probs = old[place]
@@ -132,8 +151,8 @@ def self_distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any
         samples, random = make_samples(number), np.random.default_rng(number)
         for sample in samples:
             sample.teacher_prompt_tokens = random.integers(0, VOCAB_SIZE, int(random.integers(1, 20)))
-        scores = _everywhere(trainer.score("teacher", samples, keep_hidden=True))
-        old = _everywhere(trainer.score("student", samples))
+        scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
+        old = _everywhere(trainer.ask(LogProbs("student"), samples))
         for place, sample in enumerate(samples):
             sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
             sample.old_log_probs = old[place]
@@ -158,16 +177,16 @@ def chosen_tokens(
     }
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **flags | settings | GRADIENT_FLAGS), rendezvous)
     samples = make_samples(1)
-    scores = _everywhere(trainer.score("teacher", samples, keep_hidden=True))
-    statistics = _everywhere(trainer.token_statistics(samples))
-    known = [statistics[place] for place in range(len(samples))]
+    scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
+    answers = _everywhere(trainer.ask(StudentTokens(divergence=True), samples))
+    known = [answers[place] for place in range(len(samples))]
     for place, sample in enumerate(samples):
         sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
         sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
-        sample.old_log_probs, sample.entropies = known[place][:, 0], known[place][:, 1]
+        sample.old_log_probs, sample.entropies = known[place]["student_log_prob"], known[place]["student_entropy"]
     OpdWeighting(trainer.options, ()).apply(samples, 0, known)
     metrics, found = step_gradients(trainer, samples)
-    return known, metrics, found
+    return [np.array(answer.tolist()) for answer in known], metrics, found
 
 
 def own_groups(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> bool:
@@ -182,7 +201,7 @@ def brought_head_bytes(rendezvous: Rendezvous, folder: Path, flags: dict[str, An
     """Bytes that the teacher's output weight takes in the student's layout after two rollouts were scored."""
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
     for number in range(2):
-        trainer.score("teacher", make_samples(number), keep_hidden=True)
+        trainer.ask(LogProbs("teacher", keep_hidden=True), make_samples(number))
     rows = trainer._kept_rows["teacher"]
     held = [rows._weight_Vh, *trainer.frozen["teacher"]._brought_head]
     storages = {tensor.data_ptr(): tensor.nbytes for tensor in held if tensor is not None}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from opd_megatron.objectives.targets import TARGETS
+from opd_megatron.questions import LogProbs, Question
 from opd_megatron.sample import Sample
 from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.mixture import MixedMegatronTeachers, MixedServers
@@ -37,9 +38,10 @@ class Trainer:
     def __init__(self) -> None:
         self.kept: dict[str, bool] = {}
 
-    def score(self, name: str, samples: Sequence[Sample], *, keep_hidden: bool = False) -> list[np.ndarray]:
-        self.kept[name] = keep_hidden
-        value = {"teacher": LEFT, "teacher_2": RIGHT}[name]
+    def ask(self, question: Question, samples: Sequence[Sample]) -> list[np.ndarray]:
+        assert isinstance(question, LogProbs)
+        self.kept[question.model] = question.keep_hidden
+        value = {"teacher": LEFT, "teacher_2": RIGHT}[question.model]
         return [np.full(sample.response_length, value, dtype=np.float32) for sample in samples]
 
 
