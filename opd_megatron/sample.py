@@ -17,6 +17,9 @@ import numpy as np
 
 from opd_megatron.system import replacing
 
+LARGEST_REWARD = float(np.finfo(np.float32).max)
+"""Size of a reward beyond which advantages are no numbers: the loss is in float32."""
+
 
 class Status(enum.StrEnum):
     """How the generation of a response ended."""

@@ -22,19 +22,20 @@ from opd_megatron.config.resolve import (
     measures_exact_kl,
     needs_teacher_hidden,
 )
-from opd_megatron.diagnostics import diagnose
+from opd_megatron.diagnostics import diagnose, look_at_samples
 from opd_megatron.flow import StudentIdsTeacher, score_rollout
 from opd_megatron.flow.masking import complete_unscored, leave_out_failed
 from opd_megatron.flow.prefix import train_on_prefix
 from opd_megatron.flow.recorded import recorded_samples
 from opd_megatron.flow.student_pass import ask_student
-from opd_megatron.flow.targets import score_references, target_statistics
+from opd_megatron.flow.targets import score_references
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
+from opd_megatron.objectives.distribution import divergence_metrics
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.mismatch import mismatch_statistics
-from opd_megatron.objectives.opd import future_distances, reverse_kl_statistics
+from opd_megatron.objectives.opd import future_distances
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
@@ -184,6 +185,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
         metrics["opd/only"] = float(not estimates_advantages(options))
+        metrics |= divergence_metrics(options.opd, rollout_id)
         metrics |= diagnose(parts, samples, rollout_id, answers)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
@@ -197,15 +199,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     metrics |= _engine_gap(samples, student) | _mismatch(parts.options, samples, student)
     own = [place for place, sample in enumerate(samples) if not sample.from_data]
     samples, student = [samples[place] for place in own], [student[place] for place in own]
-    if options.opd.use_opd and own:
-        scores = [sample.teacher_scores for sample in samples]
-        assert all(score is not None for score in scores)
-        metrics |= reverse_kl_statistics(
-            student,
-            [score.log_probs_T for score in scores if score is not None],
-            [sample.loss_mask for sample in samples],
-            [score.valid_T for score in scores if score is not None],
-        ) | target_statistics(parts.options, samples)
+    metrics |= look_at_samples(options, samples, student)
 
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:

@@ -117,14 +117,18 @@ def has_advantages(options: Options) -> bool:
     return tasked or not opd.use_opd or (opd.opd_loss == "sampled" and not opd.opd_importance)
 
 
+def learns_from_samples(options: Options) -> bool:
+    """Whether policy loss or distillation is a mean over sampled tokens, which importance weights can correct."""
+    return has_advantages(options) or options.opd.opd_loss == "kl_loss" or options.opd.opd_importance
+
+
 def sampled_tokens_learn(options: Options) -> bool:
     """Whether the loss has a gradient through the log-probabilities of the sampled tokens, or through the entropy.
 
     Pure distillation by whole distributions has none: its task advantages are 0.
     """
     objective = options.objective
-    regularised = objective.use_kl_loss or objective.entropy_coef > 0
-    return has_advantages(options) or regularised or options.opd.opd_loss == "kl_loss" or options.opd.opd_importance
+    return learns_from_samples(options) or objective.use_kl_loss or objective.entropy_coef > 0
 
 
 def needs_student_ids(options: Options) -> bool:

@@ -32,9 +32,10 @@ def _length_faults(options: Options) -> Iterator[str]:
     if opd.opd_mask_truncated:
         yield "--opd-mask-truncated leaves out every response that --opd-prefix-len ends: leave out one of them"
     if has_task(options):
+        recorded = options.rollout.load_debug_rollout_data is not None  # with rewards of its own
         yield (
-            "--opd-prefix-len leaves responses unfinished, of which a task reward cannot judge: use --rm-type zero or "
-            "--advantage-estimator none"
+            "--opd-prefix-len leaves responses unfinished, of which a task reward cannot judge: use "
+            f"{'' if recorded else '--rm-type zero or '}--advantage-estimator none"
         )
 
 

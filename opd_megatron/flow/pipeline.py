@@ -147,6 +147,8 @@ class _Making:
         except BaseExceptionGroup as several:
             first = _first_of(several)
             raise first from first.__cause__
+        else:
+            await self._prove_teacher()
         finally:
             watch.cancel()
         self._check_complete()
@@ -156,6 +158,11 @@ class _Making:
         if self.stages.teacher is not None:
             metrics |= self.failures.metrics() | teacher_metrics(self.stages.teacher)
         return Rollout(samples, metrics)
+
+    async def _prove_teacher(self) -> None:
+        if self.stages.teacher is not None:
+            with self.clock.at_work("teacher"):
+                await self.stages.teacher.end_step(self.stages.policy.deadline)
 
     def _check_complete(self) -> None:
         """Raise ``RunError`` if a stage let a sample go: a task that is cancelled from within ends without an error."""

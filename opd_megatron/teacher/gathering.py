@@ -13,7 +13,7 @@ import numpy as np
 from opd_megatron.http_client import HttpError, HttpFault, retried
 from opd_megatron.sample import TeacherScores
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
-from opd_megatron.teacher.replicas import Replica, Replicas
+from opd_megatron.teacher.replicas import ABOUT_THE_REQUEST, Replica, Replicas
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading
 
 Subject = TypeVar("Subject")
@@ -35,6 +35,8 @@ class Question:
     union: np.ndarray | None = None
     sampling: Mapping[str, Any] | None = None
     answer: asyncio.Future[Reading] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    failed_at: set[Replica] = field(default_factory=set)
+    """Servers that were asked in vain."""
 
     @property
     def goes_alone(self) -> bool:
@@ -149,7 +151,8 @@ class Gatherer:
         disbelief: AnswerError | None = None
 
         async def attempt() -> tuple[Replica, Any]:
-            replica = held.pop() if held else await self.replicas.acquire_again(len(batch))
+            failed_at = {replica for question in batch for replica in question.failed_at}
+            replica = held.pop() if held else await self.replicas.acquire_again(len(batch), failed_at)
             self._counts["requests"] += 1
             nonlocal disbelief
             disbelief = None
@@ -157,8 +160,11 @@ class Gatherer:
                 answer = await self.replicas.ask(replica, len(batch), tokens, payload, subject)
                 return replica, self._believed(batch[0], answer, replica) if len(batch) == 1 else answer
             except HttpError as error:
+                _note_failure(batch, replica)
                 if len(batch) > 1 and error.delivered and not error.busy:
                     error.transient = False
+                elif error.fault is HttpFault.STATUS and error.status not in ABOUT_THE_REQUEST:
+                    error.transient |= self.replicas.others_than(failed_at | {replica})
                 raise
             except AnswerError as error:
                 disbelief = error
@@ -186,14 +192,22 @@ class Gatherer:
     def _believed(self, question: Question, answer: Any, replica: Replica) -> Reading:
         """What ``answer`` says; a server of another model is asked no more. Raises :class:`AnswerError`."""
         try:
-            return self._read(question, answer, replica)
+            reading = self._read(question, answer, replica)
         except AnswerError as error:
+            _note_failure([question], replica)
+            reason = f"{replica.client.server}: {error}"
             if error.kind is FailureKind.CHANGED_MODEL:
-                self.replicas.refuse(replica, f"{replica.client.server}: {error}")
+                self.replicas.refuse(replica, reason)
+            else:
+                self.replicas.distrust(replica, reason)
             raise
+        self.replicas.trust(replica)
+        return reading
 
     def _hand_out(self, batch: list[Question], replica: Replica, answers: Any) -> None:
         if not isinstance(answers, list) or len(answers) != len(batch):
+            _note_failure(batch, replica)
+            self.replicas.distrust(replica, f"{replica.client.server}: no list of {len(batch)} answers")
             self._one_by_one(batch)
             return
         for question, own in zip(batch, answers, strict=True):
@@ -234,6 +248,11 @@ class Gatherer:
             "sampling_params": {"temperature": 0, "max_new_tokens": 0},
             "return_logprob": True,
         }
+
+
+def _note_failure(batch: Sequence[Question], replica: Replica) -> None:
+    for question in batch:
+        question.failed_at.add(replica)
 
 
 def _fail(

@@ -71,6 +71,11 @@ class RoutedTeachers:
         for teacher in self.teachers.values():
             teacher.begin_step(deadline)
 
+    async def end_step(self, deadline: float | None) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        for teacher in self.teachers.values():
+            await teacher.end_step(deadline)
+
     def statistics(self) -> dict[str, float]:
         """Sums over the teachers; see :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
         total: Counter[str] = Counter()

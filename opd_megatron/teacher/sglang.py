@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.http_client import HttpClient, HttpError, HttpFault, RetryPolicy, blocking, retried
+from opd_megatron.http_client import HttpClient, HttpError, RetryPolicy, blocking
 from opd_megatron.sample import Sample, TeacherScores
-from opd_megatron.teacher.agreement import EXACT, ROUNDED, Identity
+from opd_megatron.teacher.agreement import Identity
 from opd_megatron.teacher.gathering import Gatherer, Question, score_together
 from opd_megatron.teacher.in_flight import AdaptiveLimit
-from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
+from opd_megatron.teacher.known_text import KnownText
+from opd_megatron.teacher.protocol import FailureKind, TeacherFailure, failure_of
 from opd_megatron.teacher.replicas import Replica, Replicas
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer, read_response
 from opd_megatron.teacher.sglang_scores import scores_of, take_record
@@ -69,10 +70,8 @@ class SGLangTeacher:
         self.max_union_ids = max_union_ids
         self._max_in_flight = max_in_flight
         self._policy = RetryPolicy(max_retries, backoff)
-        self._known: np.ndarray | None = None
-        self._identity: Identity | None = None
+        self._known: KnownText | None = None
         self._version: str | None = None
-        self._tolerance = EXACT
         self._deadline: float | None = None
         self._counts: Counter[str] = Counter()
         self._wait_seconds = 0.0
@@ -105,7 +104,7 @@ class SGLangTeacher:
                     return await client.get(path, self._policy)
                 return await client.post(path, payload, self._policy)
             except HttpError as error:
-                raise _failure(error) from None
+                raise failure_of(error) from None
 
         return self._blocking(exchange)
 
@@ -182,26 +181,17 @@ class SGLangTeacher:
         """Score a known text on every server and hold all of them to the first one's answer from then on.
 
         ``tokens`` ``[N + 1]``; returns the log-probabilities ``[N]`` of those after the first. A server whose weights,
-        weight version or model differ later, which is looked at as each step begins and when a server comes back after
-        it could not be reached, is asked no more. Raises :class:`UserError` if the servers differ among themselves and
-        :class:`TeacherFailure` if one cannot be asked.
+        weight version or model differ later, which is looked at as each step begins and ends and when a server comes
+        back after it could not be reached, is asked no more. Raises :class:`UserError` if the servers differ among
+        themselves and :class:`TeacherFailure` if one cannot be asked.
         """
         tokens = np.asarray(tokens, dtype=np.int64)
         self.check(Sample(0, 0, "", prompt_tokens=tokens[:1], response_tokens=tokens[1:]))
 
-        async def identify_all() -> list[Identity]:
-            return [await self._opened(client, tokens) for client in self.clients]
-
-        self._known, self._identity, self._tolerance = None, None, EXACT
-        first, *others = self._blocking(identify_all)
-        for client, other in zip(self.clients[1:], others, strict=True):
-            difference = first.difference(other, self._tolerance)
-            if difference is not None:
-                raise UserError(
-                    f"{client.server} and {self.clients[0].url} do not serve the same weights: {difference}; start "
-                    "both with the same model"
-                )
-        self._known, self._identity, self._version = tokens, first, first.weight_version
+        self._known = None
+        known = KnownText(tokens, lambda answer, sent: read_answer(answer, sent, self.vocab_size))
+        first: Identity = self._blocking(lambda: known.open(self.clients, self._policy))
+        self._known, self._version = known, first.weight_version
         return first.log_probs_N
 
     def expect_other_weights(self) -> None:
@@ -213,8 +203,13 @@ class SGLangTeacher:
         self._deadline = None if deadline is None else time.monotonic() + deadline
         for gatherer in self._gatherers.values():
             gatherer.deadline = self._deadline
-            for replica in gatherer.replicas.all:
-                replica.proven = self._identity is None
+            gatherer.replicas.begin_step(proven=self._known is None)
+
+    async def end_step(self, deadline: float | None) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`; the known text of :meth:`pin` is the proof."""
+        gatherer = self._gatherers.get(asyncio.get_running_loop())
+        if gatherer is not None and self._known is not None:
+            await gatherer.replicas.end_step(deadline)
 
     def statistics(self) -> dict[str, float]:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
@@ -303,7 +298,7 @@ class SGLangTeacher:
         """That of the running loop; each has its own connections, queue and view of the servers."""
         loop = asyncio.get_running_loop()
         if loop not in self._gatherers:
-            proven = self._identity is None
+            proven = self._known is None
             replicas = [Replica(client, AdaptiveLimit(self._max_in_flight), proven=proven) for client in self.clients]
             gatherer = Gatherer(Replicas(replicas, self._policy, self._prove), self._believe, self.top_k, self._counts)
             gatherer.deadline = self._deadline
@@ -327,57 +322,8 @@ class SGLangTeacher:
 
     async def _prove(self, replica: Replica) -> None:
         """Raise :class:`TeacherFailure` unless ``replica`` serves what was pinned, :class:`HttpError` if it is gone."""
-        if self._identity is None or self._known is None:
-            return
-        found = await self._identify(replica.client, self._known, RetryPolicy(0))
-        difference = self._identity.difference(found, self._tolerance)
-        if difference is not None:
-            raise TeacherFailure(f"{replica.client.server}: {difference}", FailureKind.CHANGED_MODEL)
-
-    async def _opened(self, client: HttpClient, tokens: np.ndarray) -> Identity:
-        """The identity of a server at the beginning; widens the tolerance to what its precision needs."""
-        try:
-            server = await client.get("/server_info", self._policy)
-            if isinstance(server, dict) and server.get("dtype") != "float32":
-                self._tolerance = ROUNDED
-            return await self._identify(client, tokens, self._policy)
-        except HttpError as error:
-            raise _failure(error) from None
-
-    async def _identify(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Identity:
-        model = await client.get("/model_info", policy)
-        if not isinstance(model, dict) or "model_path" not in model:
-            message = f"{client.server}: /model_info names no model; is this a SGLang server?"
-            raise TeacherFailure(message, FailureKind.MALFORMED)
-        reading = await self._read_known(client, tokens, policy)
-        return Identity(model["model_path"], str(model.get("weight_version", "")), reading.log_probs_N)
-
-    async def _read_known(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Reading:
-        """What a server says of the known text; an answer that is not believed is asked for again like none."""
-        payload = {
-            "input_ids": tokens,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        disbelief: AnswerError | None = None
-
-        async def attempt() -> Reading:
-            nonlocal disbelief
-            disbelief = None
-            answer = await client.attempt("POST", "/generate", payload, "known text")
-            try:
-                return read_answer(answer, tokens, self.vocab_size)
-            except AnswerError as error:
-                disbelief = error
-                raise HttpError(client.server, "known text", str(error), HttpFault.MALFORMED, transient=True) from None
-
-        try:
-            return await retried(attempt, policy)
-        except HttpError as error:
-            if disbelief is None:
-                raise
-            raise TeacherFailure(str(error), disbelief.kind) from None
+        if self._known is not None:
+            await self._known.prove(replica.client, RetryPolicy(0))
 
     def _blocking(self, start: Callable[[], Awaitable[Any]]) -> Any:
         async def run() -> Any:
@@ -389,10 +335,6 @@ class SGLangTeacher:
                     await client.aclose()
 
         return blocking(run)
-
-
-def _failure(error: HttpError) -> TeacherFailure:
-    return TeacherFailure(str(error), FailureKind(error.fault.value))
 
 
 def _subject(sample: Sample) -> str:

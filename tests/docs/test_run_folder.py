@@ -50,6 +50,7 @@ OF_OTHER_TERMS = {
     "train/opd_divergence",
     "train/opd_prompt_divergence",
     "opd/implicit_reward",
+    "opd/jsd_beta",
     "opd/student_data_frac",
     "opd/given_length_mean",
     "opd/given_truncated_frac",

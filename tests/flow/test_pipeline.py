@@ -315,3 +315,13 @@ def test_waiting_is_what_only_the_teacher_does() -> None:
         "perf/teacher_seconds": 6.0,
         "perf/teacher_wait_seconds": 3.5,
     }
+
+
+def test_a_teacher_that_changed_within_the_step_ends_it_before_anything_is_trained() -> None:
+    teacher = Teacher(delay=lambda sample: 0.01)
+    stages = Stages(Source(2), Prompts(), batch=3, copies=2, reward=Reward(), teacher=teacher)
+    make(stages)
+    assert teacher.proved == [6], "the proof comes when all is scored"
+    teacher.changed = True
+    with pytest.raises(TeacherFailure, match="other weights"):
+        make(stages)

@@ -17,8 +17,8 @@ from opd_megatron.config.memory import Models, estimate, rollout_bytes
 from opd_megatron.config.options import EngineOptions
 from opd_megatron.config.parameters import total_parameters
 from opd_megatron.config.resolve import sampled_tokens_learn
-from opd_megatron.megatron.distribution import DistributionTerm, Side
-from opd_megatron.megatron.vocab_head import kl_and_baseline, token_log_probs
+from opd_megatron.megatron.distribution import DistributionTerm
+from opd_megatron.megatron.vocab_head import Side, target_moments, token_log_probs
 from opd_megatron.objectives.distribution import chosen_divergence
 from opd_megatron.rollout.cache import CacheShape, KeyValueCache
 from tests.megatron.live_bytes import LiveBytes, full_samples, held_bytes, measured_head, saved_activations
@@ -125,8 +125,8 @@ def test_the_exact_divergence(dtype: torch.dtype, rows: int) -> None:
     options, model = _head_options(dtype == torch.bfloat16, rows)
     hidden_Nh, weight_Vh = torch.randn(rows, 64, dtype=dtype), torch.randn(6016, 64, dtype=dtype)
     with LiveBytes() as counter:
-        teacher_Nh = torch.randn(rows, 64, dtype=dtype)
-        kl_and_baseline(hidden_Nh, weight_Vh, teacher_Nh, weight_Vh, temperature=1.0, vocab_size=6000, group=None)
+        teacher = Side(torch.randn(rows, 64, dtype=dtype), weight_Vh)
+        target_moments(hidden_Nh, weight_Vh, teacher, temperature=1.0, vocab_size=6000, group=None)
     options = make_options(
         use_opd=True,
         opd_type="megatron",

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from opd_megatron.config.options import ObjectiveOptions, OpdOptions
-from opd_megatron.objectives.distribution import DIVERGENCES, chosen_divergence, mixing_weight, opd_coefficient
+from opd_megatron.objectives.distribution import (
+    DIVERGENCES,
+    chosen_divergence,
+    jsd_beta,
+    mixing_weight,
+    opd_coefficient,
+)
 from opd_megatron.objectives.divergences import forward_kl, reverse_kl
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdTerms
@@ -170,6 +176,24 @@ def test_a_schedule_leads_from_one_divergence_to_the_other(logits_PV: Tensor, te
         torch.testing.assert_close(value(options, rollout, student_PV, teacher_PV), expected)
     mixed = OpdOptions(opd_divergence="forward_kl", opd_divergence_to="reverse_kl", opd_divergence_mix=0.25)
     torch.testing.assert_close(value(mixed, 7, student_PV, teacher_PV), 0.75 * forward + 0.25 * reverse)
+
+
+def test_beta_leads_from_one_kl_to_the_other_without_a_jump(logits_PV: Tensor, teacher_PV: Tensor) -> None:
+    student_PV = logits_PV.detach().log_softmax(-1)
+    forward, reverse = (kind(student_PV, teacher_PV)[0].sum() for kind in (forward_kl, reverse_kl))
+    options = OpdOptions(
+        opd_divergence="jsd", opd_jsd_scaled=True, opd_jsd_beta=0.0, opd_jsd_beta_end=1.0,
+        opd_divergence_schedule="10:1010",
+    )  # fmt: skip
+    assert [jsd_beta(options, rollout) for rollout in (0, 10, 260, 1010, 2000)] == [0.0, 0.0, 0.25, 1.0, 1.0]
+    for rollout, expected in ((3, forward), (10, forward), (1010, reverse), (5000, reverse)):
+        torch.testing.assert_close(value(options, rollout, student_PV, teacher_PV), expected)
+    middle = OpdOptions(opd_divergence="jsd", opd_jsd_beta=0.25, opd_jsd_scaled=True)
+    expected = value(middle, 0, student_PV, teacher_PV)
+    torch.testing.assert_close(value(options, 260, student_PV, teacher_PV), expected)
+    along = torch.stack([value(options, rollout, student_PV, teacher_PV) for rollout in range(5, 1015)])
+    assert along.diff().abs().max() < 0.01 * forward  # unscaled it would fall to 0 at both ends and jump there
+    assert jsd_beta(OpdOptions(opd_jsd_beta=0.3), 7) == 0.3
 
 
 def test_the_coefficient_moves_along_a_line() -> None:
