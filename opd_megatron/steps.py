@@ -21,22 +21,23 @@ from opd_megatron.config.resolve import (
     measures_exact_kl,
     needs_teacher_hidden,
 )
-from opd_megatron.diagnostics import diagnose
+from opd_megatron.diagnostics import diagnose, look_at_samples
 from opd_megatron.flow import StudentIdsTeacher, score_rollout
 from opd_megatron.flow.masking import complete_unscored, leave_out_failed
 from opd_megatron.flow.prefix import train_on_prefix
 from opd_megatron.flow.recorded import recorded_samples
 from opd_megatron.flow.student_pass import ask_student
-from opd_megatron.flow.targets import score_references, target_statistics
+from opd_megatron.flow.targets import score_references
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
 from opd_megatron.objectives.distribution import divergence_metrics
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.mismatch import mismatch_statistics
-from opd_megatron.objectives.opd import future_distances, reverse_kl_statistics
+from opd_megatron.objectives.opd import future_distances
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.generate import rollout_metrics
+from opd_megatron.rollout.given import origin_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, sampled_by_student, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
@@ -73,7 +74,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     train_on_prefix(samples, options.opd.opd_prefix_len if options.opd.use_opd else None)
     own = sampled_by_student(samples)
     if options.opd.use_opd and (options.opd.opd_student_data_fraction < 1 or len(own) < len(samples)):
-        metrics["opd/student_data_frac"] = len(own) / len(samples)
+        metrics |= origin_metrics(samples)
     if hears_feedback(options):
         heard = sum(sample.teacher_prompt_tokens is not None for sample in samples)
         metrics["opd/feedback_frac"] = heard / len(samples)
@@ -189,15 +190,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     metrics |= _engine_gap(samples, student) | _mismatch(parts.options, samples, student)
     own = [place for place, sample in enumerate(samples) if not sample.from_data]
     samples, student = [samples[place] for place in own], [student[place] for place in own]
-    if options.opd.use_opd and own:
-        scores = [sample.teacher_scores for sample in samples]
-        assert all(score is not None for score in scores)
-        metrics |= reverse_kl_statistics(
-            student,
-            [score.log_probs_T for score in scores if score is not None],
-            [sample.loss_mask for sample in samples],
-            [score.valid_T for score in scores if score is not None],
-        ) | target_statistics(parts.options, samples)
+    metrics |= look_at_samples(options, samples, student)
 
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:

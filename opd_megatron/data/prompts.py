@@ -263,14 +263,20 @@ class PromptSet:
             "shuffle": self._shuffle,
             "seed": self._seed,
             "fingerprint": self._fingerprint,
+            "beside": self._beside,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; raises :class:`UserError` if it was saved with other prompts or another order."""
-        if state["fingerprint"] != self._fingerprint:
+        """Go to a saved position; raises :class:`UserError` if it was saved with other prompts or another order.
+
+        What stands beside the prompts, such as given responses, must be the same where both runs read it.
+        """
+        saved, own = state.get("beside", {}), self._beside
+        if state["fingerprint"] != self._fingerprint or any(saved[name] != own[name] for name in saved.keys() & own):
             raise UserError(
-                "the prompts are not those of the checkpoint (another file, slice, tokenizer or chat template): "
-                "restore --prompt-data, or start a new run from these weights with --ref-load"
+                "the prompts are not those of the checkpoint (another file, slice, tokenizer, chat template or "
+                "privileged text): restore --prompt-data and the options that say how it is read, or start a new run "
+                "from these weights with --ref-load"
             )
         if state["shuffle"] != self._shuffle or (self._shuffle and state["seed"] != self._seed):
             flags = f"{'with' if state['shuffle'] else 'without'} --rollout-shuffle and with --seed {state['seed']}"
@@ -289,8 +295,20 @@ class PromptSet:
         digest = hashlib.sha256()
         for record in self.records:
             digest.update(record.prompt_tokens.tobytes())
-            rest = [record.label, record.metadata, *([record.extras] if record.extras else [])]
-            if record.teacher_prompt_tokens is not None:
-                digest.update(record.teacher_prompt_tokens.tobytes())
+            rest = [record.label, record.metadata]
             digest.update(json.dumps(rest, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
+
+    @cached_property
+    def _beside(self) -> dict[str, str]:
+        """A digest of the teacher's own prompts, and of each further field that is read."""
+        columns: dict[str, list[Any]] = {}
+        for record in self.records:
+            for name, value in record.extras.items():
+                columns.setdefault(f"field {name}", []).append(value)
+            if record.teacher_prompt_tokens is not None:
+                columns.setdefault("teacher's prompt", []).append(record.teacher_prompt_tokens.tolist())
+        return {
+            name: hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+            for name, values in columns.items()
+        }

@@ -123,7 +123,9 @@ def outcome_statistics(tokens: ScoredTokens, passed: Sequence[bool]) -> dict[str
     """``opd/reverse_kl_correct`` and ``opd/reverse_kl_incorrect``: k1 of the samples that ``passed`` and of the others.
 
     With standard errors ``_se``, samples being clusters. A larger value among correct samples says that the teacher
-    thinks less of right answers than of wrong ones, so the term works against the task. NaN without samples of a kind.
+    thinks less of right answers than of wrong ones, so the term works against the task: so shows a teacher that is
+    worse than its student on what the student gets right. What it would answer itself is not asked. NaN without samples
+    of a kind.
     """
     passed_U = torch.tensor(list(passed), dtype=torch.bool)[tokens.sample_U]
     found: dict[str, float] = {}
@@ -140,8 +142,10 @@ def teacher_statistics(tokens: ScoredTokens, teachers: Sequence[str]) -> dict[st
     are ``other``.
     """
     counts: dict[str, int] = {}
-    for sample in tokens.sample_U.tolist():
-        counts[teachers[sample]] = counts.get(teachers[sample], 0) + 1
+    of_B = torch.bincount(tokens.sample_U, minlength=len(teachers)).tolist()
+    for name, count in zip(teachers, of_B, strict=True):
+        if count:
+            counts[name] = counts.get(name, 0) + count
     if len(counts) < 2:
         return {}
     ranked = sorted(counts, key=lambda name: (-counts[name], name))

@@ -7,9 +7,9 @@ tokens with ``A > 0``; its gradient flows through ``log_probs_N`` only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -185,12 +185,17 @@ def chosen_policy_loss(options: ObjectiveOptions) -> PolicyLoss:
     function = load_function(path, "--custom-loss-path")
 
     def loss(terms: PolicyTerms) -> tuple[Tensor, dict[str, Tensor]]:
-        loss_N, metrics = function(terms)
+        answer: Any = function(terms)
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
+            raise UserError(f"{path}: returned a {type(answer).__name__}, not a loss and a mapping of metrics")
+        loss_N, metrics = answer[0], dict(answer[1])
         for name, value_N in {"loss": loss_N, **metrics}.items():
             if not isinstance(value_N, Tensor) or value_N.shape != terms.log_probs_N.shape:
                 raise UserError(f"{path}: {name} is not a tensor of the {len(terms.log_probs_N)} positions")
         if any(not name.startswith("train/") for name in metrics):
             raise UserError(f"{path}: names of metrics begin with train/, not {sorted(metrics)}")
+        if terms.log_probs_N.requires_grad and not loss_N.requires_grad:
+            raise UserError(f"{path}: the loss has no gradient: make it of log_probs_N, undetached")
         return loss_N, metrics
 
     return loss

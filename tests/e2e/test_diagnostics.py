@@ -29,8 +29,9 @@ MEASURED = (
     "opd/jsd_exact",
     "opd/teacher_entropy",
     "opd/kl_by_entropy_q4",
-    "rollout/repetition",
 )
+ALWAYS = ("rollout/repetition", "opd/reverse_kl_correct", "opd/reverse_kl_incorrect_se")
+"""What the samples' tokens and log-probabilities say, which every rollout has."""
 OF_GRADIENTS = ("train/opd_grad_share", "train/grad_cosine", "train/grad_snr")
 INTERVALS = {"opd_diagnostics_interval": 2, "opd_gradient_diagnostics_interval": 2}
 
@@ -77,6 +78,7 @@ def test_three_steps(
         assert trained(line) == trained(other)
         assert all((name in line) == (number % 2 == 0) for name in (*MEASURED, *OF_GRADIENTS))
         assert not any(name in other for name in (*MEASURED, *OF_GRADIENTS))
+        assert all(line[name] == other[name] for name in ALWAYS)
     first = measured[0]
     assert 0 < first["opd/jsd_exact"] < math.log(2)
     assert 0 < first["opd/topk_overlap"] <= 1

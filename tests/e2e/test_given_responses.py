@@ -139,9 +139,9 @@ def test_task_advantages_are_made_of_the_student_s_samples_alone(
     seen: list[list[Sample]] = []
     looked = steps.diagnose
 
-    def look(parts: Any, samples: list[Sample], rollout_id: int) -> dict[str, float]:
+    def look(parts: Any, samples: list[Sample], *rest: Any) -> dict[str, float]:
         seen.append(list(samples))
-        return looked(parts, samples, rollout_id)
+        return looked(parts, samples, *rest)
 
     monkeypatch.setattr(steps, "diagnose", look)
     steps_of_four = {"advantage_estimator": "grpo", "rollout_batch_size": 8, "global_batch_size": 4}
