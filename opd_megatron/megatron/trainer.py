@@ -266,11 +266,16 @@ class MegatronTrainer:
             metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
-        with self.memory.holding("weights"):
-            gather_weights(self.wrapped)
-            yield from export_hf_weights(self.chunks)
+    def export_weights(self, name: ModelName = "student") -> Iterator[tuple[str, Tensor]]:
+        """Stream a model as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
+        model = self.scorers.student if name == "student" else self.scorers.frozen[name]
+        with (
+            self.memory.holding("weights" if name == "student" else name, *model.parts),
+            distributed.using(model.groups),
+        ):
+            if "weights" in model.parts:
+                gather_weights(self.wrapped)
+            yield from export_hf_weights(model.chunks)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept.

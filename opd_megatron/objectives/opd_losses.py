@@ -186,10 +186,17 @@ OPD_LOSSES.describe(
 )
 OPD_LOSSES.describe(
     "responses of the data",
-    "--opd-student-data-fraction F --opd-loss distribution",
+    "--opd-student-data-fraction F --opd-data-response-key KEY --opd-loss distribution",
     formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from the data with probability $1 - F$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_given_tokens_say_nothing_but_where_distributions_are_compared",
+)
+OPD_LOSSES.describe(
+    "responses of the teacher",
+    "--opd-student-data-fraction F --opd-data-source teacher --opd-loss distribution",
+    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from $T$ with probability $1 - F$",
+    source="GKD, arXiv 2306.13649",
+    proof="test_opd_losses.py::test_at_the_teachers_samples_forward_kl_is_the_likelihood_of_its_responses",
 )
 OPD_LOSSES.describe(
     "self-distillation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,10 @@ class RoutedTeachers:
     async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
         """See :meth:`SGLangTeacher.score_ids`."""
         return await self.route(sample).score_ids(sample, ids_TK)
+
+    async def answer_one(self, sample: Sample, sampling: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
+        """See :meth:`SGLangTeacher.answer_one`."""
+        return await self.route(sample).answer_one(sample, sampling)
 
     def begin_step(self, deadline: float | None) -> None:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""

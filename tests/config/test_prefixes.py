@@ -13,6 +13,7 @@ OPD = BASE + "--use-opd --opd-type megatron --opd-teacher-load $teacher "
 ZERO = OPD + "--rm-type zero "
 WHOLE = ZERO + "--opd-loss distribution "
 GIVEN = "--opd-student-data-fraction 0.5 --opd-data-response-key label "
+TAUGHT = "--opd-student-data-fraction 0.5 --opd-data-source teacher "
 
 CASES: dict[str, tuple[str, str]] = {
     "no distillation": (
@@ -29,6 +30,28 @@ CASES: dict[str, tuple[str, str]] = {
         "--opd-student-data-fraction below 1 needs --opd-data-response-key",
     ),
     "responses that nobody asks for": (WHOLE + "--opd-data-response-key label", "has no effect: give"),
+    "a source that nobody asks for": (WHOLE + "--opd-data-source teacher", "--opd-data-source has no effect: give"),
+    "two sources": (WHOLE + TAUGHT + "--opd-data-response-key label", "--opd-data-response-key has no effect with"),
+    "samples of the student's own": (
+        BASE + "--use-opd --opd-type megatron --rm-type zero --opd-loss distribution --opd-teacher self "
+        "--opd-self-context-key label " + TAUGHT,
+        "--opd-data-source teacher does not go with --opd-teacher self",
+    ),
+    "samples of a mixture": (
+        WHOLE + TAUGHT + "--opd-more-teachers $teacher --opd-teacher-mixture arithmetic",
+        "--opd-data-source teacher does not go with --opd-teacher-mixture",
+    ),
+    "servers that wait for the rollout": (
+        BASE
+        + "--use-opd --opd-type sglang --opd-teacher-url http://127.0.0.1:9 --rm-type zero --opd-loss distribution "
+        "--opd-support student_topk --opd-top-k 4 " + TAUGHT,
+        "--opd-data-source teacher does not go with --opd-support student_topk",
+    ),
+    "turns": (
+        WHOLE + TAUGHT + "--custom-generate-function-path tests.rollout.records:two_turns",
+        "--opd-data-source teacher does not go with --custom-generate-function-path",
+    ),
+    "sampled form at the teacher's samples": (ZERO + TAUGHT, "does not go with --opd-loss sampled"),
     "sampled": (ZERO + GIVEN, "does not go with --opd-loss sampled"),
     "estimator loss": (ZERO + GIVEN + "--opd-loss kl_loss", "does not go with --opd-loss kl_loss"),
     "critic": (
@@ -52,6 +75,7 @@ CASES: dict[str, tuple[str, str]] = {
 ACCEPTED = {
     "no task": ZERO + "--opd-prefix-len 8",
     "responses of the data": WHOLE + GIVEN,
+    "responses of the teacher": WHOLE + TAUGHT,
     "a reward to look at": OPD + "--opd-prefix-len 8 --rm-type exact --advantage-estimator none",
 }
 

@@ -209,6 +209,12 @@ def brought_head_bytes(rendezvous: Rendezvous, folder: Path, flags: dict[str, An
     return sum(storages.values())
 
 
+def exported_teacher(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> dict[str, Tensor]:
+    """What each rank gets of the teacher's weights before it scored anything."""
+    trainer = MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
+    return dict(trainer.export_weights("teacher"))
+
+
 def exchange_of_missing(rendezvous: Rendezvous, held: dict[tuple[int, int], int]) -> str:
     """What :func:`exchange` says where the last rank wants a key that no rank has; ``held`` are rows by key."""
     distributed.initialize(rendezvous, ParallelOptions(), seed=0)
