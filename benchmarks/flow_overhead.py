@@ -62,6 +62,9 @@ class InstantTeacher:
     def begin_step(self, deadline: float | None) -> None:
         """Nothing to bound."""
 
+    async def end_step(self, deadline: float | None) -> None:
+        """Nothing to prove."""
+
     def statistics(self) -> dict[str, float]:
         return dict.fromkeys(("requests", "retries", "samples", "wait_seconds", "in_flight_limit"), 0.0)
 

@@ -32,6 +32,7 @@ from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
 from opd_megatron.flow.feedback import feedback_prompts
 from opd_megatron.flow.target_models import combination, compares_distributions, megatron_teacher
+from opd_megatron.flow.teacher_answers import megatron_voice, server_answer
 from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
@@ -136,9 +137,13 @@ def assemble(options: Options) -> Iterator[Parts]:
             stack.callback(teacher.close)
         generator, flow = None, None
         if samples_rollouts and engine is not None and prompts is not None:
-            generator = RolloutGenerator(engine, tokenizer, options)
+            voice = megatron_voice(options, trainer, tokenizer)
+            if voice is not None:
+                stack.callback(voice.close)
+            generator = RolloutGenerator(engine, tokenizer, options, voice)
             feedback = feedback_prompts(options, tokenizer)
-            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher, feedback))
+            answer = server_answer(options, teacher, tokenizer, generator.sampling)
+            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher, feedback, answer))
             stack.callback(flow.close)
         yield Parts(
             options=options,

@@ -28,8 +28,9 @@ import aiohttp
 import orjson
 import tenacity
 
-from opd_megatron.config.checks import MASK, http_url, mask_url
+from opd_megatron.config.checks import http_url, mask_url
 from opd_megatron.config.errors import RunError, UserError
+from opd_megatron.config.masking import Secrets
 
 logger = logging.getLogger(__name__)
 
@@ -210,18 +211,18 @@ class HttpClient:
         self.server = f"{kind} {self.url}"
         """The server in messages."""
         self._timeout = timeout
-        self._secrets: list[str] = []
+        self._secrets = Secrets()
         self._headers = {}
         if parts.username is not None:
             user, password = unquote(parts.username), unquote(parts.password or "")
             token = base64.b64encode(f"{user}:{password}".encode()).decode()
-            self._secrets += [token, password, parts.password or ""]
+            self._secrets.add(token, password, parts.password or "")
             self._headers["Authorization"] = f"Basic {token}"
         if api_key_env is not None:
             if parts.username is not None:
                 raise UserError(f"{self.server}: give a user name in the address or an API key, not both")
             key = _read_key(api_key_env, self.server)
-            self._secrets.append(key)
+            self._secrets.add(key)
             self._headers["Authorization"] = f"Bearer {key}"
         if self._headers and parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
             logger.warning("%s: the API key or password goes there unencrypted: use https://", self.server)
@@ -237,7 +238,7 @@ class HttpClient:
         return await retried(lambda: self.attempt("POST", path, payload, f"POST {path}", timeout=timeout), policy)
 
     async def attempt(self, method: str, path: str, payload: Any, subject: str, *, timeout: float | None = None) -> Any:
-        """Send ``payload`` as JSON (NumPy arrays are lists there) once and return the answer's JSON.
+        """Send ``payload`` as JSON (NumPy arrays are lists there) once; the answer's JSON, secrets in it masked.
 
         ``timeout`` replaces the client's. Raises :class:`HttpError` about ``subject``: transient are refused and broken
         connections, time-outs, answers that break off or are not JSON, and the statuses 429 and 5xx.
@@ -270,11 +271,12 @@ class HttpClient:
         status = response.status
         if status != 200:
             transient = status == 429 or status >= 500
-            reason = f"HTTP {status}: {error_message(content, response.reason, self._masked)}"
+            reason = f"HTTP {status}: {error_message(content, response.reason, self._secrets.masked)}"
             pause = _retry_after(response.headers.get("Retry-After")) if transient else 0.0
             raise failure(reason, HttpFault.STATUS, status=status, transient=transient, pause=pause)
         try:
-            return _loads(content)
+            answer = _loads(content)
+            return self._secrets.masked_values(answer) if self._secrets.occur_in(content) else answer
         except (ValueError, RecursionError) as error:
             raise failure(f"the answer is not JSON ({error})", HttpFault.MALFORMED, transient=True) from None
 
@@ -292,13 +294,6 @@ class HttpClient:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE)
             self._sessions[loop] = aiohttp.ClientSession(connector=connector, headers=headers, trust_env=False)
         return self._sessions[loop]
-
-    def _masked(self, text: str) -> str:
-        """``text`` of the server, which may repeat what was sent to it, without secrets."""
-        for secret in self._secrets:
-            if secret:
-                text = text.replace(secret, MASK)
-        return text
 
 
 def error_message(content: bytes, reason: str | None, mask: Callable[[str], str] = str) -> str:

@@ -40,6 +40,7 @@ from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
 from opd_megatron.rollout.generate import rollout_metrics
+from opd_megatron.rollout.given import origin_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, sampled_by_student, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
@@ -82,7 +83,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     train_on_prefix(samples, options.opd.opd_prefix_len if options.opd.use_opd else None)
     own = sampled_by_student(samples)
     if options.opd.use_opd and (options.opd.opd_student_data_fraction < 1 or len(own) < len(samples)):
-        metrics["opd/student_data_frac"] = len(own) / len(samples)
+        metrics |= origin_metrics(samples)
     if hears_feedback(options):
         heard = sum(sample.teacher_prompt_tokens is not None for sample in samples)
         metrics["opd/feedback_frac"] = heard / len(samples)

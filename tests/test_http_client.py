@@ -225,6 +225,19 @@ def test_the_api_key_is_sent_and_shown_nowhere(
         assert key not in shown
 
 
+@pytest.mark.parametrize("key", ["sk-verysecret", 'sk-"very"/\\secret'])
+def test_what_a_server_repeats_of_the_key_in_a_good_answer_is_taken_out(
+    serve: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    said = f"Bearer {key} twice {key}"
+    answer = {"meta_info": [{"finish_reason": {"type": "abort", "message": said}}, 1, None], "text": "fine"}
+    found = ask(serve(reply(200, answer)).url, api_key_env="TEACHER_KEY")
+    assert key not in repr(found)
+    assert found["meta_info"][0]["finish_reason"]["message"] == said.replace(key, "***")
+    assert (found["text"], found["meta_info"][1:]) == ("fine", [1, None])
+
+
 def test_a_key_that_leaves_the_machine_unencrypted_is_a_warning(key: str, caplog: pytest.LogCaptureFixture) -> None:
     for url in ("https://teacher.example:1", "http://127.0.0.9:1", "http://localhost:1", "http://[::1]:1"):
         HttpClient(url, api_key_env="TEACHER_KEY")

@@ -197,6 +197,12 @@ def estimates_advantages(options: Options) -> bool:
     return has_task(options) or options.objective.kl_coef > 0
 
 
+def teacher_answers(options: Options) -> bool:
+    """Whether the teacher samples responses in the place of some of the student's."""
+    opd, recorded = options.opd, options.rollout.load_debug_rollout_data is not None
+    return opd.use_opd and opd.opd_student_data_fraction < 1.0 and opd.opd_data_source == "teacher" and not recorded
+
+
 def is_self_taught(options: Options) -> bool:
     """Whether the student is its own teacher."""
     return options.opd.use_opd and options.opd.opd_teacher == "self"

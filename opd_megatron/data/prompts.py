@@ -54,9 +54,9 @@ def check_prompt_file(
 ) -> list[str]:
     """What is wrong with a prompt file, as phrases; an empty list if nothing is.
 
-    ``path`` may carry a slice (``PATH@[a:b]``). The first few bad rows are named by line (Parquet: row) and the others
-    counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault. ``routes`` are a field of
-    the metadata and the teachers of which it has to name one.
+    ``path`` may carry a slice (``PATH@[a:b]``). The first row with a fault is named by line (Parquet: row), the others
+    are counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault. ``routes`` are a field
+    of the metadata and the teachers of which it has to name one.
     """
     rows, faults = _read_checked(path, input_key, label_key, metadata_key, apply_chat_template)
     return faults or summarize([fault for row in rows if (fault := _route_fault(row, metadata_key, routes))])
@@ -66,10 +66,14 @@ def _read_checked(
     path: str, input_key: str, label_key: str | None, metadata_key: str, apply_chat_template: bool
 ) -> tuple[list[Row], list[str]]:
     rows, faults = read_rows(path)
+    places: dict[str, list[str]] = {}
     for row in rows:
         fault = _row_fault(row.fields, input_key, label_key, metadata_key, apply_chat_template)
         if fault:
-            faults.append(f"{row.where}: {fault}")
+            places.setdefault(fault, []).append(row.where)
+    for fault, where in places.items():
+        others = f" (and {len(where) - 1} more rows)" if len(where) > 1 else ""
+        faults.append(f"{where[0]}{others}: {fault}")
     return rows, summarize(faults)
 
 
@@ -259,14 +263,20 @@ class PromptSet:
             "shuffle": self._shuffle,
             "seed": self._seed,
             "fingerprint": self._fingerprint,
+            "beside": self._beside,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; raises :class:`UserError` if it was saved with other prompts or another order."""
-        if state["fingerprint"] != self._fingerprint:
+        """Go to a saved position; raises :class:`UserError` if it was saved with other prompts or another order.
+
+        What stands beside the prompts, such as given responses, must be the same where both runs read it.
+        """
+        saved, own = state.get("beside", {}), self._beside
+        if state["fingerprint"] != self._fingerprint or any(saved[name] != own[name] for name in saved.keys() & own):
             raise UserError(
-                "the prompts are not those of the checkpoint (another file, slice, tokenizer or chat template): "
-                "restore --prompt-data, or start a new run from these weights with --ref-load"
+                "the prompts are not those of the checkpoint (another file, slice, tokenizer, chat template or "
+                "privileged text): restore --prompt-data and the options that say how it is read, or start a new run "
+                "from these weights with --ref-load"
             )
         if state["shuffle"] != self._shuffle or (self._shuffle and state["seed"] != self._seed):
             flags = f"{'with' if state['shuffle'] else 'without'} --rollout-shuffle and with --seed {state['seed']}"
@@ -285,8 +295,20 @@ class PromptSet:
         digest = hashlib.sha256()
         for record in self.records:
             digest.update(record.prompt_tokens.tobytes())
-            rest = [record.label, record.metadata, *([record.extras] if record.extras else [])]
-            if record.teacher_prompt_tokens is not None:
-                digest.update(record.teacher_prompt_tokens.tobytes())
+            rest = [record.label, record.metadata]
             digest.update(json.dumps(rest, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
+
+    @cached_property
+    def _beside(self) -> dict[str, str]:
+        """A digest of the teacher's own prompts, and of each further field that is read."""
+        columns: dict[str, list[Any]] = {}
+        for record in self.records:
+            for name, value in record.extras.items():
+                columns.setdefault(f"field {name}", []).append(value)
+            if record.teacher_prompt_tokens is not None:
+                columns.setdefault("teacher's prompt", []).append(record.teacher_prompt_tokens.tolist())
+        return {
+            name: hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+            for name, values in columns.items()
+        }

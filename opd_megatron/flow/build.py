@@ -8,7 +8,7 @@ from typing import TypeGuard
 from opd_megatron.config.options import Options
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import build_filter
-from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages
+from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages, TeacherAnswer
 from opd_megatron.reward import RewardFunction
 from opd_megatron.sample import Sample
 from opd_megatron.teacher.protocol import StreamingTeacher
@@ -41,6 +41,7 @@ def stages_of(
     reward: RewardFunction | None,
     teacher: object,
     feedback: Callable[[Sample], None] | None = None,
+    answer: TeacherAnswer | None = None,
 ) -> Stages:
     """What a rollout of these options goes through; a ``teacher`` that scores whole rollouts comes after it."""
     rollout = options.rollout
@@ -60,4 +61,5 @@ def stages_of(
         policy=policy_of(options),
         # The rounding of the local engine depends on what it decodes together.
         refill_at_once=options.engine.rollout_engine != "local",
+        answer=answer,
     )

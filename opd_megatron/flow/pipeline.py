@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,14 +44,19 @@ class PromptSource(Protocol):
     def next_batch(self, n: int) -> Sequence[Prompt]: ...
 
 
+TeacherAnswer = Callable[[Sample, int], Awaitable[None]]
+"""Gives a sample of a rollout a response of the teacher; raises :class:`TeacherFailure`."""
+
+
 @dataclass(frozen=True)
 class Stages:
     """What a rollout goes through; ``batch`` prompts of ``copies`` samples each come out.
 
     ``max_refills`` bounds the prompts that ``keep`` may have replaced. ``feedback`` looks at each sample that has its
-    reward, and says what the teacher sees of it, or that the teacher is not asked. With ``refill_at_once`` a dropped
-    group is replaced while others are still under way; without, when all are decided, so that an engine whose rounding
-    depends on what it decodes together gets the same batches in every run.
+    reward, and says what the teacher sees of it, or that the teacher is not asked. Samples that are not the student's
+    come from ``source`` without a response where ``answer`` is to give them one of the teacher's, before they are
+    scored. With ``refill_at_once`` a dropped group is replaced while others are still under way; without, when all are
+    decided, so that an engine whose rounding depends on what it decodes together gets the same batches in every run.
     """
 
     source: SampleSource
@@ -65,6 +70,7 @@ class Stages:
     teacher: StreamingTeacher | None = None
     policy: FailurePolicy = field(default_factory=FailurePolicy)
     refill_at_once: bool = True
+    answer: TeacherAnswer | None = None
     most_open: int = MOST_OPEN
 
 
@@ -141,6 +147,8 @@ class _Making:
         except BaseExceptionGroup as several:
             first = _first_of(several)
             raise first from first.__cause__
+        else:
+            await self._prove_teacher()
         finally:
             watch.cancel()
         self._check_complete()
@@ -150,6 +158,11 @@ class _Making:
         if self.stages.teacher is not None:
             metrics |= self.failures.metrics() | teacher_metrics(self.stages.teacher)
         return Rollout(samples, metrics)
+
+    async def _prove_teacher(self) -> None:
+        if self.stages.teacher is not None:
+            with self.clock.at_work("teacher"):
+                await self.stages.teacher.end_step(self.stages.policy.deadline)
 
     def _check_complete(self) -> None:
         """Raise ``RunError`` if a stage let a sample go: a task that is cancelled from within ends without an error."""
@@ -223,6 +236,8 @@ class _Making:
                 async with asyncio.timeout(None) as limit:
                     self.limits.add(limit)
                     try:
+                        if self.stages.answer is not None and sample.from_data:
+                            await self.stages.answer(sample, self.rollout_id)
                         sample.teacher_scores = await teacher.score_one(sample)
                     finally:
                         self.limits.discard(limit)

@@ -11,7 +11,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import student_architecture
 from opd_megatron.config.validate_prefixes import student_only
 from opd_megatron.objectives.advantages import chosen_estimator
-from opd_megatron.sample import Sample, read_samples
+from opd_megatron.sample import LARGEST_REWARD, Sample, read_samples
 
 
 def recorded_samples(options: Options, path: Path) -> list[Sample]:
@@ -40,6 +40,8 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
     """What makes a recorded sample unfit for this run, or None."""
     if not isinstance(sample.reward, int | float | None):
         return "the reward is not a number"
+    if not abs(sample.reward or 0.0) <= LARGEST_REWARD:
+        return f"the reward is {sample.reward:g}, not a finite number that a float32 holds"
     if not len(sample.prompt_tokens):
         return "the prompt has no tokens"
     student = student_architecture(options)

@@ -49,8 +49,13 @@ class StudentIdsTeacher:
                 failures.add(failure)
                 return mask(sample, failure.kind, self.name)
 
+        async def score_all() -> list[TeacherScores]:
+            found = await score_together(score, asked)
+            await self.servers.end_step(self._policy.deadline)
+            return found
+
         self.servers.begin_step(self._policy.deadline)  # nothing else is left to do meanwhile
-        for sample, scores in zip(asked, self._runner.run(score_together(score, asked)), strict=True):
+        for sample, scores in zip(asked, self._runner.run(score_all()), strict=True):
             sample.teacher_scores = scores
             sample.validate()
         complete_masked(samples)

@@ -21,12 +21,12 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import selects_by_divergence, selects_tokens
 from opd_megatron.objectives.sample_weights import (
     counted_samples,
-    effective_share,
     group_means,
     group_numbers,
     paced_weights,
     reward_weights,
 )
+from opd_megatron.objectives.sampling import effective_share
 from opd_megatron.objectives.tensors import joined, owners
 from opd_megatron.objectives.token_selection import sampled_tokens, token_scores, top_tokens
 from opd_megatron.objectives.weights import step_weights

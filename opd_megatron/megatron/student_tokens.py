@@ -23,7 +23,7 @@ from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.megatron.scoring import merge_parts
 from opd_megatron.megatron.teacher_rows import TeacherRows
-from opd_megatron.megatron.vocab_head import full_divergence, selected_log_probs, top_k
+from opd_megatron.megatron.vocab_head import selected_log_probs, target_divergence, top_k
 from opd_megatron.objectives.diagnostics import OF_CHOICE, OF_RECORD, OF_STUDENT, OF_TEACHER
 from opd_megatron.objectives.divergences import forward_kl, jensen_shannon, reverse_kl
 from opd_megatron.questions import StudentTokens
@@ -100,7 +100,7 @@ class _CloserLook:
     def _against_teacher(self, student: Side, teacher: Side) -> Columns:
         """Of both whole distributions."""
         divergences = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jensen_shannon(0.5)}
-        found = {name: full_divergence(*student, *teacher, kind, **self._head) for name, kind in divergences.items()}
+        found = {name: target_divergence(*student, teacher, kind, **self._head) for name, kind in divergences.items()}
         student_ids_NK, teacher_ids_NK = (top_k(*side, self._k, **self._head).ids_NK for side in (student, teacher))
         teacher_NK, _, found["teacher_entropy"] = selected_log_probs(*teacher, student_ids_NK, **self._head)
         found["teacher_mass"] = teacher_NK.exp().sum(-1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,12 @@ def chosen_estimator(options: ObjectiveOptions) -> AdvantageEstimator:
     function = load_function(path, "--custom-advantage-path")
 
     def estimate(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
-        advantages = [as_float64(advantage_T) for advantage_T in function(batch, options)]
+        answer: Any = function(batch, options)
+        try:
+            advantages = [as_float64(advantage_T) for advantage_T in answer]
+        except (TypeError, ValueError):
+            kind = type(answer).__name__
+            raise UserError(f"{path}: returned a {kind}, not one tensor of numbers for each sample") from None
         if len(advantages) != len(batch.loss_masks):
             raise UserError(f"{path}: {len(advantages)} advantages for {len(batch.loss_masks)} samples")
         for place, (advantage_T, mask_T) in enumerate(zip(advantages, batch.loss_masks, strict=True)):
@@ -48,7 +54,7 @@ def chosen_estimator(options: ObjectiveOptions) -> AdvantageEstimator:
                     f"{path}: advantages of shape {tuple(advantage_T.shape)} for the {len(mask_T)} tokens "
                     f"of sample {place}"
                 )
-            if not advantage_T[mask_T].isfinite().all():
+            if not advantage_T[mask_T].float().isfinite().all():
                 raise UserError(f"{path}: the advantages of sample {place} are not finite")
         return advantages
 

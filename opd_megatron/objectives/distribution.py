@@ -22,7 +22,9 @@ from opd_megatron.objectives.divergences import (
 MakeDivergence: TypeAlias = Callable[[OpdOptions], Divergence]
 
 DIVERGENCES: Catalogue[MakeDivergence] = Catalogue("Divergences", "--opd-divergence")
-_PROOF = "test_divergences.py::test_the_terms_add_up_to_the_definitions"
+_PROOF = "test_divergences.py::test_the_slopes_give_the_gradient_of_the_definitions"
+_OF_A_STEP = "megatron/test_distribution.py::test_the_gradient_of_a_step_is_that_of_the_divergence"
+_OF_TWO = "test_opd_losses.py::test_a_schedule_leads_from_one_divergence_to_the_other"
 
 DIVERGENCES.register(
     "reverse_kl",
@@ -44,7 +46,8 @@ DIVERGENCES.register(
     "jsd",
     lambda opd: jensen_shannon(opd.opd_jsd_beta, scaled=opd.opd_jsd_scaled),
     title="generalised Jensen-Shannon",
-    formula=r"$\beta\, \mathrm{KL}(T \Vert m) + (1-\beta)\, \mathrm{KL}(S \Vert m),\ m = \beta T + (1-\beta) S$",
+    formula=r"$\beta\, \mathrm{KL}(T \Vert m) + (1-\beta)\, \mathrm{KL}(S \Vert m),\ m = \beta T + (1-\beta) S$; "
+    r"scaled: over $\beta(1-\beta)$; $\beta = 0$: $\mathrm{KL}(T \Vert S)$, $\beta = 1$: $\mathrm{KL}(S \Vert T)$",
     source="GKD, arXiv 2306.13649",
     proof=_PROOF,
     more_flags="--opd-jsd-beta B [--opd-jsd-scaled]",
@@ -83,6 +86,50 @@ DIVERGENCES.register(
     source="Amari, Differential-Geometrical Methods in Statistics, 1985",
     proof=_PROOF,
     more_flags="--opd-alpha A",
+)
+
+DIVERGENCES.describe(
+    "weighted sum of two",
+    "--opd-divergence-to D --opd-divergence-mix W",
+    formula="$(1-w) D_1 + w D_2$",
+    source="",
+    proof=_OF_TWO,
+)
+DIVERGENCES.describe(
+    "from one to the other",
+    "--opd-divergence-to D --opd-divergence-schedule START:END",
+    formula=r"$(1-w) D_1 + w D_2$, $w$ from 0 along a line between two rollouts",
+    source="PACED, arXiv 2603.11178",
+    proof=_OF_TWO,
+)
+for _side in ("teacher", "student"):
+    DIVERGENCES.describe(
+        f"likeliest tokens of the {_side} and a tail",
+        f"--opd-support {_side}_topk --opd-top-k K --opd-tail bucket",
+        formula="$D$ of $K + 1$ classes: the tokens, and all others as one",
+        source="log-sum inequality",
+        proof=_OF_A_STEP,
+    )
+DIVERGENCES.describe(
+    "likeliest tokens alone",
+    "--opd-support teacher_topk --opd-top-k K --opd-tail renormalized",
+    formula=r"$D$ of $S(a) / \sum_K S$ and $T(a) / \sum_K T$",
+    source="",
+    proof=_OF_A_STEP,
+)
+DIVERGENCES.describe(
+    "temperature of the comparison",
+    "--opd-temperature TAU",
+    formula=r"$D(\mathrm{softmax}(z_S / \tau), \mathrm{softmax}(z_T / \tau))$, no factor $\tau^2$",
+    source="arXiv 1503.02531",
+    proof=_OF_A_STEP,
+)
+DIVERGENCES.describe(
+    "entropy-aware",
+    "--opd-entropy-aware W",
+    formula=r"$D + w\, \frac{H(T)}{\ln V}\, \mathrm{KL}(T \Vert S)$",
+    source="cf. arXiv 2603.07079",
+    proof="test_divergences.py::test_entropy_aware_distillation_is_its_formula",
 )
 
 

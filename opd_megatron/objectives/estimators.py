@@ -311,6 +311,20 @@ ADVANTAGE_ESTIMATORS.register(
     proof="test_advantages.py::test_none_is_zero",
 )
 ADVANTAGE_ESTIMATORS.describe(
+    "no task",
+    "--rm-type zero",
+    formula="$A = 0$; no reward is computed and no greedy response sampled",
+    source="",
+    proof="e2e/test_prefixes.py::test_without_a_task_nothing_is_computed_for_it",
+)
+ADVANTAGE_ESTIMATORS.describe(
+    "an estimator of one's own",
+    "--custom-advantage-path package.module:function",
+    formula="$A$ of a function",
+    source="",
+    proof="test_own_objectives.py::test_an_estimator_of_ones_own_is_normalised_and_masked_like_all_others",
+)
+ADVANTAGE_ESTIMATORS.describe(
     "KL in the reward",
     "--kl-coef",
     formula=r"$r \leftarrow r - \beta \sum_t m_t x_t$, $x_t = \log S_{\mathrm{old}}(a_t) - \log R(a_t)$",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import re
 import socket
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Any
@@ -168,7 +169,8 @@ class _Sender:
         except RuntimeError as error:
             if isinstance(error, RunError):
                 raise
-            reason = f"the broadcast failed ({' '.join(str(error).split())})"
+            told = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split()))  # without the line of gloo's source
+            reason = f"the broadcast failed ({told})"
             raise HttpError(server.name, "weights", reason, HttpFault.CONNECTION, transient=True) from None
         finally:
             for task in tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import numpy as np
 from opd_megatron.http_client import HttpError, HttpFault, retried
 from opd_megatron.sample import TeacherScores
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
-from opd_megatron.teacher.replicas import Replica, Replicas
+from opd_megatron.teacher.replicas import ABOUT_THE_REQUEST, Replica, Replicas
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading
 
 Subject = TypeVar("Subject")
@@ -25,14 +25,23 @@ MOST_TOKENS = 2**18
 class Question:
     """The tokens of one sample, of which those after ``start`` are to be scored.
 
-    ``union`` are ids whose log-probabilities are asked for at every position.
+    ``union`` are ids whose log-probabilities are asked for at every position. With ``sampling``, SGLang's sampling
+    parameters, nothing is scored: the tokens are a prompt to which a response is to be sampled.
     """
 
     subject: str
     tokens: np.ndarray
     start: int
     union: np.ndarray | None = None
+    sampling: Mapping[str, Any] | None = None
     answer: asyncio.Future[Reading] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    failed_at: set[Replica] = field(default_factory=set)
+    """Servers that were asked in vain."""
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether it shares a request with no other: its list of ids is meant for it, or its answer takes long."""
+        return self.union is not None or self.sampling is not None
 
 
 Read = Callable[[Question, Any, Replica], Reading]
@@ -84,7 +93,7 @@ class Gatherer:
             if self._queue[0].answer.done():
                 self._queue.popleft()
                 continue
-            wanted = 1 if self._queue[0].union is not None else len(self._queue)
+            wanted = 1 if self._queue[0].goes_alone else len(self._queue)
             try:
                 replica, room = await self.replicas.acquire(wanted)
             except (HttpError, TeacherFailure) as error:
@@ -97,19 +106,19 @@ class Gatherer:
                 self._start(batch, replica)
 
     def _take(self, most: int) -> list[Question]:
-        """The next questions, at most ``most``; one with a union of ids goes alone."""
+        """The next questions, at most ``most``; some go alone."""
         batch: list[Question] = []
         tokens = 0
         while self._queue and len(batch) < most:
             question = self._queue[0]
             tokens += len(question.tokens)
-            if batch and (question.union is not None or tokens > MOST_TOKENS):
+            if batch and (question.goes_alone or tokens > MOST_TOKENS):
                 break
             self._queue.popleft()
             if question.answer.done():
                 continue
             batch.append(question)
-            if question.union is not None:
+            if question.goes_alone:
                 break
         return batch
 
@@ -142,7 +151,8 @@ class Gatherer:
         disbelief: AnswerError | None = None
 
         async def attempt() -> tuple[Replica, Any]:
-            replica = held.pop() if held else await self.replicas.acquire_again(len(batch))
+            failed_at = {replica for question in batch for replica in question.failed_at}
+            replica = held.pop() if held else await self.replicas.acquire_again(len(batch), failed_at)
             self._counts["requests"] += 1
             nonlocal disbelief
             disbelief = None
@@ -150,8 +160,11 @@ class Gatherer:
                 answer = await self.replicas.ask(replica, len(batch), tokens, payload, subject)
                 return replica, self._believed(batch[0], answer, replica) if len(batch) == 1 else answer
             except HttpError as error:
+                _note_failure(batch, replica)
                 if len(batch) > 1 and error.delivered and not error.busy:
                     error.transient = False
+                elif error.fault is HttpFault.STATUS and error.status not in ABOUT_THE_REQUEST:
+                    error.transient |= self.replicas.others_than(failed_at | {replica})
                 raise
             except AnswerError as error:
                 disbelief = error
@@ -179,14 +192,22 @@ class Gatherer:
     def _believed(self, question: Question, answer: Any, replica: Replica) -> Reading:
         """What ``answer`` says; a server of another model is asked no more. Raises :class:`AnswerError`."""
         try:
-            return self._read(question, answer, replica)
+            reading = self._read(question, answer, replica)
         except AnswerError as error:
+            _note_failure([question], replica)
+            reason = f"{replica.client.server}: {error}"
             if error.kind is FailureKind.CHANGED_MODEL:
-                self.replicas.refuse(replica, f"{replica.client.server}: {error}")
+                self.replicas.refuse(replica, reason)
+            else:
+                self.replicas.distrust(replica, reason)
             raise
+        self.replicas.trust(replica)
+        return reading
 
     def _hand_out(self, batch: list[Question], replica: Replica, answers: Any) -> None:
         if not isinstance(answers, list) or len(answers) != len(batch):
+            _note_failure(batch, replica)
+            self.replicas.distrust(replica, f"{replica.client.server}: no list of {len(batch)} answers")
             self._one_by_one(batch)
             return
         for question, own in zip(batch, answers, strict=True):
@@ -206,6 +227,9 @@ class Gatherer:
 
     def _payload(self, batch: Sequence[Question]) -> dict[str, Any]:
         """One sample in the plain form, several as lists."""
+        if batch[0].sampling is not None:
+            prompt, sampling = batch[0].tokens, batch[0].sampling
+            return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
         payload: dict[str, Any] = {
             "input_ids": [question.tokens for question in batch],
             "logprob_start_len": [question.start for question in batch],
@@ -224,6 +248,11 @@ class Gatherer:
             "sampling_params": {"temperature": 0, "max_new_tokens": 0},
             "return_logprob": True,
         }
+
+
+def _note_failure(batch: Sequence[Question], replica: Replica) -> None:
+    for question in batch:
+        question.failed_at.add(replica)
 
 
 def _fail(

@@ -51,6 +51,9 @@ class EngineTeacher:
         client.expect_other_weights()
         client.begin_step(deadline)
 
+    async def end_step(self, deadline: float | None) -> None:
+        """Nothing to prove: the engine does when it is given weights, whose label is in each answer."""
+
     async def score_one(self, sample: Sample) -> TeacherScores:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
         assert self._client is not None

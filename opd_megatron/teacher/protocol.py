@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from opd_megatron.config.errors import RunError
+from opd_megatron.http_client import HttpError
 from opd_megatron.sample import Sample, TeacherScores
 
 
@@ -56,6 +57,11 @@ class TeacherFailure(TeacherError):
         return type(self), (str(self), self.kind)
 
 
+def failure_of(error: HttpError) -> TeacherFailure:
+    """What an exchange that failed is to whoever asked for scores."""
+    return TeacherFailure(str(error), FailureKind(error.fault.value))
+
+
 class Teacher(Protocol):
     """Scores the tokens that the student sampled."""
 
@@ -94,6 +100,13 @@ class StreamingTeacher(Protocol):
         """Bound what follows, retries and pauses included, to ``deadline`` seconds from this moment (None: no bound).
 
         Samples that are not scored by then fail with :attr:`FailureKind.DEADLINE`.
+        """
+        ...
+
+    async def end_step(self, deadline: float | None) -> None:
+        """Raise :class:`TeacherFailure` if what was scored since :meth:`begin_step` may be of several models.
+
+        ``deadline`` limits the search for proof in seconds; None: no bound.
         """
         ...
 

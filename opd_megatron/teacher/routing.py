@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,10 +62,19 @@ class RoutedTeachers:
         """See :meth:`SGLangTeacher.score_ids`."""
         return await self.route(sample).score_ids(sample, ids_TK)
 
+    async def answer_one(self, sample: Sample, sampling: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
+        """See :meth:`SGLangTeacher.answer_one`."""
+        return await self.route(sample).answer_one(sample, sampling)
+
     def begin_step(self, deadline: float | None) -> None:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
         for teacher in self.teachers.values():
             teacher.begin_step(deadline)
+
+    async def end_step(self, deadline: float | None) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        for teacher in self.teachers.values():
+            await teacher.end_step(deadline)
 
     def statistics(self) -> dict[str, float]:
         """Sums over the teachers; see :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""

@@ -1,4 +1,4 @@
-"""A teacher behind SGLang's ``/generate``: the log-probabilities of given tokens, with nothing generated.
+"""A teacher behind SGLang's ``/generate``: the log-probabilities of given tokens, and responses where it is to answer.
 
 Scores are at temperature 1 whatever the sampling parameters say. A token id outside the model's vocabulary, an empty
 list of ids in a batch, and more most probable tokens than the vocabulary has end the whole server, so none of them is
@@ -8,23 +8,26 @@ ever sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from opd_megatron.config.errors import UserError
-from opd_megatron.http_client import HttpClient, HttpError, HttpFault, RetryPolicy, blocking, retried
+from opd_megatron.http_client import HttpClient, HttpError, RetryPolicy, blocking
 from opd_megatron.sample import Sample, TeacherScores
-from opd_megatron.teacher.agreement import EXACT, ROUNDED, Identity
+from opd_megatron.teacher.agreement import Identity
 from opd_megatron.teacher.gathering import Gatherer, Question, score_together
 from opd_megatron.teacher.in_flight import AdaptiveLimit
-from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
+from opd_megatron.teacher.known_text import KnownText
+from opd_megatron.teacher.protocol import FailureKind, TeacherFailure, failure_of
 from opd_megatron.teacher.replicas import Replica, Replicas
-from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer
+from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer, read_response
+from opd_megatron.teacher.sglang_scores import scores_of, take_record
 
 
 class SGLangTeacher:
@@ -67,10 +70,8 @@ class SGLangTeacher:
         self.max_union_ids = max_union_ids
         self._max_in_flight = max_in_flight
         self._policy = RetryPolicy(max_retries, backoff)
-        self._known: np.ndarray | None = None
-        self._identity: Identity | None = None
+        self._known: KnownText | None = None
         self._version: str | None = None
-        self._tolerance = EXACT
         self._deadline: float | None = None
         self._counts: Counter[str] = Counter()
         self._wait_seconds = 0.0
@@ -103,7 +104,7 @@ class SGLangTeacher:
                     return await client.get(path, self._policy)
                 return await client.post(path, payload, self._policy)
             except HttpError as error:
-                raise _failure(error) from None
+                raise failure_of(error) from None
 
         return self._blocking(exchange)
 
@@ -124,10 +125,10 @@ class SGLangTeacher:
         ``top_k`` the scores hold the most probable tokens and the tail, where a token is not valid all zeros.
         """
         reading, unscored = await self._read(sample, None)
-        scores = _scores(sample, reading, unscored, self.name)
+        scores = scores_of(sample, reading, unscored, self.name)
         if self.top_k:
             top = None if reading is None else reading.top
-            _take_record(scores, unscored, self.top_k, top)
+            take_record(scores, unscored, self.top_k, top)
         return scores
 
     async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
@@ -155,34 +156,42 @@ class SGLangTeacher:
             places_NK = places_TK.reshape(ids_TK.shape)[unscored:]
             log_probs_NK = np.take_along_axis(reading.union_log_probs_NU, places_NK, axis=1)
             top = TopK.of(ids_TK[unscored:], log_probs_NK, self.vocab_size)
-        scores = _scores(sample, reading, unscored, self.name)
-        _take_record(scores, unscored, ids_TK.shape[1], top)
+        scores = scores_of(sample, reading, unscored, self.name)
+        take_record(scores, unscored, ids_TK.shape[1], top)
         return scores
+
+    async def answer_one(self, sample: Sample, sampling: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
+        """A response to the prompt of ``sample``, which is left unchanged: ids int64 ``[T]``, and whether it ended.
+
+        ``sampling`` are SGLang's sampling parameters; ``max_new_tokens`` among them, at which what did not end is cut,
+        is lowered to what the servers can score behind the prompt. Raises :class:`TeacherFailure`.
+        """
+        prompt, limit = sample.prompt_tokens, int(sampling["max_new_tokens"])
+        with self._counted():
+            if not len(prompt):
+                raise self._unscorable(sample, "the prompt has no tokens; not sent, because that may end the server")
+            self._check_tokens(sample, prompt, extra=1)
+            limit = limit if self.max_tokens is None else min(limit, self.max_tokens - len(prompt))
+            question = Question(_subject(sample), prompt, 0, sampling={**sampling, "max_new_tokens": limit})
+            reading = await self._asked(question)
+        assert reading.response is not None
+        return reading.response.tokens_T, reading.response.ended
 
     def pin(self, tokens: np.ndarray) -> np.ndarray:
         """Score a known text on every server and hold all of them to the first one's answer from then on.
 
         ``tokens`` ``[N + 1]``; returns the log-probabilities ``[N]`` of those after the first. A server whose weights,
-        weight version or model differ later, which is looked at as each step begins and when a server comes back after
-        it could not be reached, is asked no more. Raises :class:`UserError` if the servers differ among themselves and
-        :class:`TeacherFailure` if one cannot be asked.
+        weight version or model differ later, which is looked at as each step begins and ends and when a server comes
+        back after it could not be reached, is asked no more. Raises :class:`UserError` if the servers differ among
+        themselves and :class:`TeacherFailure` if one cannot be asked.
         """
         tokens = np.asarray(tokens, dtype=np.int64)
         self.check(Sample(0, 0, "", prompt_tokens=tokens[:1], response_tokens=tokens[1:]))
 
-        async def identify_all() -> list[Identity]:
-            return [await self._opened(client, tokens) for client in self.clients]
-
-        self._known, self._identity, self._tolerance = None, None, EXACT
-        first, *others = self._blocking(identify_all)
-        for client, other in zip(self.clients[1:], others, strict=True):
-            difference = first.difference(other, self._tolerance)
-            if difference is not None:
-                raise UserError(
-                    f"{client.server} and {self.clients[0].url} do not serve the same weights: {difference}; start "
-                    "both with the same model"
-                )
-        self._known, self._identity, self._version = tokens, first, first.weight_version
+        self._known = None
+        known = KnownText(tokens, lambda answer, sent: read_answer(answer, sent, self.vocab_size))
+        first: Identity = self._blocking(lambda: known.open(self.clients, self._policy))
+        self._known, self._version = known, first.weight_version
         return first.log_probs_N
 
     def expect_other_weights(self) -> None:
@@ -194,8 +203,13 @@ class SGLangTeacher:
         self._deadline = None if deadline is None else time.monotonic() + deadline
         for gatherer in self._gatherers.values():
             gatherer.deadline = self._deadline
-            for replica in gatherer.replicas.all:
-                replica.proven = self._identity is None
+            gatherer.replicas.begin_step(proven=self._known is None)
+
+    async def end_step(self, deadline: float | None) -> None:
+        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`; the known text of :meth:`pin` is the proof."""
+        gatherer = self._gatherers.get(asyncio.get_running_loop())
+        if gatherer is not None and self._known is not None:
+            await gatherer.replicas.end_step(deadline)
 
     def statistics(self) -> dict[str, float]:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
@@ -219,9 +233,11 @@ class SGLangTeacher:
     def check(self, sample: Sample) -> None:
         """Raise :class:`TeacherFailure` if ``sample`` must not be sent."""
         sample = sample.seen_by_teacher()
-        if not sample.response_length:
-            return
-        tokens = sample.tokens
+        if sample.response_length:
+            self._check_tokens(sample, sample.tokens)
+
+    def _check_tokens(self, sample: Sample, tokens: np.ndarray, extra: int = 0) -> None:
+        """As :meth:`check` for what is sent of the sample, which ``extra`` tokens are to follow."""
         outside = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
         if outside.size:
             place = int(outside[0])
@@ -230,7 +246,7 @@ class SGLangTeacher:
                 f"token {place} has id {tokens[place]}, outside the vocabulary of {self.vocab_size}; not sent, because "
                 "such an id ends the server",
             )
-        if self.max_tokens is not None and len(tokens) > self.max_tokens:
+        if self.max_tokens is not None and len(tokens) + extra > self.max_tokens:
             raise TeacherFailure(
                 f"teacher server {self.name}: {_subject(sample)}: the server takes at most {self.max_tokens} tokens; "
                 "shorten prompts and responses, or start it with a larger --context-length",
@@ -242,9 +258,8 @@ class SGLangTeacher:
 
     async def _read(self, sample: Sample, union: np.ndarray | None) -> tuple[Reading | None, int]:
         """What a server says of the sample, None for no tokens, and how many response tokens have no score."""
-        began = time.monotonic()
         sample = sample.seen_by_teacher()
-        try:
+        with self._counted():
             self.check(sample)
             # The token before the first scored one is where the server starts; an earlier start would lose its
             # prefix cache.
@@ -252,16 +267,26 @@ class SGLangTeacher:
             unscored = start + 1 - len(sample.prompt_tokens)
             if sample.response_length <= unscored:
                 return None, min(unscored, sample.response_length)
-            question = Question(_subject(sample), sample.tokens, start, union)
-            remaining = None if self._deadline is None else max(self._deadline - began, 0.0)
-            try:
-                async with asyncio.timeout(remaining):
-                    return await self._gatherer().ask(question), unscored
-            except TimeoutError:
-                raise TeacherFailure(
-                    f"teacher server {self.name}: {_subject(sample)}: the time limit of the step passed",
-                    FailureKind.DEADLINE,
-                ) from None
+            return await self._asked(Question(_subject(sample), sample.tokens, start, union)), unscored
+
+    async def _asked(self, question: Question) -> Reading:
+        """The answer to ``question`` within the time limit of the step."""
+        remaining = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+        try:
+            async with asyncio.timeout(remaining):
+                return await self._gatherer().ask(question)
+        except TimeoutError:
+            raise TeacherFailure(
+                f"teacher server {self.name}: {question.subject}: the time limit of the step passed",
+                FailureKind.DEADLINE,
+            ) from None
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count what is asked for in the block as one sample, with its time and its failure."""
+        began = time.monotonic()
+        try:
+            yield
         except TeacherFailure as failure:
             self._counts[f"failed_{failure.kind}"] += 1
             raise
@@ -273,7 +298,7 @@ class SGLangTeacher:
         """That of the running loop; each has its own connections, queue and view of the servers."""
         loop = asyncio.get_running_loop()
         if loop not in self._gatherers:
-            proven = self._identity is None
+            proven = self._known is None
             replicas = [Replica(client, AdaptiveLimit(self._max_in_flight), proven=proven) for client in self.clients]
             gatherer = Gatherer(Replicas(replicas, self._policy, self._prove), self._believe, self.top_k, self._counts)
             gatherer.deadline = self._deadline
@@ -281,9 +306,13 @@ class SGLangTeacher:
         return self._gatherers[loop]
 
     def _believe(self, question: Question, answer: Any, replica: Replica) -> Reading:
-        top_k = self.top_k if question.union is None else 0
-        sent = question.tokens[question.start :]
-        reading = read_answer(answer, sent, self.vocab_size, top_k=top_k, union=question.union)
+        if question.sampling is not None:
+            limit = int(question.sampling["max_new_tokens"])
+            reading = read_response(answer, len(question.tokens), limit, self.vocab_size)
+        else:
+            top_k = self.top_k if question.union is None else 0
+            sent = question.tokens[question.start :]
+            reading = read_answer(answer, sent, self.vocab_size, top_k=top_k, union=question.union)
         if self._version is None:
             self._version = reading.weight_version
         if reading.weight_version != self._version:
@@ -293,57 +322,8 @@ class SGLangTeacher:
 
     async def _prove(self, replica: Replica) -> None:
         """Raise :class:`TeacherFailure` unless ``replica`` serves what was pinned, :class:`HttpError` if it is gone."""
-        if self._identity is None or self._known is None:
-            return
-        found = await self._identify(replica.client, self._known, RetryPolicy(0))
-        difference = self._identity.difference(found, self._tolerance)
-        if difference is not None:
-            raise TeacherFailure(f"{replica.client.server}: {difference}", FailureKind.CHANGED_MODEL)
-
-    async def _opened(self, client: HttpClient, tokens: np.ndarray) -> Identity:
-        """The identity of a server at the beginning; widens the tolerance to what its precision needs."""
-        try:
-            server = await client.get("/server_info", self._policy)
-            if isinstance(server, dict) and server.get("dtype") != "float32":
-                self._tolerance = ROUNDED
-            return await self._identify(client, tokens, self._policy)
-        except HttpError as error:
-            raise _failure(error) from None
-
-    async def _identify(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Identity:
-        model = await client.get("/model_info", policy)
-        if not isinstance(model, dict) or "model_path" not in model:
-            message = f"{client.server}: /model_info names no model; is this a SGLang server?"
-            raise TeacherFailure(message, FailureKind.MALFORMED)
-        reading = await self._read_known(client, tokens, policy)
-        return Identity(model["model_path"], str(model.get("weight_version", "")), reading.log_probs_N)
-
-    async def _read_known(self, client: HttpClient, tokens: np.ndarray, policy: RetryPolicy) -> Reading:
-        """What a server says of the known text; an answer that is not believed is asked for again like none."""
-        payload = {
-            "input_ids": tokens,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
-        disbelief: AnswerError | None = None
-
-        async def attempt() -> Reading:
-            nonlocal disbelief
-            disbelief = None
-            answer = await client.attempt("POST", "/generate", payload, "known text")
-            try:
-                return read_answer(answer, tokens, self.vocab_size)
-            except AnswerError as error:
-                disbelief = error
-                raise HttpError(client.server, "known text", str(error), HttpFault.MALFORMED, transient=True) from None
-
-        try:
-            return await retried(attempt, policy)
-        except HttpError as error:
-            if disbelief is None:
-                raise
-            raise TeacherFailure(str(error), disbelief.kind) from None
+        if self._known is not None:
+            await self._known.prove(replica.client, RetryPolicy(0))
 
     def _blocking(self, start: Callable[[], Awaitable[Any]]) -> Any:
         async def run() -> Any:
@@ -357,36 +337,5 @@ class SGLangTeacher:
         return blocking(run)
 
 
-def _failure(error: HttpError) -> TeacherFailure:
-    return TeacherFailure(str(error), FailureKind(error.fault.value))
-
-
 def _subject(sample: Sample) -> str:
     return f"sample {sample.index} ({len(sample.prompt_tokens)} prompt + {sample.response_length} response tokens)"
-
-
-def _scores(sample: Sample, reading: Reading | None, unscored: int, teacher: str) -> TeacherScores:
-    """What ``reading`` says of the response tokens but the first ``unscored``, which are not valid."""
-    length = sample.response_length
-    return TeacherScores(
-        _padded(length, unscored, None if reading is None else reading.log_probs_N),
-        np.arange(length) >= unscored,
-        teacher=teacher,
-        weight_version="" if reading is None else reading.weight_version,
-    )
-
-
-def _take_record(scores: TeacherScores, unscored: int, k: int, top: TopK | None) -> None:
-    """Give the scores a record of ``k`` tokens for each position, all zeros where there is no score."""
-    length = len(scores.log_probs_T)
-    scores.top_ids_TK = _padded(length, unscored, None if top is None else top.ids_NK, k).astype(np.int32)
-    scores.top_log_probs_TK = _padded(length, unscored, None if top is None else top.log_probs_NK, k)
-    scores.tail_log_mass_T = _padded(length, unscored, None if top is None else top.tail_log_mass_N)
-
-
-def _padded(length: int, unscored: int, values_N: np.ndarray | None, *shape: int) -> np.ndarray:
-    """``values_N`` for the tokens that have a score, after zeros for those that have none."""
-    array = np.zeros((length, *shape), dtype=np.float32 if values_N is None else values_N.dtype)
-    if values_N is not None:
-        array[unscored:] = values_N
-    return array

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from string import Template
 
 import pytest
 
-from opd_megatron.config.errors import UserError
-from opd_megatron.config.parse import parse_options
-from opd_megatron.config.validate import validate
+from tests.config.judging import accept, refuse
 
 BASE = (
     "--hf-checkpoint $hf --prompt-data $prompts --rollout-batch-size 4 --num-rollout 2 --run-dir $root/run "
@@ -115,11 +112,9 @@ ACCEPTED: dict[str, str] = {
 @pytest.mark.parametrize("case", CASES)
 def test_refusal(folders: dict[str, Path], case: str) -> None:
     arguments, message = CASES[case]
-    with pytest.raises(UserError) as refused:
-        validate(parse_options(Template(arguments).substitute(folders).split()))
-    assert message in str(refused.value)
+    assert message in refuse(arguments, folders)
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_accepted(folders: dict[str, Path], case: str) -> None:
-    validate(parse_options(Template(ACCEPTED[case]).substitute(folders).split()))
+    accept(ACCEPTED[case], folders)

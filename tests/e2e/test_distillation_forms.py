@@ -28,6 +28,24 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "k1 loss": ({"opd_loss": "kl_loss", "opd_kl_loss_type": "k1"}, "train/opd_loss"),
     "k2 loss": ({"opd_loss": "kl_loss"}, "train/opd_loss"),
+    "k3 loss": ({"opd_loss": "kl_loss", "opd_kl_loss_type": "k3"}, "train/opd_loss"),
+    "uneven jsd, scaled, and another at another temperature": (
+        {
+            **WHOLE,
+            "opd_divergence": "jsd",
+            "opd_jsd_scaled": True,
+            "opd_jsd_beta": 0.3,
+            "opd_divergence_to": "forward_kl",
+            "opd_divergence_mix": 0.25,
+            "opd_temperature": 0.7,
+        },
+        "train/opd_divergence",
+    ),
+    "student's top and a tail": ({**WHOLE, "opd_support": "student_topk", "opd_top_k": 4}, "train/opd_divergence"),
+    "teacher's top, rescaled": (
+        {**WHOLE, "opd_support": "teacher_topk", "opd_top_k": 4, "opd_tail": "renormalized"},
+        "train/opd_divergence",
+    ),
     "teacher's top": ({**WHOLE, "opd_support": "teacher_topk", "opd_top_k": 4}, "train/opd_divergence"),
     "student's top, rescaled": (
         {**WHOLE, "opd_support": "student_topk", "opd_top_k": 4, "opd_tail": "renormalized"},
@@ -73,6 +91,30 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {**MIXED, **WHOLE, "opd_teacher_mixture": "arithmetic", "opd_reward_scale": 1.25, "opd_divergence": "jsd"},
         "opd/implicit_reward",
     ),
+    "arithmetic mixture, chosen tokens, measured": (
+        {
+            **MIXED,
+            "opd_teacher_mixture": "arithmetic",
+            "opd_token_select": "top",
+            "opd_token_score": "soft_or",
+            "opd_diagnostics_interval": 1,
+            "opd_gradient_diagnostics_interval": 1,
+        },
+        "opd/effective_sample_frac",
+    ),
+    "geometric mixture, whole, sampled tokens, measured": (
+        {
+            **MIXED,
+            **WHOLE,
+            "opd_teacher_mixture": "geometric",
+            "opd_token_select": "sample",
+            "opd_token_score": "divergence",
+            "opd_diagnostics_interval": 1,
+            "opd_gradient_diagnostics_interval": 1,
+            "offload_teacher": True,
+        },
+        "train/opd_grad_snr",
+    ),
     **{name: ({**WHOLE, "opd_divergence": name}, "train/opd_divergence") for name in DIVERGENCES},
 }
 
@@ -88,6 +130,11 @@ def test_three_steps(student: Path, teacher: Path, other: Path, prompts: Path, t
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert all(line["train/grad_norm"] > 0 for line in metrics)
     assert metrics[-1][metric] != 0
+    if "opd_diagnostics_interval" in changes:  # what needs one teacher alone is left out
+        measured = {name.removeprefix("opd/") for name in metrics[-1]}
+        assert {"reverse_kl_exact", "student_entropy", "kl_by_position_q1", "kl_by_entropy_q4"} <= measured
+        assert not measured & {"forward_kl_exact", "jsd_exact", "teacher_entropy", "topk_overlap"}
+        assert all(0 < line["opd/token_kept_frac"] < 1 for line in metrics)
 
 
 def test_the_coefficient_follows_its_schedule_through_the_loop(

@@ -69,6 +69,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
             "opd_token_select": "sample",
             "opd_token_score": "soft_or",
             "opd_reward_beta": 1.0,
+            "opd_paced_alpha": 2.0,
+            "opd_paced_beta": 0.5,
             "opd_mask_special_tokens": True,
             "opd_kl_discount": 0.5,
         },

@@ -96,6 +96,10 @@ class Teacher:
     open: int = 0
     most_open: int = 0
     is_closed: bool = False
+    changed: bool = False
+    """Whether its weights turn out to be others as a step ends."""
+    proved: list[int] = field(default_factory=list)
+    """How many answers had been given at each proof."""
 
     async def score_one(self, sample: Sample) -> TeacherScores:
         self.asked.append(sample.index)
@@ -116,6 +120,11 @@ class Teacher:
 
     def begin_step(self, deadline: float | None) -> None:
         pass
+
+    async def end_step(self, deadline: float | None) -> None:
+        self.proved.append(len(self.answered))
+        if self.changed:
+            raise TeacherFailure("other weights", FailureKind.CHANGED_MODEL)
 
     def statistics(self) -> dict[str, float]:
         return dict.fromkeys(("requests", "retries", "samples", "wait_seconds", "in_flight_limit"), 0.0)

@@ -27,20 +27,12 @@ from tests.megatron.support import (
     reference_gradients,
     reference_log_probs,
     reference_logits,
-    save_reference,
     step_gradients,
-    tiny_config,
 )
 
 CHOSEN: dict[str, Any] = {"use_opd": True, "opd_token_select": "sample", "opd_token_score": "soft_or"}
 PURE: dict[str, Any] = {"advantage_estimator": "none"}
 WHOLE: dict[str, Any] = {"opd_loss": "distribution"}
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
 
 
 def samples_without_a_task(seed: int = 21) -> list[Sample]:

@@ -37,13 +37,6 @@ from tests.megatron.support import (
 )
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of another family, size and weights than any student here, but with the same vocabulary."""
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
-
-
 def _train(trainer: MegatronTrainer, samples: Sequence[Sample]) -> dict[str, float]:
     metrics = trainer.train(samples).metrics
     assert metrics is not None

@@ -19,6 +19,7 @@ from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS
 from opd_megatron.objectives.kl import KL_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
 from opd_megatron.objectives.returns import discounted_returns
+from opd_megatron.sample import LARGEST_REWARD
 
 ESTIMATORS = sorted(ADVANTAGE_ESTIMATORS)
 
@@ -300,6 +301,25 @@ def test_whitening_uses_unmasked_tokens_only() -> None:
     masks = [torch.tensor([True, False, True]), torch.tensor([True])]
     first, second = whiten(advantages, masks)
     torch.testing.assert_close(torch.cat([first, second]), torch.tensor([-1.0, 0.0, 0.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "opo", "gpg", "reinforce_plus_plus", "ppo"])
+def test_no_reward_that_is_let_through_is_too_large_for_the_statistics(estimator: str, whitened: bool) -> None:
+    """Of the size of the largest float32 the advantages are those of rewards of size 1, rescaled or normalised."""
+    rewards, groups = [-1.0, 1.0, 0.25, 0.5, 0.0], [0, 0, 1, 1, 1]
+    masks = [torch.ones(2, dtype=torch.bool)] * 5
+    options = ObjectiveOptions(advantage_estimator=estimator, normalize_advantages=whitened)
+    large = LARGEST_REWARD / 4
+    small_A, large_A = (
+        torch.cat(
+            task_advantages(options, [size * r for r in rewards], groups, masks, values=[torch.zeros(2)] * 5)
+        ).double()
+        for size in (1.0, large)
+    )
+    scale = 1.0 if whitened or estimator in ("grpo", "reinforce_plus_plus") else large
+    torch.testing.assert_close(large_A / scale, small_A, rtol=1e-5, atol=1e-6)
+    assert (small_A != 0).any()
 
 
 def test_faults_name_what_is_wrong() -> None:

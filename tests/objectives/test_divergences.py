@@ -14,6 +14,7 @@ from torch import Tensor
 from opd_megatron.objectives.divergences import (
     Divergence,
     alpha_divergence,
+    entropy_aware,
     forward_kl,
     jensen_shannon,
     reverse_kl,
@@ -188,6 +189,35 @@ def test_skew_slopes_are_bounded_where_a_probability_vanishes() -> None:
     logs, ruled_out = torch.tensor([-0.1]), torch.tensor([-torch.inf])
     assert skew_reverse_kl(0.1)(logs, ruled_out)[0].item() < -math.log(0.1)
     assert skew_kl(0.1)(ruled_out, logs)[1].abs().item() < 1 / 0.1
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_entropy_aware_distillation_is_its_formula(weight: float) -> None:
+    """Value and gradient of ``KL(S||T) + w H(T)/ln V KL(T||S)``, made of slopes as the fused kernels make them."""
+    logits, teacher = random_logits(10).requires_grad_(), random_logits(11)
+    p, q = logits.softmax(-1), teacher.softmax(-1)
+    entropy = torch.special.entr(q).sum(-1)
+    exact = kl(p, q) + weight * entropy / math.log(5) * kl(q, p)
+    (expected,) = torch.autograd.grad(exact.sum(), logits)
+    values, gradients = [], []
+    for divergence in (reverse_kl, forward_kl):
+        terms, slopes = divergence(logits.detach().log_softmax(-1), teacher.log_softmax(-1))
+        values.append(terms.sum(-1).requires_grad_())
+        gradients.append(slopes - p.detach() * slopes.sum(-1, keepdim=True))
+    found = entropy_aware(*values, entropy.requires_grad_(), vocab_size=5, weight=weight)
+    torch.testing.assert_close(found.detach(), exact.detach(), rtol=0, atol=1e-12)
+    of_values = torch.autograd.grad(found.sum(), values, materialize_grads=True, retain_graph=True)
+    chained = sum(outer[:, None] * inner for outer, inner in zip(of_values, gradients, strict=True))
+    torch.testing.assert_close(chained, expected, rtol=0, atol=1e-12)
+    assert torch.autograd.grad(found.sum(), entropy, allow_unused=True) == (None,)  # the teacher is a constant
+
+
+def test_the_less_sure_the_teacher_the_more_the_forward_kl_counts() -> None:
+    nothing, one = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    entropies = torch.tensor([0.0, math.log(7)], dtype=torch.float64)
+    assert entropy_aware(nothing, one, entropies, vocab_size=7, weight=3.0).tolist() == pytest.approx([0.0, 3.0])
+    with pytest.raises(ValueError, match="weight -1"):
+        entropy_aware(nothing, one, entropies, vocab_size=7, weight=-1.0)
 
 
 def test_a_truncated_top_k_sum_is_not_a_divergence() -> None:

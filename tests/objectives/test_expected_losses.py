@@ -197,6 +197,57 @@ def test_importance_weights_bring_every_term_of_sampled_tokens_to_the_students_l
     torch.testing.assert_close(masked, found, **EXACT)
 
 
+def test_icepop_is_the_surrogate_of_the_tokens_within_the_bounds(
+    student: Policy, sampler: Policy, token_advantages_ST: Tensor
+) -> None:
+    """The engine's prefixes, the trainer's token; tokens on which the two disagree are no longer summed over."""
+    objective = replace(UNCLIPPED, use_tis=True, tis_mode="mask", tis_clip_low=0.8, tis_clip=1.25)
+    got = gradient(student, objective, sampler, token_advantages_ST, old=student, engine=sampler)
+    probs_ST = sampler.probs_S().detach()[:, None] * LANGUAGE.mask_ST
+    ratio_ST = (student.log_probs_ST() - sampler.log_probs_ST().detach()).exp()
+    inside_ST = (ratio_ST >= 0.8) & (ratio_ST <= 1.25)
+    terms_ST = probs_ST * ratio_ST * token_advantages_ST
+    torch.testing.assert_close(got, -student.gradient(terms_ST[inside_ST].sum()), **EXACT)
+    bias = got + student.gradient(terms_ST.sum())
+    torch.testing.assert_close(bias, student.gradient(terms_ST[~inside_ST].sum()), **EXACT)
+    assert bias.norm() > 0.02 * got.norm()
+
+
+def test_opsm_leaves_out_no_more_than_the_push_away_from_abandoned_responses(
+    student: Policy, sampler: Policy, token_advantages_ST: Tensor
+) -> None:
+    """Its bias is the surrogate of tokens of negative advantage in responses that have become improbable."""
+    objective = replace(UNCLIPPED, use_opsm=True, opsm_delta=0.05)
+    ratio_ST = (student.log_probs_ST() - sampler.log_probs_ST().detach()).exp()
+    drift_S = (sampler.log_probs_ST() - student.log_probs_ST()).sum(1) / LANGUAGE.mask_ST.sum(1)
+    left_out_ST = (token_advantages_ST < 0) & (drift_S > 0.05)[:, None]
+    probs_ST = sampler.probs_S().detach()[:, None] * LANGUAGE.mask_ST
+    terms_ST = probs_ST * ratio_ST * token_advantages_ST
+    got = gradient(student, objective, sampler, token_advantages_ST)
+    torch.testing.assert_close(got, -student.gradient(terms_ST[~left_out_ST].sum()), **EXACT)
+    plain = gradient(student, UNCLIPPED, sampler, token_advantages_ST)
+    torch.testing.assert_close(got - plain, student.gradient(terms_ST[left_out_ST].sum()), **EXACT)
+    assert relative_error(got, plain) > 0.02
+    on_policy = gradient(student, objective, student, token_advantages_ST)
+    torch.testing.assert_close(on_policy, gradient(student, UNCLIPPED, student, token_advantages_ST), **EXACT)
+
+
+def test_dual_clip_has_the_gradient_of_the_bounded_surrogate(student: Policy, token_advantages_ST: Tensor) -> None:
+    """``max(min(r A, clip(r) A), c A)`` where A < 0: what has become c times as probable pushes no more."""
+    sampler = student.near(4, 0.8)
+    ratio_ST = (student.log_probs_ST() - sampler.log_probs_ST().detach()).exp()
+    clipped_ST = torch.minimum(ratio_ST * token_advantages_ST, ratio_ST.clamp(0.8, 1.2) * token_advantages_ST)
+    bounded_ST = torch.where(token_advantages_ST < 0, torch.maximum(clipped_ST, 1.5 * token_advantages_ST), clipped_ST)
+    probs_ST = sampler.probs_S().detach()[:, None] * LANGUAGE.mask_ST
+    got = gradient(student, ObjectiveOptions(eps_clip_c=1.5), sampler, token_advantages_ST)
+    torch.testing.assert_close(got, -student.gradient((probs_ST * bounded_ST).sum()), **EXACT)
+    plain = gradient(student, ObjectiveOptions(), sampler, token_advantages_ST)
+    beyond_ST = (token_advantages_ST < 0) & (ratio_ST > 1.5)
+    left_out = student.gradient((probs_ST * ratio_ST * token_advantages_ST)[beyond_ST].sum())
+    torch.testing.assert_close(got - plain, left_out, **EXACT)
+    assert relative_error(got, plain) > 0.02
+
+
 def test_only_a_constant_divisor_leaves_the_expected_gradient(student: Policy) -> None:
     """Steps of two responses: with a constant divisor the sampled term has the gradient of the summed exact KL."""
     teacher = Policy(LANGUAGE, 7)

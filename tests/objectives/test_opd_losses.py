@@ -20,6 +20,7 @@ from opd_megatron.objectives.divergences import forward_kl, reverse_kl
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdTerms
 from opd_megatron.objectives.sequences import Sequences
+from tests.objectives.enumeration import Language, Policy, relative_error
 
 PREFIXES, V = 5, 6
 
@@ -115,6 +116,29 @@ def test_given_tokens_say_nothing_but_where_distributions_are_compared(logits_PV
             off[form] = max(off[form], (found - exact).abs().max().item())
     assert off["distribution"] < 1e-12
     assert off["sampled"] > 0.1
+
+
+def test_at_the_teachers_samples_forward_kl_is_the_likelihood_of_its_responses() -> None:
+    """Summed over all responses of the teacher, ended or cut: what is cut says nothing of an end behind it."""
+    language = Language(vocabulary=3, length=3, end=2)
+    student, teacher = Policy(language, seed=1), Policy(language, seed=2, scale=2.0)
+    log_STV, taught_STV = student.all_log_probs_STV(), teacher.all_log_probs_STV().detach()
+    log_NV, taught_NV = log_STV[language.mask_ST], taught_STV[language.mask_ST]
+    terms = OpdTerms(
+        log_probs_N=log_NV[:, 0],
+        old_log_probs_N=log_NV[:, 0].detach(),
+        teacher_log_probs_N=taught_NV[:, 0],
+        scored_N=torch.ones(len(log_NV), dtype=torch.bool),
+        options=OpdOptions(opd_loss="distribution"),
+        divergence_N=(taught_NV.exp() * (taught_NV - log_NV)).sum(-1),
+    )
+    loss_N = OPD_LOSSES["distribution"](terms).loss_N
+    assert loss_N is not None
+    of_teacher_S = teacher.probs_S().detach()
+    weights_N = of_teacher_S[:, None].expand(language.mask_ST.shape)[language.mask_ST]
+    likelihood = (of_teacher_S * student.log_probs_ST().sum(1)).sum()
+    found, expected = student.gradient((weights_N * loss_N).sum()), student.gradient(-likelihood)
+    assert relative_error(found, expected) < 1e-12
 
 
 def test_unscored_positions_of_a_distribution_are_nothing_even_where_they_are_nan() -> None:

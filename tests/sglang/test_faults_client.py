@@ -72,7 +72,7 @@ class Scorer:
         self.recording = Recording()
         self.expected = self.through(self.proxy(no_fault))
 
-    def connect(self, url: str, **changes: Any) -> SGLangTeacher:
+    def connect(self, url: str | list[str], **changes: Any) -> SGLangTeacher:
         settings = {"max_retries": 4, "backoff": 0.05, "timeout": 20.0, **self._settings, **changes}
         return SGLangTeacher(url, vocab_size=self.served.vocab_size, **settings)
 
@@ -202,6 +202,17 @@ def test_under_random_faults_every_sample_is_scored_and_rightly(make_scorer: Cal
     plan = at_random([fault for fault in PASSING if "silent" not in fault.name], 0.3, seed)
     proxy = scorer.proxy(plan)
     assert_same_scores(scorer.through(proxy, max_retries=12, timeout=2.0, max_in_flight=4), scorer.expected)
+
+
+REFUSED = faults.status(401, {"error": "Unauthorized"})
+
+
+@pytest.mark.parametrize("fault", [*faults.ERROR_FORMS, faults.NAN, REFUSED], ids=named)
+def test_a_replica_that_answers_badly_loses_no_sample_and_is_hardly_asked(scorer: Scorer, fault: Fault) -> None:
+    with scorer.proxy(always(fault)) as bad, scorer.proxy(no_fault) as good:
+        teacher = scorer.connect([bad.url, good.url], max_in_flight=2)
+        assert_same_scores(score_all(teacher, scorer.samples), scorer.expected)
+        assert 1 <= len(bad.asked) <= len(good.asked) / 2
 
 
 def test_another_weight_version_ends_the_trust_in_the_server(scorer: Scorer) -> None:

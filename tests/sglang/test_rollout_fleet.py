@@ -92,7 +92,7 @@ def test_a_run_over_two_servers_survives_the_death_of_one_and_ends_where_one_han
         write_prompts(tmp_path / "prompts.jsonl", 20, seed=3),
         tmp_path / "run",
         num_rollout=4,
-        rollout_engine_timeout=15,
+        rollout_engine_timeout=10,
         rollout_engine="sglang",
         rollout_num_engines=2,
         rollout_weight_transfer="distributed",
@@ -288,7 +288,7 @@ def test_a_server_that_answers_and_does_not_generate_is_left_out(
     monkeypatch.setenv("OPD_TEST_FLEET_KEY", KEY)
     speaker.reset()
     urls = [spoken, second.proxy.url]
-    engine = speaker.engine(tmp_path, urls, api_key_env="OPD_TEST_FLEET_KEY", timeout=15.0)
+    engine = speaker.engine(tmp_path, urls, api_key_env="OPD_TEST_FLEET_KEY", timeout=8.0)
     engine.update_weights(speaker.weights(), "0")
     monkeypatch.setattr("opd_megatron.rollout.sglang_server.ALIVE_TIMEOUT", 4.0)
     stopped = scheduler_of(second.server.url)
