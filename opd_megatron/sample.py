@@ -193,6 +193,11 @@ def sampled_by_student(samples: Iterable[Sample]) -> list[Sample]:
     return [sample for sample in samples if not sample.from_data]
 
 
+def mask_with_prompt(sample: Sample) -> np.ndarray:
+    """The loss mask with an entry for each token of the prompt but the first before it, all of them 1; bool."""
+    return np.concatenate([np.ones(len(sample.prompt_tokens) - 1, dtype=np.bool_), sample.loss_mask])
+
+
 def prompt_as_response(sample: Sample) -> Sample:
     """``sample`` with all tokens but the first as its response; what is per token is 0 on those of the prompt.
 

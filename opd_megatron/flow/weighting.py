@@ -30,7 +30,7 @@ from opd_megatron.objectives.sampling import effective_share
 from opd_megatron.objectives.tensors import joined, owners
 from opd_megatron.objectives.token_selection import sampled_tokens, token_scores, top_tokens
 from opd_megatron.objectives.weights import step_weights
-from opd_megatron.sample import Sample, Status
+from opd_megatron.sample import Sample, Status, mask_with_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -197,11 +197,16 @@ class OpdWeighting:
         return top_tokens(scores_N, eligible_N, sizes_N, ratio=opd.opd_token_ratio, least=opd.opd_token_min_score)
 
     def _loss_weights(self, samples: Sequence[Sample]) -> Tensor:
-        """``[N]``: how much each token counts in the loss of its optimizer step."""
+        """``[N]``: how much each token counts in the distillation term of its optimizer step.
+
+        With ``--opd-include-prompt`` a response shares its sequence's mean with its prompt.
+        """
         options, size = self._options, self._options.global_batch_size
-        masks = [sample.loss_mask for sample in samples]
+        with_prompt = options.opd.opd_include_prompt
+        masks = [mask_with_prompt(sample) if with_prompt else sample.loss_mask for sample in samples]
         steps = [step_weights(options.objective, masks[first : first + size]) for first in range(0, len(samples), size)]
-        return torch.cat([weights_T for step in steps for weights_T in step]).double()
+        found = zip((weights_X for step in steps for weights_X in step), samples, strict=True)
+        return torch.cat([weights_X[len(weights_X) - sample.response_length :] for weights_X, sample in found]).double()
 
 
 def _scored(sample: Sample) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from opd_megatron.config.options import Options
 from opd_megatron.objectives.weights import step_weights
-from opd_megatron.sample import Sample, prompt_as_response
+from opd_megatron.sample import Sample, mask_with_prompt, prompt_as_response
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,7 @@ class PromptReading:
             return None
         size = options.global_batch_size
         first = number * size
-        masks = [
-            np.concatenate([np.ones(self._before(place), dtype=np.bool_), self.samples[place].loss_mask])
-            for place in range(first, min(first + size, len(self.samples)))
-        ]
+        masks = [mask_with_prompt(sample) for sample in self.samples[first : first + size]]
         weights = step_weights(options.objective, masks)
         return [np.zeros(0, dtype=np.float32)] * first + [weights_T.numpy() for weights_T in weights]
 

@@ -171,12 +171,13 @@ def gpg(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
     """``G / G_signal * (r - mean)`` with ``G`` groups, ``G_signal`` of unequal rewards (GPG, arXiv 2504.02546).
 
     The scale makes up for groups that teach nothing, so that their number does not shrink the step. It counts groups
-    whose rewards differ, not samples with a reward other than 0. A batch without any has advantages of 0.
+    whose task rewards differ, not samples with a reward other than 0, nor groups that ``--kl-coef`` alone tells apart.
+    A batch without any is not scaled.
     """
     groups = batch.groups()
-    centred_B = groups.centred(batch.shaped_rewards(options))
-    with_signal = int((groups.sum(centred_B.abs()) > 0).sum())
-    return batch.spread(centred_B * (len(groups.size_G) / max(with_signal, 1)))
+    with_signal = int((groups.sum(groups.centred(batch.rewards_B).abs()) > 0).sum())
+    scale = len(groups.size_G) / with_signal if with_signal else 1.0
+    return batch.spread(groups.centred(batch.shaped_rewards(options)) * scale)
 
 
 def reinforce_plus_plus(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
@@ -271,7 +272,7 @@ ADVANTAGE_ESTIMATORS.register(
     "gpg",
     AdvantageEstimator(gpg, compares_samples=True),
     title="GPG",
-    formula=r"$A = \frac{G}{G_{\mathrm{signal}}} (r - \bar r)$, $G_{\mathrm{signal}}$: groups of unequal rewards",
+    formula=r"$A = \frac{G}{G_{\mathrm{signal}}} (r - \bar r)$, $G_{\mathrm{signal}}$: groups of unequal task rewards",
     source="arXiv 2504.02546",
     proof="test_expected_advantages.py::test_the_scale_of_gpg_makes_up_for_groups_without_a_signal",
 )

@@ -102,7 +102,6 @@ def policy_objective(
         "train/pg_loss": loss_N,
         **found,
         **weight_metrics,
-        **effect.metrics,
         **effect.weighted_metrics,
         "train/ratio_mean": importance_ratio(log_probs_N, old_N),
         "train/advantage_mean": advantages_N,
@@ -125,6 +124,8 @@ def policy_objective(
         metrics["train/entropy"] = entropy_N
     metrics["train/loss"] = loss_N
     statistics = {name: weighted_statistic(values_N, weights_N) for name, values_N in metrics.items()}
+    scored_N = weights_N * _scored(inputs, mask_N)
+    statistics |= {name: weighted_statistic(values_N, scored_N) for name, values_N in effect.scored_metrics.items()}
     return (weights_N * loss_N).sum(), statistics
 
 
@@ -144,7 +145,7 @@ def _distillation(
         log_probs_N,
         old_N,
         teacher_N,
-        mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool(),
+        _scored(inputs, mask_N),
         opd,
         baseline_N=inputs.opd_baseline_N,
         future_N=None if inputs.opd_future_N is None else _keep(inputs.opd_future_N, mask_N),
@@ -158,6 +159,11 @@ def _distillation(
     advantage_N, loss_N = (None if part_N is None else opd_weights_N * part_N for part_N in parts)
     weighted = {name: opd_weights_N * values_N for name, values_N in effect.weighted_metrics.items()}
     return replace(effect, advantage_N=advantage_N, loss_N=loss_N, weighted_metrics=weighted)
+
+
+def _scored(inputs: PolicyInputs, mask_N: Tensor) -> Tensor:
+    """Bool ``[N]``: tokens that are trained on and that the teacher scored."""
+    return mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool()
 
 
 def _corrections(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:

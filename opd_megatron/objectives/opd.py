@@ -60,7 +60,7 @@ def clip_distance(distance: Tensor, limit: float | None) -> Tensor:
     """``d`` clipped to ``[-limit, limit]`` (None: as it is); any shape.
 
     It bounds what one token can do to a step, and biases the term: the mean of the clipped ``d`` over the student is no
-    divergence. The share of tokens that it changes is the metric ``train/opd_clipfrac``.
+    divergence. The share of scored tokens that it changes is the metric ``train/opd_clipfrac``.
     """
     return distance if limit is None else distance.clamp(-limit, limit)
 

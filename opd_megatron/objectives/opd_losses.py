@@ -45,13 +45,14 @@ class OpdEffect:
     """What is added to the advantage (detached) or to the loss, ``[N]``, and metrics of the same shape.
 
     ``of_samples`` says that the loss stands for its mean over the sampled token, so that a token from another policy
-    must be weighed. ``weighted_metrics`` are parts of the term: the weights of tokens multiply them, too.
+    must be weighed. ``scored_metrics`` are means over the scored tokens. ``weighted_metrics`` are parts of the term:
+    the weights of tokens multiply them, too.
     """
 
     advantage_N: Tensor | None = None
     loss_N: Tensor | None = None
     of_samples: bool = False
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    scored_metrics: dict[str, Tensor] = field(default_factory=dict)
     weighted_metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -69,13 +70,14 @@ def sampled(terms: OpdTerms) -> OpdEffect:
     limit = terms.options.opd_log_ratio_clip
     metrics = {}
     if limit is not None:
-        distance_N = log_ratio(terms.old_log_probs_N, terms.teacher_log_probs_N)
+        student_N = terms.log_probs_N if terms.options.opd_importance else terms.old_log_probs_N
+        distance_N = log_ratio(student_N, terms.teacher_log_probs_N)
         metrics["train/opd_clipfrac"] = torch.where(terms.scored_N, (distance_N.abs() > limit).float(), 0.0)
     if terms.options.opd_importance:
         loss_N = importance_weighted_term(
             terms.log_probs_N, terms.old_log_probs_N, terms.teacher_log_probs_N, terms.scored_N, limit=limit
         )
-        return OpdEffect(loss_N=loss_N, of_samples=True, metrics=metrics)
+        return OpdEffect(loss_N=loss_N, of_samples=True, scored_metrics=metrics)
     advantage_N = sampled_term(
         terms.old_log_probs_N,
         terms.teacher_log_probs_N,
@@ -84,7 +86,7 @@ def sampled(terms: OpdTerms) -> OpdEffect:
         limit=limit,
         future_N=terms.future_N,
     )
-    return OpdEffect(advantage_N=advantage_N, metrics=metrics)
+    return OpdEffect(advantage_N=advantage_N, scored_metrics=metrics)
 
 
 def distribution(terms: OpdTerms) -> OpdEffect:

@@ -172,6 +172,24 @@ def test_chosen_tokens_are_those_of_the_samples_whatever_their_order(select: str
             assert any((weights[index] > 0).tolist() != (w > 0).tolist() for index, w in weights_of(samples).items())
 
 
+@pytest.mark.parametrize("with_prompt", [True, False])
+def test_the_term_keeps_its_size_where_the_highest_scores_are_kept(with_prompt: bool) -> None:
+    """Of the mean over sequences, in which a response shares with its prompt where that is compared, too."""
+    samples = make_samples(3)
+    flags: dict[str, Any] = {"opd_token_select": "top", "opd_include_prompt": with_prompt, "global_batch_size": 6}
+    weighting(**flags).apply(samples, 0, answers_of(samples))
+    total = kept = 0.0
+    for sample in samples:
+        assert sample.teacher_scores is not None
+        places = sample.loss_mask.sum() + (len(sample.prompt_tokens) - 1) * with_prompt
+        step = samples[sample.index // 6 * 6 :][:6]
+        sequences = sum(bool(each.loss_mask.any() or (with_prompt and len(each.prompt_tokens) > 1)) for each in step)
+        eligible = sample.loss_mask & sample.teacher_scores.valid_T
+        total += eligible.sum() / max(places, 1) / sequences
+        kept += (sample.opd_weights * eligible).sum() / max(places, 1) / sequences
+    assert kept == pytest.approx(total, rel=1e-6)
+
+
 def test_tokens_without_a_weight_take_no_place_of_the_chosen_ones() -> None:
     """Half of the tokens that the masks leave, not half of all."""
     samples = make_samples(3)

@@ -131,6 +131,17 @@ def test_gpg_scales_by_groups_with_unequal_rewards_and_not_by_rewards() -> None:
     assert_advantages(got, spread([4 * 0.5, -4 * 0.5, 0.0, 0.0, 0.0, 0.0, 0.0], masks), masks)
 
 
+def test_a_kl_in_the_reward_is_no_signal_to_gpg() -> None:
+    masks = [torch.ones(2, dtype=torch.bool)] * 4
+    kls = [torch.tensor([kl, 0.0], dtype=torch.float64) for kl in (0.3, -0.2, 0.5, 0.1)]
+    options = ObjectiveOptions(advantage_estimator="gpg", kl_coef=1e-6)
+    got = task_advantages(options, [1.0, 0.0, 1.0, 1.0], [0, 0, 1, 1], masks, kls)
+    shaped = [2 * (0.5 - 1e-6 * 0.25), -2 * (0.5 - 1e-6 * 0.25), -2e-6 * 0.2, 2e-6 * 0.2]
+    assert_advantages(got, spread(shaped, masks), masks)
+    without = task_advantages(options, [1.0] * 4, [0, 0, 1, 1], masks, kls)
+    assert_advantages(without, spread([-1e-6 * 0.25, 1e-6 * 0.25, -1e-6 * 0.2, 1e-6 * 0.2], masks), masks)
+
+
 def test_equal_rewards_leave_no_trace_of_rounding() -> None:
     """0.1 three times has not the mean 0.1; the standard deviation of what is left would blow it up."""
     masks = [torch.ones(1, dtype=torch.bool)] * 3

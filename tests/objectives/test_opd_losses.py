@@ -153,14 +153,22 @@ def test_unscored_positions_of_a_distribution_are_nothing_even_where_they_are_na
 
 
 def test_the_clipped_share_is_reported() -> None:
-    log_probs_N, teacher_N = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-9.0, -1.5, -9.0])
-    scored_N = torch.tensor([True, True, False])
-    effect = OPD_LOSSES["sampled"](
-        OpdTerms(log_probs_N, log_probs_N, teacher_N, scored_N, OpdOptions(opd_log_ratio_clip=2.0))
+    """Of the scored tokens, each with its weight in the loss, and of the log-ratio that the term takes."""
+    old_N, teacher_N = torch.tensor([-1.0, -1.0, -1.0, math.nan]), torch.tensor([-9.0, -1.5, math.nan, -9.0])
+    inputs = PolicyInputs(
+        log_probs_N=torch.tensor([-8.0, -6.0, -1.0, math.nan]),
+        old_log_probs_N=old_N,
+        advantages_N=torch.zeros(4),
+        loss_weights_N=torch.tensor([0.3, 0.1, 0.2, 0.4]),
+        loss_mask_N=torch.tensor([True, True, True, False]),
+        teacher_log_probs_N=teacher_N,
+        teacher_valid_N=torch.tensor([True, True, False, True]),
+        sequences=Sequences(torch.zeros(4, dtype=torch.long), 1),
     )
-    assert effect.advantage_N is not None
-    assert effect.advantage_N.tolist() == [-2.0, -0.5, 0.0]
-    assert effect.metrics["train/opd_clipfrac"].tolist() == [1.0, 0.0, 0.0]
+    for importance, clipped in ((False, 0.3), (True, 0.1)):
+        options = OpdOptions(opd_log_ratio_clip=2.0, opd_importance=importance)
+        _, statistics = policy_objective(inputs, ObjectiveOptions(), 1.0, options)
+        torch.testing.assert_close(statistics["train/opd_clipfrac"], torch.tensor([clipped, 0.4], dtype=torch.float64))
 
 
 def value(options: OpdOptions, rollout_id: int, student_PV: Tensor, teacher_PV: Tensor) -> Tensor:
