@@ -58,6 +58,7 @@ PROMPTS, SPOKEN = "prompts", "teacher's samples"
 OPD = "--use-opd --opd-type megatron --rm-type zero --advantage-estimator none"
 GRPO = "--rm-type column_arithmetic --advantage-estimator grpo --lr 3e-4"
 DISTRIBUTION = f"{OPD} --opd-loss distribution --lr 2e-3"
+TAUGHT = "--opd-student-data-fraction 0.5 --opd-data-source teacher"
 TIP = f"{DISTRIBUTION} --opd-token-select top --opd-token-score soft_or"
 SFT = "--loss-type sft_loss --label-key response --lr 2e-3"
 """Rates that suit the noise of each: 1e-3 (the quickstart's) for the sampled term, more for gradients without it.
@@ -85,6 +86,7 @@ ROWS = {
     "top8": Row("distribution, top-8 + tail", f"{DISTRIBUTION} --opd-support teacher_topk --opd-top-k 8"),
     "forward-kl": Row("forward KL", f"{DISTRIBUTION} --opd-divergence forward_kl"),
     "jsd": Row("JSD", f"{DISTRIBUTION} --opd-divergence jsd"),
+    "gkd": Row("GKD, half the teacher's samples", f"{DISTRIBUTION} {TAUGHT}"),
     "sft": Row("SFT, fresh teacher samples", SFT, data=SPOKEN),
     "sft-128": Row("SFT, 128 prompts", SFT, data=SPOKEN, prompts=128),
     "tip-50": Row("TIP, 50 % of the tokens", f"{TIP} --opd-token-ratio 0.5"),

@@ -28,7 +28,7 @@ from torch import Tensor
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.declare import option
 from opd_megatron.megatron import cpu_products
-from opd_megatron.megatron.vocab_head import full_divergence, record_divergence, token_log_probs
+from opd_megatron.megatron.vocab_head import Side, record_divergence, target_divergence, token_log_probs
 from opd_megatron.megatron.vocab_head.shard import chunk_tokens
 from opd_megatron.objectives.divergences import jensen_shannon
 
@@ -148,14 +148,8 @@ def plain_full(beta: float) -> LossPath:
 
 def chunked_full(beta: float) -> LossPath:
     def run(problem: Problem) -> Tensor:
-        return full_divergence(
-            problem.hidden_Nh,
-            problem.weight_Vh,
-            problem.teacher_Nh,
-            problem.teacher_weight_Vh,
-            jensen_shannon(beta),
-            **_settings(problem),
-        ).sum()
+        teacher, divergence = Side(problem.teacher_Nh, problem.teacher_weight_Vh), jensen_shannon(beta)
+        return target_divergence(problem.hidden_Nh, problem.weight_Vh, teacher, divergence, **_settings(problem)).sum()
 
     return run
 

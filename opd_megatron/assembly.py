@@ -30,7 +30,9 @@ from opd_megatron.data.privileged import extra_keys, with_teacher_prompts
 from opd_megatron.data.prompts import PromptRecord, PromptSet, load_prompt_records
 from opd_megatron.data.tokenizer import load_tokenizer
 from opd_megatron.flow import RolloutFlow, StudentIdsTeacher, policy_of, stages_of
+from opd_megatron.flow.feedback import feedback_prompts
 from opd_megatron.flow.target_models import combination, compares_distributions, megatron_teacher
+from opd_megatron.flow.teacher_answers import megatron_voice, server_answer
 from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
 from opd_megatron.megatron import cpu
 from opd_megatron.megatron.checkpoint import write_hf_folder
@@ -47,7 +49,7 @@ from opd_megatron.rollout.local import LocalEngine
 from opd_megatron.rollout.sft import check_sft_lengths
 from opd_megatron.rollout.sglang_build import sglang_engine
 from opd_megatron.rollout.sglang_engine import SGLangEngine
-from opd_megatron.teacher.connect import check_prompt_routes, connect_server, connect_teachers
+from opd_megatron.teacher.connect import connect_server, connect_teachers
 from opd_megatron.teacher.megatron import MegatronTeacher
 from opd_megatron.teacher.own_engine import EngineTeacher
 from opd_megatron.teacher.preflight import text_samples
@@ -104,7 +106,6 @@ def assemble(options: Options) -> Iterator[Parts]:
         records = with_teacher_prompts(options, records, tokenizer)
         GivenResponses(options, tokenizer).check(records, student_architecture(options).max_position_embeddings)
         if options.opd.use_opd:
-            check_prompt_routes(options, (record.metadata for record in records))
             check_pass_rates(options, (record.metadata for record in records), f"--prompt-data {data.prompt_data}")
         prompts = PromptSet(records, data.rollout_shuffle, options.training.seed)
         if options.objective.loss_type == "sft_loss":
@@ -136,8 +137,13 @@ def assemble(options: Options) -> Iterator[Parts]:
             stack.callback(teacher.close)
         generator, flow = None, None
         if samples_rollouts and engine is not None and prompts is not None:
-            generator = RolloutGenerator(engine, tokenizer, options)
-            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher))
+            voice = megatron_voice(options, trainer, tokenizer)
+            if voice is not None:
+                stack.callback(voice.close)
+            generator = RolloutGenerator(engine, tokenizer, options, voice)
+            feedback = feedback_prompts(options, tokenizer)
+            answer = server_answer(options, teacher, tokenizer, generator.sampling)
+            flow = RolloutFlow(stages_of(options, generator, prompts, reward, teacher, feedback, answer))
             stack.callback(flow.close)
         yield Parts(
             options=options,

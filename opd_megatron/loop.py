@@ -28,6 +28,7 @@ from opd_megatron.observe.plots import plot_run
 from opd_megatron.observe.progress import Progress
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.preflight import preflight
+from opd_megatron.rollout.engine import BrokenWeightsError
 from opd_megatron.run_lock import run_lock
 from opd_megatron.sample import Sample
 
@@ -138,7 +139,7 @@ def saved_before(parts: Parts, rollouts: int) -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        if rollouts > 0 and not isinstance(error, TrainerError):
+        if rollouts > 0 and not isinstance(error, TrainerError | BrokenWeightsError):
             if parts.prompts is not None and position is not None:
                 parts.prompts.load_state_dict(position)
             if rollouts not in inspect_checkpoint(parts.options.save_folder).steps:

@@ -6,14 +6,23 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from opd_megatron.assembly import Parts
-from opd_megatron.config.errors import UserError
-from opd_megatron.config.resolve import is_self_taught, starting_point, student_architecture
+from opd_megatron.config.errors import UserError, refuse
+from opd_megatron.config.resolve import (
+    checkpoint_architecture,
+    is_self_taught,
+    starting_point,
+    student_architecture,
+    teacher_architecture,
+    teacher_folder,
+)
+from opd_megatron.config.targets import named_models
 from opd_megatron.config.validate_opd import idle_opd_options
 from opd_megatron.data.prompts import PromptRecord, text_of_records
 from opd_megatron.flow import StudentIdsTeacher
@@ -63,7 +72,9 @@ def preflight(parts: Parts, done: int) -> list[str]:
     Returns warnings, raises ``UserError`` or TeacherError.
     """
     options = parts.options
+    refuse([*_unknown_ids(parts), *_short_contexts(parts)])
     _first_weights(parts, done)
+    found = check_references(options, _plain_student(parts))
     check_reference_scores(options, parts.trainer, Student(parts.tokenizer))
     notes = []
     objective = options.objective
@@ -78,7 +89,7 @@ def preflight(parts: Parts, done: int) -> list[str]:
     if idle:
         why = "recorded rollouts hold the teacher's scores" if options.opd.use_opd else "distillation is off"
         notes.append(f"{why}: {', '.join(idle)} of the --config file have no effect")
-    for finding in _check_teacher(parts):
+    for finding in [*_check_teacher(parts), *found]:
         if finding.warning:
             notes.append(finding.text)
         else:
@@ -86,16 +97,58 @@ def preflight(parts: Parts, done: int) -> list[str]:
     return notes
 
 
+def _plain_student(parts: Parts) -> Student:
+    data = parts.options.data
+    settings = json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None
+    vocab_size = student_architecture(parts.options).vocab_size
+    return Student(parts.tokenizer, chat_template_kwargs=settings, vocab_size=vocab_size)
+
+
+def _unknown_ids(parts: Parts) -> Iterator[str]:
+    """Faults of a tokenizer whose ids, those of the prompts or of the end, the student has no row for."""
+    size, end = student_architecture(parts.options).vocab_size, parts.tokenizer.eos_token_id
+    model = f"the model of --hf-checkpoint has a vocabulary of {size} tokens: is the tokenizer its own?"
+    if end is not None and end >= size:
+        yield f"the tokenizer's end token has the id {end}, {model}"
+    sets = {f"--eval-prompt-data {item.name}": item.records for item in parts.evaluation_sets}
+    if parts.prompts is not None:
+        sets["--prompt-data"] = parts.prompts.records
+    for flag, records in sets.items():
+        for record in records:
+            highest = int(record.prompt_tokens.max(initial=0))
+            if highest >= size:
+                yield f"{flag}: row {record.index} (counted from 0) has the id {highest}, {model}"
+                break
+
+
+def _short_contexts(parts: Parts) -> Iterator[str]:
+    """Faults of Megatron teachers and references that are made for fewer positions than a sample can have."""
+    options = parts.options
+    if parts.prompts is None:
+        return
+    longest = min(_longest_sample(parts), student_architecture(options).max_position_embeddings)
+    models = [(flag, folder, checkpoint_architecture(folder, flag)) for _, flag, folder in named_models(options)]
+    folder = teacher_folder(options)
+    if folder is not None:
+        models.append(("--opd-teacher-load", folder, teacher_architecture(options)))
+    for flag, folder, model in models:
+        if longest > model.max_position_embeddings:
+            yield (
+                f"{flag} {folder} is made for {model.max_position_embeddings} positions, prompt and response can have "
+                f"{longest} tokens: lower --rollout-max-response-len or --rollout-max-prompt-len, or choose another"
+            )
+
+
 def _check_teacher(parts: Parts) -> list[Finding]:
     options, teacher = parts.options, parts.teacher
     if teacher is None:
-        return check_references(options, Student(parts.tokenizer))
+        return []
     if isinstance(teacher, EngineTeacher):
         return teacher.preflight(_longest_sample(parts), options.opd.opd_overlong)
     if is_self_taught(options) and isinstance(teacher, MegatronTeacher):
         positions = student_architecture(options).max_position_embeddings
         return check_privileged_length(_longest_sample(parts), positions, options.opd.opd_overlong)
-    paths, data = options.checkpoint, options.data
+    paths = options.checkpoint
     positions = student_architecture(options).max_position_embeddings
     same_temperature = options.rollout.rollout_temperature == 1.0 or isinstance(teacher, MegatronTeacher)
     records = parts.prompts.records if parts.prompts is not None else []
@@ -103,15 +156,14 @@ def _check_teacher(parts: Parts) -> list[Finding]:
     def student_log_probs(texts: Sequence[np.ndarray]) -> list[np.ndarray]:
         return parts.trainer.ask(LogProbs("student"), text_samples(texts))
 
-    student = Student(
-        parts.tokenizer,
+    student = replace(
+        _plain_student(parts),
         folders=[folder for folder in (paths.load, paths.ref_load, paths.hf_checkpoint) if folder is not None],
         log_probs=student_log_probs if same_temperature else None,
         texts=text_of_records(records, parts.tokenizer, count=JUDGED_TEXTS, longest=min(JUDGED_TOKENS, positions)),
-        chat_template_kwargs=json.loads(data.apply_chat_template_kwargs) if data.apply_chat_template else None,
     )
     if isinstance(teacher, MegatronTeacher):
-        return check_megatron(teacher, student) + check_references(options, student)
+        return check_megatron(teacher, student)
     prompts = [len(record.prompt_tokens) for record in records]
     sizes = RunSizes(
         samples=options.samples_per_rollout,
@@ -120,7 +172,7 @@ def _check_teacher(parts: Parts) -> list[Finding]:
         response_tokens=options.training_response_len,
         steps=parts.num_rollouts,
     )
-    return check_references(options, student) + [
+    return [
         finding
         for server in servers_of(teacher.servers if isinstance(teacher, StudentIdsTeacher) else teacher)
         for finding in preflight_sglang(

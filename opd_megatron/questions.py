@@ -41,19 +41,20 @@ class TopIds:
 
 
 @dataclass(frozen=True)
-class TokenStatistics:
-    """How sure is the student of each response token? ``[T, 3]`` float32: see ``megatron.token_statistics``."""
+class StudentTokens:
+    """What does the student make of each response token, at the rollout temperature? A structured array ``[T]``.
 
-
-@dataclass(frozen=True)
-class TokenDiagnostics:
-    """What do student and teacher think at each response token? A structured array: see ``megatron.token_diagnostics``.
-
-    Teachers whose hidden rows were kept are compared with.
+    Its float32 fields are those of :data:`~opd_megatron.objectives.diagnostics.OF_STUDENT`. Further ones come of the
+    same pass: with ``divergence`` that of :data:`~opd_megatron.objectives.diagnostics.OF_CHOICE`; with ``diagnostics``
+    :data:`~opd_megatron.objectives.diagnostics.OF_TEACHER` where hidden rows of a single teacher were kept, else,
+    where all samples hold a server's top-k, :data:`~opd_megatron.objectives.diagnostics.OF_RECORD`.
     """
 
+    divergence: bool = False
+    diagnostics: bool = False
 
-Question: TypeAlias = LogProbs | Values | TopIds | TokenStatistics | TokenDiagnostics
+
+Question: TypeAlias = LogProbs | Values | TopIds | StudentTokens
 
 
 class Respondent(Protocol):

@@ -17,6 +17,9 @@ import numpy as np
 
 from opd_megatron.system import replacing
 
+LARGEST_REWARD = float(np.finfo(np.float32).max)
+"""Size of a reward beyond which advantages are no numbers: the loss is in float32."""
+
 
 class Status(enum.StrEnum):
     """How the generation of a response ended."""
@@ -96,8 +99,8 @@ class Sample:
     response and ``weight_versions`` all of them, in order, where there were several. Every per-token field covers the
     response only and has ``T`` entries; ``T`` may be 0. ``teacher_prompt_tokens`` are the ids of the prompt that the
     teacher sees before the response (None: the student's).
-    ``from_data`` says that the student did not sample the response: it stands in the prompt's row, has neither reward
-    nor advantage and takes no part in what the student's samples estimate.
+    ``from_data`` says that the student did not sample the response: it stands in the prompt's row, or the teacher
+    sampled it. It has neither reward nor advantage and takes no part in what the student's samples estimate.
     """
 
     index: int

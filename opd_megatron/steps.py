@@ -17,27 +17,30 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     estimates_advantages,
+    hears_feedback,
     measures_diagnostics,
     measures_exact_kl,
     needs_teacher_hidden,
 )
-from opd_megatron.diagnostics import diagnose
+from opd_megatron.diagnostics import diagnose, look_at_samples
 from opd_megatron.flow import StudentIdsTeacher, score_rollout
 from opd_megatron.flow.masking import complete_unscored, leave_out_failed
 from opd_megatron.flow.prefix import train_on_prefix
 from opd_megatron.flow.recorded import recorded_samples
 from opd_megatron.flow.student_pass import ask_student
-from opd_megatron.flow.targets import score_references, target_statistics
+from opd_megatron.flow.targets import score_references
 from opd_megatron.megatron.checkpoint import write_hf_folder
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.advantages import chosen_estimator, task_advantages
+from opd_megatron.objectives.distribution import divergence_metrics
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.mismatch import mismatch_statistics
-from opd_megatron.objectives.opd import future_distances, reverse_kl_statistics
+from opd_megatron.objectives.opd import future_distances
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.engine import SamplingParams
 from opd_megatron.rollout.evaluate import evaluate
 from opd_megatron.rollout.generate import rollout_metrics
+from opd_megatron.rollout.given import origin_metrics
 from opd_megatron.rollout.sft import sft_samples
 from opd_megatron.sample import Sample, sampled_by_student, write_samples
 from opd_megatron.teacher.megatron import MegatronTeacher
@@ -80,7 +83,10 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
     train_on_prefix(samples, options.opd.opd_prefix_len if options.opd.use_opd else None)
     own = sampled_by_student(samples)
     if options.opd.use_opd and (options.opd.opd_student_data_fraction < 1 or len(own) < len(samples)):
-        metrics["opd/student_data_frac"] = len(own) / len(samples)
+        metrics |= origin_metrics(samples)
+    if hears_feedback(options):
+        heard = sum(sample.teacher_prompt_tokens is not None for sample in samples)
+        metrics["opd/feedback_frac"] = heard / len(samples)
     if own:
         metrics |= rollout_metrics(own)
         if options.objective.loss_type != "sft_loss":
@@ -169,17 +175,18 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     options = parts.options
     if options.opd.use_opd:
         complete_unscored(options, samples)
-    statistics = ask_student(options, parts.trainer, samples)
+    answers = ask_student(options, parts.trainer, samples, rollout_id)
     if options.objective.loss_type == "policy_loss":
         _add_advantages(parts, samples)
         metrics |= value_metrics(samples)
     if options.opd.use_opd:
         leave_out_failed(options, samples)
-        metrics |= parts.weighting.apply(samples, rollout_id, statistics)
+        metrics |= parts.weighting.apply(samples, rollout_id, answers)
         failed = sum(sample.teacher_failure is not None for sample in samples)
         metrics.setdefault("opd/teacher_failed_frac", failed / len(samples))
         metrics["opd/only"] = float(not estimates_advantages(options))
-        metrics |= diagnose(parts, samples, rollout_id)
+        metrics |= divergence_metrics(options.opd, rollout_id)
+        metrics |= diagnose(parts, samples, rollout_id, answers)
     trained, log_probs = parts.trainer.train(samples, rollout_id)
     metrics |= trained
     if options.objective.loss_type == "sft_loss":
@@ -192,15 +199,7 @@ def learn(parts: Parts, samples: Sequence[Sample], rollout_id: int, metrics: dic
     metrics |= _engine_gap(samples, student) | _mismatch(parts.options, samples, student)
     own = [place for place, sample in enumerate(samples) if not sample.from_data]
     samples, student = [samples[place] for place in own], [student[place] for place in own]
-    if options.opd.use_opd and own:
-        scores = [sample.teacher_scores for sample in samples]
-        assert all(score is not None for score in scores)
-        metrics |= reverse_kl_statistics(
-            student,
-            [score.log_probs_T for score in scores if score is not None],
-            [sample.loss_mask for sample in samples],
-            [score.valid_T for score in scores if score is not None],
-        ) | target_statistics(parts.options, samples)
+    metrics |= look_at_samples(options, samples, student)
 
 
 def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
@@ -245,7 +244,7 @@ def _add_futures(opd: OpdOptions, samples: Sequence[Sample]) -> None:
         limit=opd.opd_log_ratio_clip,
     )
     for sample, future in zip(samples, futures, strict=True):
-        sample.opd_future = future.numpy()
+        sample.opd_future = future.float().numpy()
 
 
 def _engine_gap(samples: Sequence[Sample], student: Sequence[np.ndarray]) -> dict[str, float]:

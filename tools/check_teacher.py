@@ -27,9 +27,10 @@ from opd_megatron.config.errors import UserError, refuse
 from opd_megatron.config.options import Options
 from opd_megatron.config.parse import joined_options, option_groups, parse_groups
 from opd_megatron.config.validate_opd import opd_faults
-from opd_megatron.data.prompts import PromptRecord, load_prompt_records, text_of_records
+from opd_megatron.config.validate_paths import prompt_routes
+from opd_megatron.data.prompts import PromptRecord, check_prompt_file, load_prompt_records, text_of_records
 from opd_megatron.data.tokenizer import load_tokenizer
-from opd_megatron.teacher.connect import check_prompt_routes, connect_teachers, part_of_prompts, servers_of
+from opd_megatron.teacher.connect import connect_teachers, part_of_prompts, servers_of
 from opd_megatron.teacher.preflight import JUDGED_TEXTS, JUDGED_TOKENS, Finding, Student
 from opd_megatron.teacher.sglang_preflight import preflight_sglang
 from opd_megatron.teacher.throughput import RunSizes
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> None:
     )
     options = joined_options(parsed)
     refuse(_faults(options))
+    refuse(_prompt_faults(options))
     folder = Path(str(options.checkpoint.hf_checkpoint))
     student, records = _student(options, folder, parsed[CheckOptions].with_student)
     vocab_size = max(int(read_hf_config(folder).get("vocab_size", 0)), student.highest_id + 1)
@@ -63,7 +65,6 @@ def main(argv: Sequence[str]) -> None:
     opd, rollout = options.opd, options.rollout
     longest = min(max(prompts), rollout.rollout_max_prompt_len or max(prompts)) + options.training_response_len
     metadata = [record.metadata for record in records]
-    check_prompt_routes(options, metadata)
     sizes = RunSizes(
         samples=(rollout.rollout_batch_size or 32) * rollout.n_samples_per_prompt,
         group=rollout.n_samples_per_prompt,
@@ -107,6 +108,22 @@ def _faults(options: Options) -> list[str]:
     if options.checkpoint.hf_checkpoint is None:
         faults.append("--hf-checkpoint is missing: name the folder of the student's config and tokenizer")
     return faults
+
+
+def _prompt_faults(options: Options) -> list[str]:
+    """What is wrong with the prompts, and with the teachers that they choose."""
+    data, opd = options.data, dataclasses.replace(options.opd, use_opd=True)
+    if data.prompt_data is None:
+        return []
+    found = check_prompt_file(
+        data.prompt_data,
+        data.input_key,
+        data.label_key,
+        data.metadata_key,
+        apply_chat_template=data.apply_chat_template,
+        routes=prompt_routes(dataclasses.replace(options, opd=opd)),
+    )
+    return [f"--prompt-data: {fault}" for fault in found]
 
 
 def _student(options: Options, folder: Path, with_weights: bool) -> tuple[Student, list[PromptRecord]]:

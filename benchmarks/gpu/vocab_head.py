@@ -22,7 +22,7 @@ from torch import Tensor
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.declare import option
 from opd_megatron.config.parse import parse_groups
-from opd_megatron.megatron.vocab_head import full_divergence, token_log_probs
+from opd_megatron.megatron.vocab_head import Side, target_divergence, token_log_probs
 from opd_megatron.megatron.vocab_head.shard import chunk_tokens
 from opd_megatron.objectives.divergences import jensen_shannon
 
@@ -64,11 +64,10 @@ class Problem:
         self.backward(found[0].sum())
 
     def divergence(self, beta: float) -> None:
-        value_N = full_divergence(
+        value_N = target_divergence(
             self.hidden_Nh,
             self.weight_Vh,
-            self.teacher_Nh,
-            self.teacher_weight_Vh,
+            Side(self.teacher_Nh, self.teacher_weight_Vh),
             jensen_shannon(beta),
             **self.settings,  # type: ignore[arg-type]
         )

@@ -51,9 +51,9 @@ class TrainerGroup(ABC):
         """Restore a trainer's state if the run starts from one; its run state, or None."""
         return self._all("resume")[0]
 
-    def export_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """The student as Hugging Face tensors."""
-        exported: Iterable[tuple[str, Tensor]] = self._all("export_weights")[0]
+    def export_weights(self, name: str = "student") -> Iterable[tuple[str, Tensor]]:
+        """The student, or a frozen model, as Hugging Face tensors."""
+        exported: Iterable[tuple[str, Tensor]] = self._all("export_weights", name)[0]
         return exported
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from opd_megatron.config.parameters import Parameters, rank_parameters, total_pa
 from opd_megatron.config.resolve import (
     has_own_layout,
     knows_teacher,
+    teacher_answers,
     teacher_parallel,
     teaches_itself_by_average,
     teaches_itself_now,
@@ -123,7 +124,7 @@ def estimate_stage(options: Options, models: Models, stage: int, device: DeviceK
         "teacher": sum(frozen),
         "reference": number * held.total if models.has_reference else 0,
         "critic": sum(critic),
-        "rollout": rollout_bytes(options, student) if stage == 0 else 0,
+        "rollout": rollout_bytes(options, student, models.teacher) if stage == 0 else 0,
     }
     host = sum(parts[name] for name in _kept_on_host(options)) + _critic_on_host(options, *critic)
     for model in models.keeping_rows(options) if is_last else []:
@@ -252,14 +253,23 @@ def expert_copies(options: Options) -> int:
     return options.world_size // (holders * parallel.pipeline_model_parallel_size)
 
 
-def rollout_bytes(options: Options, student: ModelArchitecture) -> int:
-    """The local engine: the student's weights, keys and values of the sequences decoded together, their logits."""
-    rollout, number = options.rollout, number_bytes(options.optimizer)
-    samples = options.objective.loss_type == "policy_loss" and rollout.load_debug_rollout_data is None
-    if options.engine.rollout_engine != "local" or (not samples and not options.evaluation.eval_prompt_data):
-        return 0
+def rollout_bytes(options: Options, student: ModelArchitecture, teacher: ModelArchitecture | None = None) -> int:
+    """The local engines: the student's, and that of a Megatron teacher that answers in its place."""
+    number = number_bytes(options.optimizer)
+    samples = options.objective.loss_type == "policy_loss" and options.rollout.load_debug_rollout_data is None
+    total = 0
+    if options.engine.rollout_engine == "local" and (samples or options.evaluation.eval_prompt_data):
+        total += _engine_bytes(options, student, number)
+    if teacher is not None and teacher_answers(options):
+        total += _engine_bytes(options, teacher, teacher_number_bytes(options))
+    return total
+
+
+def _engine_bytes(options: Options, model: ModelArchitecture, number: int) -> int:
+    """Weights, keys and values of the sequences decoded together, their logits."""
+    rollout = options.rollout
     known = options.samples_per_rollout if rollout.rollout_batch_size else rollout.rollout_engine_batch_size
     sequences = min(rollout.rollout_engine_batch_size, known)
-    position = 2 * student.num_layers * student.num_query_groups * student.kv_channels
-    cache = sequences * Work.of(options, student).sample * position
-    return number * (total_parameters(student) + cache) + sequences * student.vocab_size * (number + 8)
+    position = 2 * model.num_layers * model.num_query_groups * model.kv_channels
+    cache = sequences * Work.of(options, model).sample * position
+    return number * (total_parameters(model) + cache) + sequences * model.vocab_size * (number + 8)

@@ -117,14 +117,18 @@ def has_advantages(options: Options) -> bool:
     return tasked or not opd.use_opd or (opd.opd_loss == "sampled" and not opd.opd_importance)
 
 
+def learns_from_samples(options: Options) -> bool:
+    """Whether policy loss or distillation is a mean over sampled tokens, which importance weights can correct."""
+    return has_advantages(options) or options.opd.opd_loss == "kl_loss" or options.opd.opd_importance
+
+
 def sampled_tokens_learn(options: Options) -> bool:
     """Whether the loss has a gradient through the log-probabilities of the sampled tokens, or through the entropy.
 
     Pure distillation by whole distributions has none: its task advantages are 0.
     """
     objective = options.objective
-    regularised = objective.use_kl_loss or objective.entropy_coef > 0
-    return has_advantages(options) or regularised or options.opd.opd_loss == "kl_loss" or options.opd.opd_importance
+    return learns_from_samples(options) or objective.use_kl_loss or objective.entropy_coef > 0
 
 
 def needs_student_ids(options: Options) -> bool:
@@ -193,9 +197,20 @@ def estimates_advantages(options: Options) -> bool:
     return has_task(options) or options.objective.kl_coef > 0
 
 
+def teacher_answers(options: Options) -> bool:
+    """Whether the teacher samples responses in the place of some of the student's."""
+    opd, recorded = options.opd, options.rollout.load_debug_rollout_data is not None
+    return opd.use_opd and opd.opd_student_data_fraction < 1.0 and opd.opd_data_source == "teacher" and not recorded
+
+
 def is_self_taught(options: Options) -> bool:
     """Whether the student is its own teacher."""
     return options.opd.use_opd and options.opd.opd_teacher == "self"
+
+
+def hears_feedback(options: Options) -> bool:
+    """Whether what the student sees as its own teacher is known only when a sample has its reward."""
+    return is_self_taught(options) and options.opd.opd_self_feedback
 
 
 def teacher_folder(options: Options) -> str | None:

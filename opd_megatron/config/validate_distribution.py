@@ -16,6 +16,7 @@ _OF_FORM = {
         "opd_divergence_mix",
         "opd_divergence_schedule",
         "opd_jsd_beta",
+        "opd_jsd_beta_end",
         "opd_jsd_scaled",
         "opd_skew",
         "opd_alpha",
@@ -31,6 +32,7 @@ _OF_FORM = {
 
 _OF_DIVERGENCE = {
     "opd_jsd_beta": ("jsd",),
+    "opd_jsd_beta_end": ("jsd",),
     "opd_jsd_scaled": ("jsd",),
     "opd_skew": ("skew_kl", "skew_reverse_kl"),
     "opd_alpha": ("alpha",),
@@ -70,15 +72,34 @@ def _divergence_faults(options: Options, opd: OpdOptions) -> Iterator[str]:
         if name in options.given and not any(kind in chosen for kind in kinds):
             yield f"{flag_of(name)} goes with --opd-divergence {_either(kinds)} only"
     if opd.opd_divergence_to is None:
-        for name in ("opd_divergence_mix", "opd_divergence_schedule"):
-            if name in options.given:
-                yield f"{flag_of(name)} needs --opd-divergence-to: name the second divergence"
+        if opd.opd_divergence_mix is not None:
+            yield "--opd-divergence-mix needs --opd-divergence-to: name the second divergence"
+        if opd.opd_divergence_schedule is not None and opd.opd_jsd_beta_end is None:
+            yield (
+                "--opd-divergence-schedule has nothing to change: name a second divergence with --opd-divergence-to, "
+                "or the last beta of jsd with --opd-jsd-beta-end"
+            )
     elif opd.opd_divergence_mix is None and opd.opd_divergence_schedule is None:
         yield "--opd-divergence-to needs --opd-divergence-mix, --opd-divergence-schedule or both"
     if opd.opd_divergence_to == opd.opd_divergence:
         yield f"--opd-divergence-to {opd.opd_divergence} is the first divergence again: name another, or leave it out"
     if opd.opd_divergence_mix == 0.0:
         yield "--opd-divergence-mix 0 gives --opd-divergence-to no weight: leave both out"
+    if opd.opd_jsd_beta_end is not None:
+        yield from _beta_faults(opd)
+
+
+def _beta_faults(opd: OpdOptions) -> Iterator[str]:
+    """Of a beta that changes."""
+    if opd.opd_divergence_schedule is None:
+        yield "--opd-jsd-beta-end needs --opd-divergence-schedule: say over which rollouts beta changes"
+    if not opd.opd_jsd_scaled:
+        yield (
+            "--opd-jsd-beta-end needs --opd-jsd-scaled: otherwise the divergence shrinks to nothing towards beta 0 and "
+            "1 and jumps there"
+        )
+    if opd.opd_jsd_beta_end == opd.opd_jsd_beta:
+        yield f"--opd-jsd-beta-end {opd.opd_jsd_beta_end:g} is where --opd-jsd-beta begins: leave it out"
 
 
 def _either(kinds: Sequence[str]) -> str:

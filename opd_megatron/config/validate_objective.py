@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
-from opd_megatron.config.resolve import has_advantages, reference_folder
+from opd_megatron.config.resolve import has_advantages, learns_from_samples, reference_folder
 from opd_megatron.config.targets import REFERENCE, loads_reference, opd_reference_name
 
 _SWITCHES: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,6 @@ _OF_ADVANTAGES = (
     "eps_clip",
     "eps_clip_high",
     "eps_clip_c",
-    "use_tis",
     "use_opsm",
 )
 """Options that change nothing where every advantage is 0."""
@@ -94,6 +93,11 @@ def _policy_loss_faults(options: Options) -> Iterator[str]:
         form = "importance" if options.opd.opd_loss == "sampled" else f"loss {options.opd.opd_loss}"
         for name in (name for name in _OF_ADVANTAGES if name in given and getattr(objective, name)):
             yield (f"{flag_of(name)} has no effect: with --opd-{form} and no task reward every advantage is 0")
+        if objective.use_tis and not learns_from_samples(options):
+            yield (
+                f"--use-tis has no effect: with --opd-{form} and no task reward no mean over sampled tokens is in the "
+                "loss"
+            )
     if objective.use_kl_loss and objective.kl_loss_coef == 0:
         yield "--use-kl-loss has no effect with --kl-loss-coef 0, its default: give a coefficient"
     if objective.custom_loss_path is not None and "policy_loss" in given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import holds_checkpoint, starting_point, teacher_folder
 from opd_megatron.config.targets import named_folder_faults, named_models
+from opd_megatron.config.teachers_file import read_teachers
 
 ROLLOUT_ID = "{rollout_id}"
 
@@ -24,7 +25,14 @@ class PromptCheck(Protocol):
     """Reads a prompt file and returns every fault as a phrase that names the file and the line."""
 
     def __call__(
-        self, path: str, input_key: str, label_key: str | None, metadata_key: str, *, apply_chat_template: bool
+        self,
+        path: str,
+        input_key: str,
+        label_key: str | None,
+        metadata_key: str,
+        *,
+        apply_chat_template: bool,
+        routes: tuple[str, Sequence[str]] | None,
     ) -> list[str]: ...
 
 
@@ -137,9 +145,22 @@ def _prompt_faults(options: Options, check_prompts: PromptCheck | None) -> Itera
         sets.append((f"--eval-prompt-data {name}", path, options.eval_input_key, key))
     for flag, path, input_key, label_key in sets:
         found = check_prompts(
-            path, input_key, label_key, data.metadata_key, apply_chat_template=data.apply_chat_template
+            path,
+            input_key,
+            label_key,
+            data.metadata_key,
+            apply_chat_template=data.apply_chat_template,
+            routes=prompt_routes(options) if flag == "--prompt-data" else None,
         )
         yield from (f"{flag}: {fault}" for fault in found)
+
+
+def prompt_routes(options: Options) -> tuple[str, list[str]] | None:
+    """The metadata field by which prompts choose a teacher, and the teachers; None where they choose none."""
+    opd = options.opd
+    if not opd.use_opd or opd.opd_teachers is None or opd.opd_teacher_mixture is not None:
+        return None
+    return opd.opd_teacher_route_key, [entry.name for entry in read_teachers(opd.opd_teachers)[0]]
 
 
 def _recorded_faults(options: Options) -> Iterator[str]:

@@ -8,7 +8,13 @@ from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_reference, reference_folder, teaches_itself_now
 
-SELF_ONLY = ("opd_self_weights", "opd_self_ema_decay", "opd_self_context_key", "opd_self_template")
+SELF_ONLY = (
+    "opd_self_weights",
+    "opd_self_ema_decay",
+    "opd_self_context_key",
+    "opd_self_feedback",
+    "opd_self_template",
+)
 """Options that say nothing about another teacher."""
 
 _EXTERNAL_ONLY = (
@@ -42,6 +48,8 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
         yield from _server_faults(options)
     if options.rollout.load_debug_rollout_data is not None:
         return
+    if opd.opd_self_feedback:
+        yield from _feedback_faults(options)
     if opd.opd_self_context_key is None:
         if "opd_self_template" not in given:
             yield (
@@ -61,6 +69,19 @@ def self_teacher_faults(options: Options) -> Iterator[str]:
         )
     if "opd_max_failed_frac" in given and opd.opd_overlong == "stop":
         yield "--opd-max-failed-frac has no effect with --opd-overlong stop: choose mask"
+
+
+def _feedback_faults(options: Options) -> Iterator[str]:
+    """Whether somebody gives the feedback, and where."""
+    if options.opd.opd_self_context_key is None:
+        yield "--opd-self-feedback needs --opd-self-context-key: name the field of the metadata that holds the feedback"
+    if options.reward.custom_rm_path is None and options.rollout.custom_generate_function_path is None:
+        yield (
+            "--opd-self-feedback needs a function that gives the feedback: --custom-rm-path, or "
+            "--custom-generate-function-path"
+        )
+    if options.opd.opd_prefix_len is not None:
+        yield "--opd-prefix-len leaves responses unfinished, of which no feedback can speak: leave out one of them"
 
 
 def _server_faults(options: Options) -> Iterator[str]:

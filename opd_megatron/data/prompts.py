@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.config.flags import spoken
 from opd_megatron.data.rows import Row, read_rows, summarize
 
 if TYPE_CHECKING:
@@ -49,23 +50,30 @@ def check_prompt_file(
     metadata_key: str,
     *,
     apply_chat_template: bool = True,
+    routes: tuple[str, Sequence[str]] | None = None,
 ) -> list[str]:
     """What is wrong with a prompt file, as phrases; an empty list if nothing is.
 
-    ``path`` may carry a slice (``PATH@[a:b]``). The first few bad rows are named by line (Parquet: row) and the others
-    counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault.
+    ``path`` may carry a slice (``PATH@[a:b]``). The first row with a fault is named by line (Parquet: row), the others
+    are counted. Without ``apply_chat_template``, a prompt that is a list of messages is a fault. ``routes`` are a field
+    of the metadata and the teachers of which it has to name one.
     """
-    return _read_checked(path, input_key, label_key, metadata_key, apply_chat_template)[1]
+    rows, faults = _read_checked(path, input_key, label_key, metadata_key, apply_chat_template)
+    return faults or summarize([fault for row in rows if (fault := _route_fault(row, metadata_key, routes))])
 
 
 def _read_checked(
     path: str, input_key: str, label_key: str | None, metadata_key: str, apply_chat_template: bool
 ) -> tuple[list[Row], list[str]]:
     rows, faults = read_rows(path)
+    places: dict[str, list[str]] = {}
     for row in rows:
         fault = _row_fault(row.fields, input_key, label_key, metadata_key, apply_chat_template)
         if fault:
-            faults.append(f"{row.where}: {fault}")
+            places.setdefault(fault, []).append(row.where)
+    for fault, where in places.items():
+        others = f" (and {len(where) - 1} more rows)" if len(where) > 1 else ""
+        faults.append(f"{where[0]}{others}: {fault}")
     return rows, summarize(faults)
 
 
@@ -91,6 +99,20 @@ def _row_fault(
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             return f"entry {position} of {input_key!r} is not a message with role and content"
     return None if apply_chat_template else f"field {input_key!r} holds messages: give --apply-chat-template"
+
+
+def _route_fault(row: Row, metadata_key: str, routes: tuple[str, Sequence[str]] | None) -> str | None:
+    if routes is None:
+        return None
+    key, names = routes
+    route = (row.fields.get(metadata_key) or {}).get(key)
+    if isinstance(route, str) and route in names:
+        return None
+    found = "missing" if route is None else repr(route)
+    return (
+        f"{row.where}: the metadata field {key!r} is {found}, --opd-teachers has {spoken(names)}: correct the prompts, "
+        "--opd-teachers or --opd-teacher-route-key"
+    )
 
 
 def load_prompt_records(
@@ -241,14 +263,20 @@ class PromptSet:
             "shuffle": self._shuffle,
             "seed": self._seed,
             "fingerprint": self._fingerprint,
+            "beside": self._beside,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position; raises :class:`UserError` if it was saved with other prompts or another order."""
-        if state["fingerprint"] != self._fingerprint:
+        """Go to a saved position; raises :class:`UserError` if it was saved with other prompts or another order.
+
+        What stands beside the prompts, such as given responses, must be the same where both runs read it.
+        """
+        saved, own = state.get("beside", {}), self._beside
+        if state["fingerprint"] != self._fingerprint or any(saved[name] != own[name] for name in saved.keys() & own):
             raise UserError(
-                "the prompts are not those of the checkpoint (another file, slice, tokenizer or chat template): "
-                "restore --prompt-data, or start a new run from these weights with --ref-load"
+                "the prompts are not those of the checkpoint (another file, slice, tokenizer, chat template or "
+                "privileged text): restore --prompt-data and the options that say how it is read, or start a new run "
+                "from these weights with --ref-load"
             )
         if state["shuffle"] != self._shuffle or (self._shuffle and state["seed"] != self._seed):
             flags = f"{'with' if state['shuffle'] else 'without'} --rollout-shuffle and with --seed {state['seed']}"
@@ -267,8 +295,20 @@ class PromptSet:
         digest = hashlib.sha256()
         for record in self.records:
             digest.update(record.prompt_tokens.tobytes())
-            rest = [record.label, record.metadata, *([record.extras] if record.extras else [])]
-            if record.teacher_prompt_tokens is not None:
-                digest.update(record.teacher_prompt_tokens.tobytes())
+            rest = [record.label, record.metadata]
             digest.update(json.dumps(rest, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
+
+    @cached_property
+    def _beside(self) -> dict[str, str]:
+        """A digest of the teacher's own prompts, and of each further field that is read."""
+        columns: dict[str, list[Any]] = {}
+        for record in self.records:
+            for name, value in record.extras.items():
+                columns.setdefault(f"field {name}", []).append(value)
+            if record.teacher_prompt_tokens is not None:
+                columns.setdefault("teacher's prompt", []).append(record.teacher_prompt_tokens.tolist())
+        return {
+            name: hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+            for name, values in columns.items()
+        }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 from opd_megatron.config.options import Options
 from opd_megatron.flow.failures import FailurePolicy
 from opd_megatron.flow.filters import build_filter
-from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages
+from opd_megatron.flow.pipeline import PromptSource, SampleSource, Stages, TeacherAnswer
 from opd_megatron.reward import RewardFunction
+from opd_megatron.sample import Sample
 from opd_megatron.teacher.protocol import StreamingTeacher
 
 
@@ -38,6 +40,8 @@ def stages_of(
     prompts: PromptSource,
     reward: RewardFunction | None,
     teacher: object,
+    feedback: Callable[[Sample], None] | None = None,
+    answer: TeacherAnswer | None = None,
 ) -> Stages:
     """What a rollout of these options goes through; a ``teacher`` that scores whole rollouts comes after it."""
     rollout = options.rollout
@@ -52,8 +56,10 @@ def stages_of(
         reward=None if options.reward.rm_type == "zero" and rollout.dynamic_filter_path is None else reward,
         keep=build_filter(rollout),
         max_refills=rollout.dynamic_filter_max_refills * rollout.rollout_batch_size,
+        feedback=feedback,
         teacher=teacher if _streams(teacher) else None,
         policy=policy_of(options),
         # The rounding of the local engine depends on what it decodes together.
         refill_at_once=options.engine.rollout_engine != "local",
+        answer=answer,
     )

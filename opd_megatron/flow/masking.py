@@ -14,9 +14,14 @@ from opd_megatron.teacher.protocol import FailureKind
 
 
 def mask(sample: Sample, kind: FailureKind, teacher: str) -> TeacherScores:
-    """Leave the sample out of the distillation term: its scores are valid nowhere and no number to mistake for one."""
-    length = sample.response_length
+    """Leave the sample out of the distillation term, since the teacher failed."""
     sample.teacher_failure = str(kind)
+    return leave_out(sample, teacher)
+
+
+def leave_out(sample: Sample, teacher: str = "") -> TeacherScores:
+    """Give the sample scores that are valid nowhere and no number to mistake for one."""
+    length = sample.response_length
     sample.teacher_scores = TeacherScores(
         np.full(length, np.nan, dtype=np.float32), np.zeros(length, dtype=np.bool_), teacher=teacher
     )
@@ -24,23 +29,20 @@ def mask(sample: Sample, kind: FailureKind, teacher: str) -> TeacherScores:
 
 
 def complete_masked(samples: Sequence[Sample]) -> None:
-    """Give masked samples every field that the scores of the others have, such as the most probable tokens: zeros."""
-    known = next((sample.teacher_scores for sample in samples if sample.teacher_failure is None), None)
-    if known is None:
-        return
-    for sample in samples:
-        if sample.teacher_failure is None or sample.teacher_scores is None:
-            continue
-        for item in fields(TeacherScores):
-            like = getattr(known, item.name)
-            if isinstance(like, np.ndarray) and getattr(sample.teacher_scores, item.name) is None:
-                nothing = np.zeros((sample.response_length, *like.shape[1:]), like.dtype)
-                setattr(sample.teacher_scores, item.name, nothing)
+    """Give samples that are left out every field that the scores of the others have, as the likeliest tokens: zeros."""
+    scores = [sample.teacher_scores for sample in samples if sample.teacher_scores is not None]
+    for item in fields(TeacherScores):
+        known = [getattr(score, item.name) for score in scores]
+        like = next((array for array in known if isinstance(array, np.ndarray)), None)
+        for score, array in zip(scores, known, strict=True):
+            if like is not None and array is None:
+                setattr(score, item.name, np.zeros((len(score.log_probs_T), *like.shape[1:]), like.dtype))
 
 
 def complete_unscored(options: Options, samples: Sequence[Sample]) -> None:
     """Where no sample was scored, the most probable tokens of ``--opd-loss distribution``, which nobody will read."""
-    if options.opd.opd_loss != "distribution" or any(sample.teacher_failure is None for sample in samples):
+    scored = (sample.teacher_scores is not None and sample.teacher_scores.valid_T.any() for sample in samples)
+    if options.opd.opd_loss != "distribution" or any(scored):
         return
     k = options.opd.opd_top_k or 1
     for sample in samples:

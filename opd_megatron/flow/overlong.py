@@ -15,7 +15,7 @@ from opd_megatron.teacher.protocol import FailureKind, Teacher, TeacherFailure
 
 
 def score_rollout(options: Options, teacher: Teacher, samples: Sequence[Sample]) -> None:
-    """Attach the scores of a teacher that takes whole rollouts.
+    """Attach the scores of a teacher that takes whole rollouts to the samples that have none yet.
 
     A student that is its own teacher has as many positions as it has: responses that do not fit behind their context
     are masked as ``--opd-overlong`` says. Raises :class:`~opd_megatron.teacher.protocol.TeacherError` where there are
@@ -33,7 +33,7 @@ def score_rollout(options: Options, teacher: Teacher, samples: Sequence[Sample])
             sample = dataclasses.replace(sample, teacher_prompt_tokens=None)
         asked.append(sample)
     for sample, scores in zip(samples, teacher.score(asked), strict=True):
-        if sample.teacher_failure is None:
+        if sample.teacher_scores is None:
             sample.teacher_scores = scores
         sample.validate()
 

@@ -1,16 +1,17 @@
 """The pipeline of one rollout.
 
 Every sample goes its own way as soon as it is finished, while others are still being sampled: to the reward, alone or
-with its group where the reward wants that, and to a streaming teacher, at once or, where a filter may drop its group,
-when the group has passed. A dropped group is replaced by the next prompt. Prompts, indices and random streams are given
-out in the order of being drawn, and the finished rollout has that order, whatever order answers came in.
+with its group where the reward wants that, and to a streaming teacher, at once or, where a filter may drop its group or
+the teacher sees feedback, when the group was judged. A dropped group is replaced by the next prompt. Prompts, indices
+and random streams are given out in the order of being drawn, and the finished rollout has that order, whatever order
+answers came in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -43,13 +44,19 @@ class PromptSource(Protocol):
     def next_batch(self, n: int) -> Sequence[Prompt]: ...
 
 
+TeacherAnswer = Callable[[Sample, int], Awaitable[None]]
+"""Gives a sample of a rollout a response of the teacher; raises :class:`TeacherFailure`."""
+
+
 @dataclass(frozen=True)
 class Stages:
     """What a rollout goes through; ``batch`` prompts of ``copies`` samples each come out.
 
-    ``max_refills`` bounds the prompts that ``keep`` may have replaced. With ``refill_at_once`` a dropped group is
-    replaced while others are still under way; without, when all are decided, so that an engine whose rounding depends
-    on what it decodes together gets the same batches in every run.
+    ``max_refills`` bounds the prompts that ``keep`` may have replaced. ``feedback`` looks at each sample that has its
+    reward, and says what the teacher sees of it, or that the teacher is not asked. Samples that are not the student's
+    come from ``source`` without a response where ``answer`` is to give them one of the teacher's, before they are
+    scored. With ``refill_at_once`` a dropped group is replaced while others are still under way; without, when all are
+    decided, so that an engine whose rounding depends on what it decodes together gets the same batches in every run.
     """
 
     source: SampleSource
@@ -59,9 +66,11 @@ class Stages:
     reward: RewardFunction | None = None
     keep: GroupFilter | None = None
     max_refills: int = 0
+    feedback: Callable[[Sample], None] | None = None
     teacher: StreamingTeacher | None = None
     policy: FailurePolicy = field(default_factory=FailurePolicy)
     refill_at_once: bool = True
+    answer: TeacherAnswer | None = None
     most_open: int = MOST_OPEN
 
 
@@ -189,7 +198,8 @@ class _Making:
         stages = self.stages
         if group.dropped:
             return
-        if stages.keep is None:
+        unconditional = stages.keep is None and stages.feedback is None
+        if unconditional:
             self._ask_teacher(group, sample)
         judged = stages.reward is not None and not sample.from_data  # as all of its group are, or are not
         if stages.reward is not None and judged and not stages.reward.takes_groups:
@@ -200,13 +210,15 @@ class _Making:
         members = sorted(group.ready, key=lambda sample: sample.index)
         if stages.reward is not None and judged and stages.reward.takes_groups:
             await self._judge(members)
-        if stages.keep is None or group.dropped:
+        if unconditional or group.dropped:
             return
-        if stages.keep(members):
-            for member in members:
-                self._ask_teacher(group, member)
-        else:
+        if stages.keep is not None and not stages.keep(members):
             self._filter_out(group)
+            return
+        for member in members:
+            if stages.feedback is not None:
+                stages.feedback(member)
+            self._ask_teacher(group, member)
 
     async def _judge(self, samples: Sequence[Sample]) -> None:
         assert self.stages.reward is not None
@@ -214,7 +226,7 @@ class _Making:
             await self.stages.reward.score_async(samples)
 
     def _ask_teacher(self, group: _Group, sample: Sample) -> None:
-        if self.stages.teacher is not None:
+        if self.stages.teacher is not None and sample.teacher_scores is None:
             group.calls.append(self.tasks.create_task(self._score(self.stages.teacher, group, sample)))
 
     async def _score(self, teacher: StreamingTeacher, group: _Group, sample: Sample) -> None:
@@ -224,6 +236,8 @@ class _Making:
                 async with asyncio.timeout(None) as limit:
                     self.limits.add(limit)
                     try:
+                        if self.stages.answer is not None and sample.from_data:
+                            await self.stages.answer(sample, self.rollout_id)
                         sample.teacher_scores = await teacher.score_one(sample)
                     finally:
                         self.limits.discard(limit)

@@ -11,7 +11,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import student_architecture
 from opd_megatron.config.validate_prefixes import student_only
 from opd_megatron.objectives.advantages import chosen_estimator
-from opd_megatron.sample import Sample, read_samples
+from opd_megatron.sample import LARGEST_REWARD, Sample, read_samples
 
 
 def recorded_samples(options: Options, path: Path) -> list[Sample]:
@@ -40,6 +40,8 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
     """What makes a recorded sample unfit for this run, or None."""
     if not isinstance(sample.reward, int | float | None):
         return "the reward is not a number"
+    if not abs(sample.reward or 0.0) <= LARGEST_REWARD:
+        return f"the reward is {sample.reward:g}, not a finite number that a float32 holds"
     if not len(sample.prompt_tokens):
         return "the prompt has no tokens"
     student = student_architecture(options)
@@ -62,6 +64,8 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
     scored = scores.log_probs_T[scores.valid_T]
     if np.isnan(scored).any() or (scored > 1e-3).any():
         return "the teacher's scores are no log-probabilities"
+    if not len(scored):
+        return None
     top = scores.top_ids_TK
     if options.opd.opd_loss == "distribution" and (top is None or top.shape[1] != options.opd.opd_top_k):
         return f"the teacher's scores do not hold the {options.opd.opd_top_k} most probable tokens of each position"

@@ -33,13 +33,14 @@ class StudentIdsTeacher:
         self._runner = asyncio.Runner()
 
     def teach(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Give every sample its scores, or mark it as masked; metrics.
+        """Give every sample that has none yet its scores, or mark it as masked; metrics.
 
         Raises :class:`TeacherError` where the policy stops the run.
         """
         ids = {sample.index: ids_TK for sample, ids_TK in zip(samples, self._top_ids(samples), strict=True)}
         failures = FailureCount(self._policy, len(samples))
-        failures.asked = len(samples)
+        asked = [sample for sample in samples if sample.teacher_scores is None]
+        failures.asked = len(asked)
 
         async def score(sample: Sample) -> TeacherScores:
             try:
@@ -49,12 +50,12 @@ class StudentIdsTeacher:
                 return mask(sample, failure.kind, self.name)
 
         async def score_all() -> list[TeacherScores]:
-            found = await score_together(score, samples)
+            found = await score_together(score, asked)
             await self.servers.end_step(self._policy.deadline)
             return found
 
         self.servers.begin_step(self._policy.deadline)  # nothing else is left to do meanwhile
-        for sample, scores in zip(samples, self._runner.run(score_all()), strict=True):
+        for sample, scores in zip(asked, self._runner.run(score_all()), strict=True):
             sample.teacher_scores = scores
             sample.validate()
         complete_masked(samples)

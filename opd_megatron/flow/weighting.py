@@ -21,12 +21,12 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import selects_by_divergence, selects_tokens
 from opd_megatron.objectives.sample_weights import (
     counted_samples,
-    effective_share,
     group_means,
     group_numbers,
     paced_weights,
     reward_weights,
 )
+from opd_megatron.objectives.sampling import effective_share
 from opd_megatron.objectives.tensors import joined, owners
 from opd_megatron.objectives.token_selection import sampled_tokens, token_scores, top_tokens
 from opd_megatron.objectives.weights import step_weights
@@ -87,12 +87,12 @@ class OpdWeighting:
         return opd.use_opd and (masks or weights or opd.opd_mask_longer_than is not None or selects_tokens(opd))
 
     def apply(
-        self, samples: Sequence[Sample], rollout_id: int, statistics: Sequence[np.ndarray] | None = None
+        self, samples: Sequence[Sample], rollout_id: int, answers: Sequence[np.ndarray] | None = None
     ) -> dict[str, float]:
         """Multiply the samples' ``opd_weights`` and return ``opd/*`` metrics; nothing where no option asks for it.
 
-        ``samples`` are a whole rollout with rewards and teacher scores. ``statistics`` are those of the student's pass
-        before the step (``[T, 3]`` of each sample, see ``megatron.token_statistics``), which token selection needs.
+        ``samples`` are a whole rollout with rewards and teacher scores. ``answers`` are those of the student's pass
+        before the step (:func:`~opd_megatron.flow.student_pass.ask_student`), which token selection needs.
         """
         if not self.is_needed:
             return {}
@@ -101,8 +101,8 @@ class OpdWeighting:
         scored_N = joined([_scored(sample) for sample in samples]).bool()
         weights_N = (self._of_samples(samples, rollout_id, found) * self._counted(samples))[owners(lengths)]
         weights_N = weights_N * self._of_tokens(samples)
-        if statistics is not None:
-            weights_N = weights_N * self._selection(samples, rollout_id, statistics, weights_N, scored_N)
+        if answers is not None and selects_tokens(self._options.opd):
+            weights_N = weights_N * self._selection(samples, rollout_id, answers, weights_N, scored_N)
         if scored_N.any() and not weights_N[scored_N].any():
             logger.warning("rollout %d: no token has a weight in the distillation term", rollout_id)
         for sample, weights_T in zip(samples, weights_N.split(lengths), strict=True):
@@ -175,16 +175,18 @@ class OpdWeighting:
         self,
         samples: Sequence[Sample],
         rollout_id: int,
-        statistics: Sequence[np.ndarray],
+        answers: Sequence[np.ndarray],
         weights_N: Tensor,
         scored_N: Tensor,
     ) -> Tensor:
         """``[N]``: what the choice of tokens makes of those that have a weight."""
         opd = self._options.opd
         eligible_N = scored_N & (weights_N > 0)
-        known_N3 = torch.from_numpy(np.concatenate(statistics)).double()
-        divergence_N = known_N3[:, 2] if selects_by_divergence(opd) else None
-        scores_N = token_scores(opd.opd_token_score, known_N3[:, 1], divergence_N, eligible_N)
+        entropy_N = joined([answer["student_entropy"] for answer in answers]).double()
+        divergence_N = None
+        if selects_by_divergence(opd):
+            divergence_N = joined([answer["divergence"] for answer in answers]).double()
+        scores_N = token_scores(opd.opd_token_score, entropy_N, divergence_N, eligible_N)
         if opd.opd_token_select == "sample":
             seed = self._options.training.seed
             uniform_N = torch.from_numpy(np.concatenate([_uniform(seed, rollout_id, sample) for sample in samples]))

@@ -37,6 +37,7 @@ from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.moe import set_load_balancing
 from opd_megatron.megatron.offload import DeviceMemory, HostStore, let_leave
 from opd_megatron.megatron.optimizer import build_optimizer, build_scheduler, gather_weights, wrap_model
+from opd_megatron.megatron.schedule import keep_place
 from opd_megatron.megatron.scoring import merge_parts
 from opd_megatron.megatron.value_model import ValueModel
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
@@ -78,7 +79,13 @@ class Critic:
     ) -> None:
         self.options, self.memory = options, memory
         self.chunks = build_of_kind(ValueModel, options, architecture)
-        self._fill(first_weights(options, start))
+        first = first_weights(options, start)
+        try:
+            self._fill(first)
+        except UserError as error:
+            if first is start:
+                raise
+            raise UserError(f"--critic-load {error}: a critic has the student's architecture") from error
         set_load_balancing(self.chunks, options)
         settings = critic_optimizer(options)
         self.wrapped = wrap_model(self.chunks, settings)
@@ -141,7 +148,8 @@ class Critic:
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.chunks[-1], samples, micro_batches, loss, with_gradients=True)
         offload = self.options.offload
-        norm, rate = apply_gradients(
+        norm, rate, _ = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("critic optimizer"),
@@ -182,8 +190,10 @@ class Critic:
         if self.options.checkpoint.no_load_optim:
             return
         with self.on_device():
-            saved = checkpoint.read_common(source).get("critic", {})
+            common = checkpoint.read_common(source)
+            saved = common.get("critic", {})
             checkpoint.load_optimizer(source, saved, self.chunks, self.optimizer, self.scheduler, PREFIX)
+        keep_place(self.scheduler, self.options, common["run"], of_critic=True)
 
 
 @dataclass(frozen=True)

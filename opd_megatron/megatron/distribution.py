@@ -5,7 +5,6 @@ Shape legend: ``N`` response tokens that this rank predicts, ``M`` those of them
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from opd_megatron.megatron.vocab_head import (
     target_divergence,
     top_k,
 )
-from opd_megatron.objectives.divergences import Divergence, forward_kl
+from opd_megatron.objectives.divergences import Divergence, entropy_aware, forward_kl
 
 
 class Record(NamedTuple):
@@ -60,15 +59,20 @@ class DistributionTerm:
     def __call__(self, student: Side, teacher: Target | Record, mask_N: Tensor) -> Tensor:
         """``[N]`` with a gradient to the student, 0 where ``mask_N`` (bool) is false.
 
-        ``D`` or, with ``--opd-entropy-aware w``, ``D + w H(T)/ln V * KL(T||S)`` (cf. arXiv 2603.07079): the forward KL
-        keeps the student from dropping what a teacher that is not sure thinks possible.
+        ``D`` or, with ``--opd-entropy-aware``, what :func:`~opd_megatron.objectives.divergences.entropy_aware` makes of
+        it and of the forward KL over the same support.
         """
         places_M = mask_N.nonzero()[:, 0]
         compared = self._compared(student.at(places_M), teacher.at(places_M))
         value_M = compared(self.divergence)
         if self.options.opd_entropy_aware > 0:
-            share_M = self._teacher_entropy(teacher.at(places_M)) / math.log(self.head["vocab_size"])
-            value_M = value_M + self.options.opd_entropy_aware * share_M * compared(forward_kl)
+            value_M = entropy_aware(
+                value_M,
+                compared(forward_kl),
+                self._teacher_entropy(teacher.at(places_M)),
+                vocab_size=self.head["vocab_size"],
+                weight=self.options.opd_entropy_aware,
+            )
         return value_M.new_zeros(mask_N.shape).index_copy(0, places_M, value_M)
 
     def _compared(self, student: Side, teacher: Target | Record) -> Callable[[Divergence], Tensor]:

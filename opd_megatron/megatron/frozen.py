@@ -1,18 +1,12 @@
-"""Models that only score, by name: the reference and the teacher. Each has weights and sizes of its own.
-
-A frozen model works on the samples of an optimizer step at a time, in the shares that :mod:`batching` plans for it, and
-gives the log-probabilities of the responses. What else the objective needs of it is kept through ``keep``.
-"""
+"""Models that only score, by name: the reference and the teacher. Each has weights and sizes of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
@@ -33,13 +27,9 @@ from opd_megatron.config.resolve import (
 )
 from opd_megatron.config.targets import loads_reference, named_architectures, named_models
 from opd_megatron.megatron import checkpoint, distributed
-from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan_steps, sequence_cost
 from opd_megatron.megatron.exchange import Key, exchange
-from opd_megatron.megatron.forward import check_tokens
-from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, Model, build_chunks
-from opd_megatron.megatron.scoring import response_log_probs
-from opd_megatron.sample import Sample
+from opd_megatron.megatron.scoring import Scorer
 
 ModelName: TypeAlias = str
 """``student``, ``teacher``, or one of :mod:`opd_megatron.config.targets`."""
@@ -131,95 +121,42 @@ def build_of_kind(
     )
 
 
-def student_rule(options: Options, model: HiddenStateModel) -> BatchingRule:
-    """How ``--micro-batch-size`` and ``--max-tokens-per-gpu`` make micro-batches for ``model``."""
-    training, parallel = options.training, options.parallel
-    is_divided = parallel.num_layers_per_virtual_pipeline_stage is not None
-    return BatchingRule(
-        micro_batch_size=training.micro_batch_size,
-        max_tokens=training.max_tokens_per_gpu if training.use_dynamic_batch_size else None,
-        length=model.sequence_layout.tokens_on_rank,
-        # virtual stages take turns with groups of as many micro-batches as there are ranks in the pipeline
-        count_multiple=parallel.pipeline_model_parallel_size if is_divided else 1,
-    )
-
-
-class FrozenScorer:
-    """A frozen model with its weights loaded. ``planned_for`` is the model whose work decides how ranks are balanced.
-
-    All methods are collective.
-    """
+class FrozenScorer(Scorer):
+    """A frozen model with its weights loaded; ranks are balanced for the work of ``planned_for``."""
 
     def __init__(self, spec: FrozenModel, options: Options, planned_for: ModelArchitecture) -> None:
-        self.spec = spec
-        self.vocab_size = spec.architecture.vocab_size
-        self._options = options
-        self._cost = sequence_cost(planned_for)
         undivided = replace(spec.parallel or options.parallel, num_layers_per_virtual_pipeline_stage=None)
-        self._groups = distributed.other_groups(undivided) if spec.has_own_layout else None
-        self._brought_head: list[Tensor | None] = []
-        with distributed.using(self._groups):
+        groups = distributed.other_groups(undivided) if spec.has_own_layout else None
+        with distributed.using(groups):
             (self.model,) = build_from_options(options, spec.architecture, spec.dtype, undivided)
             checkpoint.load_weights(self.model, spec.folder, spec.step)
         self.model.requires_grad_(False).eval()
-
-    @property
-    def _rule(self) -> BatchingRule:
-        own = self.spec
-        if own.micro_batch_size is None and own.max_tokens is None:
-            return student_rule(self._options, self.model)
-        return BatchingRule(own.micro_batch_size or 1, own.max_tokens, self.model.sequence_layout.tokens_on_rank)
-
-    def steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
-        """Micro-batches of every data-parallel rank of this model for each optimizer step."""
-        with distributed.using(self._groups):
-            ranks = parallel_state.get_data_parallel_world_size()
-        lengths = [len(sample.tokens) for sample in samples]
-        return plan_steps(lengths, self._options.global_batch_size, self._rule, ranks=ranks, cost=self._cost)
-
-    def score(
-        self,
-        samples: Sequence[Sample],
-        steps: Sequence[Sequence[MicroBatches]],
-        temperature: float,
-        keep: Callable[[MicroBatch, Tensor], None] | None = None,
-    ) -> dict[int, np.ndarray]:
-        """See :func:`~opd_megatron.megatron.scoring.response_log_probs`; ``steps`` are those of :meth:`steps`.
-
-        Raises ``ValueError`` for a token outside this model's vocabulary.
-        """
-        check_tokens(samples, self.spec.architecture.vocab_size)
-        with distributed.using(self._groups):
-            rank = parallel_state.get_data_parallel_rank()
-            micro_batches = [places for step in steps for places in step[rank]]
-            return response_log_probs(self.model, samples, micro_batches, temperature, keep)
-
-    parts: tuple[str, ...] = ()
-    """Parts of the trainer's memory that it needs beside its own."""
-    moves = False
-    """Whether its weights may change before the rollout is trained on."""
-
-    @property
-    def has_own_layout(self) -> bool:
-        return self.spec.has_own_layout
+        super().__init__(
+            [self.model],
+            options,
+            planned_for,
+            micro_batch_size=spec.micro_batch_size,
+            max_tokens=spec.max_tokens,
+            groups=groups,
+        )
+        self._brought_head: list[Tensor | None] = []
 
     def head_weight(self) -> Tensor | None:
         """Rows of the output weight for the student's columns on this rank; None where the student has no head.
 
         With a layout of its own they are brought once from the ranks that have them, and stay on the host.
         """
-        is_last = parallel_state.is_pipeline_last_stage()
-        if self._groups is None:
-            return self.model.head_weight() if is_last else None
+        if self.groups is None:
+            return super().head_weight()
         if not self._brought_head:
-            self._brought_head.append(self._bring_head(is_last))
+            self._brought_head.append(self._bring_head(parallel_state.is_pipeline_last_stage()))
         return self._brought_head[0]
 
     def _bring_head(self, is_last: bool) -> Tensor | None:
         """See :meth:`head_weight`."""
-        vocab_size, multiple = self.spec.architecture.vocab_size, self._options.model.make_vocab_size_divisible_by
+        vocab_size, multiple = self.vocab_size, self._options.model.make_vocab_size_divisible_by
         own = self._columns(multiple, vocab_size)
-        with distributed.using(self._groups):
+        with distributed.using(self.groups):
             theirs = self._columns(multiple, vocab_size)
             has_head = parallel_state.is_pipeline_last_stage()
         cuts = {*range(0, vocab_size, own.step), *range(0, vocab_size, theirs.step), vocab_size}
@@ -233,7 +170,7 @@ class FrozenScorer:
         found = exchange(held, wanted)
         if not is_last:
             return None
-        rows = torch.zeros((own.step, self.spec.architecture.hidden_size), dtype=self.model.config.params_dtype)
+        rows = torch.zeros((own.step, self.model.architecture.hidden_size), dtype=self.model.config.params_dtype)
         for a, b in wanted:
             rows[a - own.start : b - own.start] = found[a, b]
         return rows
@@ -241,6 +178,6 @@ class FrozenScorer:
     def _columns(self, multiple: int, vocab_size: int) -> range:
         """The vocabulary's columns of this rank in the layout in use; the step is the rows of a shard with padding."""
         ranks = parallel_state.get_tensor_model_parallel_world_size()
-        rows = self.spec.architecture.padded_vocab_size(multiple, ranks) // ranks
+        rows = self.model.architecture.padded_vocab_size(multiple, ranks) // ranks
         first = rows * parallel_state.get_tensor_model_parallel_rank()
         return range(first, min(first + rows, vocab_size), rows)

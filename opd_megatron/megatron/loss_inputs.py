@@ -280,11 +280,11 @@ class LossInputs:
         )
 
     def exact_statistics(self) -> Statistics:
-        """``opd/reverse_kl_exact``, the mean over trained tokens, in the rollouts that measure it."""
+        """``opd/reverse_kl_exact``, the mean over scored tokens, in the rollouts that measure it."""
         due = measures_exact_kl(self.options.opd, self.rollout_id) or self.options.opd.opd_baseline != "none"
         if not due or self.exact_moments is None:
             return {}
-        exact_kl_N, mask_N = self.exact_moments[0], self.loss_mask_N
+        exact_kl_N, mask_N = self.exact_moments[0], self._scored_N
         return {"opd/reverse_kl_exact": torch.stack([exact_kl_N[mask_N].double().sum(), mask_N.sum().double()])}
 
     def _of_samples(self, read: Callable[[Sample], np.ndarray | None]) -> Tensor | None:

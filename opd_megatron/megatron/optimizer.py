@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -88,6 +89,14 @@ def build_scheduler(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def gradients_are_zero(wrapped: Sequence[DistributedDataParallel]) -> bool:
+    """Whether the summed gradient is 0 everywhere, to the bit: the same on every rank. Collective."""
+    buffers = [buffer for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    found = torch.tensor(any(bool(buffer.grad_data.any()) for buffer in buffers), device=cpu.device()).int()
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return not found.item()
 
 
 def optimizer_step(optimizer: MegatronOptimizer) -> float:

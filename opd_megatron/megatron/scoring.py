@@ -11,7 +11,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from opd_megatron.megatron.batching import BatchingRule, plan, sequence_cost
+from opd_megatron.config.architecture import ModelArchitecture
+from opd_megatron.config.options import Options
+from opd_megatron.megatron import distributed
+from opd_megatron.megatron.batching import BatchingRule, MicroBatches, plan, plan_steps, sequence_cost
+from opd_megatron.megatron.distributed import Groups
 from opd_megatron.megatron.forward import add_over_context, check_tokens, head_log_probs, run_micro_batches
 from opd_megatron.megatron.micro_batch import MicroBatch
 from opd_megatron.megatron.model import HiddenStateModel, Models, chunks_of
@@ -87,6 +91,90 @@ def response_top_ids(
         return batch.split(found.ids_NK.int())
 
     return merge_parts(run_micro_batches(chunks, model, samples, micro_batches, last_stage, with_gradients=False))
+
+
+def student_rule(options: Options, model: HiddenStateModel) -> BatchingRule:
+    """How ``--micro-batch-size`` and ``--max-tokens-per-gpu`` make micro-batches for ``model``."""
+    training, parallel = options.training, options.parallel
+    is_divided = parallel.num_layers_per_virtual_pipeline_stage is not None
+    return BatchingRule(
+        micro_batch_size=training.micro_batch_size,
+        max_tokens=training.max_tokens_per_gpu if training.use_dynamic_batch_size else None,
+        length=model.sequence_layout.tokens_on_rank,
+        # virtual stages take turns with groups of as many micro-batches as there are ranks in the pipeline
+        count_multiple=parallel.pipeline_model_parallel_size if is_divided else 1,
+    )
+
+
+class Scorer:
+    """A model that gives the log-probabilities of responses; what else is wanted of it is kept through ``keep``.
+
+    It works on the samples of an optimizer step at a time, in the shares that :mod:`batching` plans for it, so that the
+    ranks are balanced for the work of ``planned_for``. ``micro_batch_size`` (samples) and ``max_tokens`` (of one rank)
+    are those of training unless one is given. ``groups`` are those of its layout if that is not the student's.
+    ``in_training`` says that the weights are those of the student. All methods are collective.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[HiddenStateModel],
+        options: Options,
+        planned_for: ModelArchitecture,
+        *,
+        micro_batch_size: int | None = None,
+        max_tokens: int | None = None,
+        groups: Groups | None = None,
+        in_training: bool = False,
+    ) -> None:
+        self.chunks, self.groups = list(chunks), groups
+        self.vocab_size = chunks[-1].architecture.vocab_size
+        self.moves = in_training
+        """Whether its weights may change before the rollout is trained on."""
+        self.parts = ("weights",) if in_training else ()
+        """Parts of the trainer's memory that it needs beside its own."""
+        self._options = options
+        self._micro_batch_size, self._max_tokens = micro_batch_size, max_tokens
+        self._cost = sequence_cost(planned_for)
+
+    @property
+    def has_own_layout(self) -> bool:
+        return self.groups is not None
+
+    @property
+    def _rule(self) -> BatchingRule:
+        student = student_rule(self._options, self.chunks[-1])
+        if self._micro_batch_size is None and self._max_tokens is None:
+            return student
+        count_multiple = student.count_multiple if len(self.chunks) > 1 else 1
+        return BatchingRule(self._micro_batch_size or 1, self._max_tokens, student.length, count_multiple)
+
+    def steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
+        """Micro-batches of every data-parallel rank of this model for each optimizer step."""
+        with distributed.using(self.groups):
+            ranks = parallel_state.get_data_parallel_world_size()
+        lengths = [len(sample.tokens) for sample in samples]
+        return plan_steps(lengths, self._options.global_batch_size, self._rule, ranks=ranks, cost=self._cost)
+
+    def score(
+        self,
+        samples: Sequence[Sample],
+        steps: Sequence[Sequence[MicroBatches]],
+        temperature: float,
+        keep: Callable[[MicroBatch, Tensor], None] | None = None,
+    ) -> dict[int, np.ndarray]:
+        """See :func:`response_log_probs`; ``steps`` are those of :meth:`steps`.
+
+        Raises ``ValueError`` for a token outside this model's vocabulary.
+        """
+        check_tokens(samples, self.vocab_size)
+        with distributed.using(self.groups):
+            rank = parallel_state.get_data_parallel_rank()
+            micro_batches = [places for step in steps for places in step[rank]]
+            return response_log_probs(self.chunks, samples, micro_batches, temperature, keep)
+
+    def head_weight(self) -> Tensor | None:
+        """Rows of the output weight for the student's columns on this rank; None where the student has no head."""
+        return self.chunks[-1].head_weight() if parallel_state.is_pipeline_last_stage() else None
 
 
 def score_samples(

@@ -11,7 +11,6 @@ import resource
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,51 +28,40 @@ from opd_megatron.config.resolve import (
     check_optimizer_kind,
     optimizer_kind,
     schedule_steps,
-    teaches_itself_by_average,
-    teaches_itself_now,
 )
-from opd_megatron.config.targets import more_teachers
 from opd_megatron.megatron import checkpoint, cpu, distributed
-from opd_megatron.megatron.batching import MicroBatches, plan_steps, sequence_cost
+from opd_megatron.megatron.batching import MicroBatches
 from opd_megatron.megatron.chunks import Entries
 from opd_megatron.megatron.critic import Critic
 from opd_megatron.megatron.forward import check_tokens, run_micro_batches
-from opd_megatron.megatron.frozen import (
-    DTYPES,
-    FrozenModel,
-    FrozenScorer,
-    ModelName,
-    build_from_options,
-    student_rule,
-)
+from opd_megatron.megatron.frozen import FrozenModel, ModelName, build_from_options
 from opd_megatron.megatron.gradient_diagnostics import gradient_diagnostics
 from opd_megatron.megatron.hf_weights import export_hf_weights, initialize_weights
 from opd_megatron.megatron.learner import (
+    SKIPPED_STEPS,
     apply_gradients,
-    mean_over_steps,
+    of_rollout,
     step_loss_weights,
     sum_over_data_parallel,
 )
 from opd_megatron.megatron.loss_inputs import StepLoss
 from opd_megatron.megatron.moe import router_statistics, set_load_balancing
-from opd_megatron.megatron.moving_average import MovingAverage
-from opd_megatron.megatron.offload import DeviceMemory, HostStore, Part, let_leave, weights_of
+from opd_megatron.megatron.offload import DeviceMemory, HostStore, let_leave
 from opd_megatron.megatron.optimizer import (
     build_optimizer,
     build_scheduler,
     gather_weights,
     wrap_model,
 )
-from opd_megatron.megatron.own_teacher import OwnTeacher
 from opd_megatron.megatron.prompts import PromptReading
-from opd_megatron.megatron.scoring import merge_parts, reports, response_log_probs, response_top_ids
+from opd_megatron.megatron.schedule import keep_place, schedule_state
+from opd_megatron.megatron.scorers import Scorers
+from opd_megatron.megatron.scoring import merge_parts, reports, response_top_ids
 from opd_megatron.megatron.step_folders import remove_old_steps
-from opd_megatron.megatron.teacher_rows import OtherPrompts, TeacherRows
-from opd_megatron.megatron.token_diagnostics import token_diagnostics
-from opd_megatron.megatron.token_statistics import token_statistics
+from opd_megatron.megatron.student_tokens import student_tokens
 from opd_megatron.megatron.write_errors import writing
 from opd_megatron.objectives.statistics import finalize_statistics, merge_statistics
-from opd_megatron.questions import LogProbs, Question, TokenDiagnostics, TokenStatistics, TopIds, Values
+from opd_megatron.questions import LogProbs, Question, StudentTokens, TopIds, Values
 from opd_megatron.sample import Sample
 
 
@@ -107,7 +95,6 @@ class MegatronTrainer:
     def __init__(self, spec: TrainerSpec, rendezvous: distributed.Rendezvous) -> None:
         self.spec = spec
         self.options = spec.options
-        self.temperature = self.options.rollout.rollout_temperature
         distributed.initialize(rendezvous, self.options.parallel, seed=self.options.training.seed)
         self.chunks = build_from_options(self.options, spec.architecture)
         self.student = self.chunks[-1]
@@ -127,27 +114,8 @@ class MegatronTrainer:
         if has_critic(self.options):
             start, length = spec.start, spec.num_rollouts
             self.critic = Critic(self.options, spec.architecture, start, length, self.memory, store)
-        self.frozen: dict[ModelName, FrozenScorer | OwnTeacher] = {}
-        for name, model in spec.frozen.items():
-            self.frozen[name] = scorer = FrozenScorer(model, self.options, spec.architecture)
-            if self.options.offload.offload_teacher:
-                self.memory.add(name, Part(partial(weights_of, [scorer.model]), store, constant=True))
-        if teaches_itself_now(self.options):
-            self.frozen["teacher"] = OwnTeacher(self.chunks, self.options, spec.architecture, in_training=True)
-        self.average: MovingAverage | None = None
-        if teaches_itself_by_average(self.options):
-            self.average = self._begin_average(store)
-        self._kept_rows: dict[ModelName, TeacherRows] = {}
-
-    def _begin_average(self, store: HostStore) -> MovingAverage:
-        """The average of the student's weights, which begins at them, as the teacher."""
-        chunks = build_from_options(self.options, self.spec.architecture)
-        with self.memory.holding("weights"):
-            average = MovingAverage(chunks, self.chunks, self.options.opd.opd_self_ema_decay)
-        if self.options.offload.offload_teacher:
-            self.memory.add("teacher", Part(average.tensors, store))
-        self.frozen["teacher"] = OwnTeacher(chunks, self.options, self.spec.architecture, in_training=False)
-        return average
+        self.scorers = Scorers(self.options, spec.architecture, self.chunks, spec.frozen, self.memory, store)
+        self.average = self.scorers.average
 
     def resume(self) -> dict[str, Any] | None:
         """Restore what ``--load`` holds beside the weights if the run goes on from a trainer's checkpoint.
@@ -163,7 +131,7 @@ class MegatronTrainer:
         if self.critic is not None:
             self.critic.resume(start.folder)
         with self.memory.holding("weights", "optimizer"):
-            return checkpoint.load_training_state(
+            state = checkpoint.load_training_state(
                 start.folder,
                 self.chunks,
                 self.optimizer,
@@ -172,21 +140,14 @@ class MegatronTrainer:
                 with_optimizer=not options.no_load_optim,
                 with_rng=not options.no_load_rng,
             )
-
-    def _steps(self, samples: Sequence[Sample]) -> list[list[MicroBatches]]:
-        """Every rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
-        return plan_steps(
-            [len(sample.tokens) for sample in samples],
-            self.options.global_batch_size,
-            student_rule(self.options, self.student),
-            ranks=parallel_state.get_data_parallel_world_size(),
-            cost=sequence_cost(self.spec.architecture),
-        )
+        if not options.no_load_optim:
+            keep_place(self.scheduler, self.options, state)
+        return state
 
     def _share(self, samples: Sequence[Sample]) -> list[MicroBatches]:
-        """This rank's part of :meth:`_steps`."""
+        """This rank's micro-batches for each optimizer step: consecutive global batches, shared out over the ranks."""
         rank = parallel_state.get_data_parallel_rank()
-        return [step[rank] for step in self._steps(samples)]
+        return [step[rank] for step in self.scorers.student.steps(samples)]
 
     def _micro_batches(self, samples: Sequence[Sample]) -> MicroBatches:
         """This rank's, one after the other; raises ``ValueError`` for a token outside the vocabulary."""
@@ -200,45 +161,15 @@ class MegatronTrainer:
         """
         match question:
             case LogProbs():
-                return self._log_probs(question, samples)
+                return self.scorers.log_probs(question, samples)
             case Values():
                 return self._values(samples)
             case TopIds(k):
                 micro_batches = self._micro_batches(samples)
                 with self.memory.holding("weights"):
                     return response_top_ids(self.chunks, samples, micro_batches, k)
-            case TokenStatistics():
-                return self._token_statistics(samples)
-            case TokenDiagnostics():
-                return self._token_diagnostics(samples)
-
-    def _log_probs(self, question: LogProbs, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
-        name, keep_hidden = question.model, question.keep_hidden
-        temperature = self.temperature if question.temperature is None else question.temperature
-        if name == "student":
-            micro_batches = self._micro_batches(samples)
-            with self.memory.holding("weights"):
-                return response_log_probs(self.chunks, samples, micro_batches, temperature)
-        self._kept_rows.pop(name, None)
-        seen = [sample.seen_by_teacher() for sample in samples] if name == "teacher" else samples
-        frozen = self.frozen[name]
-        reading = PromptReading.of(seen, keep_hidden and self.options.opd.opd_include_prompt)
-        steps = frozen.steps(seen)
-        dtype, size = DTYPES.get(self.options.opd.opd_teacher_hidden_dtype), frozen.vocab_size
-        rows = TeacherRows(dtype, size) if keep_hidden else None
-        with self.memory.holding(name, *frozen.parts):
-            found = frozen.score(reading.read, steps, temperature, rows.keep if rows else None)
-            if rows:
-                leaves = self.options.offload.offload_teacher and not frozen.has_own_layout
-                rows.take_weight(frozen.head_weight(), leaves=leaves or frozen.moves)
-        if rows:
-            split, wanted = self.student.sequence_layout.split, self._steps(samples)
-            if split.size > 1 and any(one is not other for one, other in zip(seen, samples, strict=True)):
-                rows.bring_by_offset(steps, wanted, OtherPrompts(samples, self.student.sequence_layout))
-            else:
-                rows.bring(steps, wanted, other_ranks=frozen.has_own_layout)
-            self._kept_rows[name] = rows
-        return reading.cut(found)
+            case StudentTokens():
+                return self._student_tokens(question, samples)
 
     def _values(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         check_tokens(samples, self.spec.architecture.vocab_size)
@@ -246,20 +177,15 @@ class MegatronTrainer:
             raise ValueError("--advantage-estimator ppo alone has a critic")
         return self.critic.values(samples, self._share(samples))
 
-    def _token_statistics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
+    def _student_tokens(self, question: StudentTokens, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
         micro_batches = self._micro_batches(samples)
+        # kept rows are of prompts, too
+        compares = self.options.opd.opd_include_prompt and (question.divergence or question.diagnostics)
+        reading = PromptReading.of(samples, compares)
         with self.memory.holding("weights"):
-            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
             return reading.cut(
-                token_statistics(self.chunks, self.options, reading.read, micro_batches, self._kept_rows)
+                student_tokens(self.chunks, self.options, reading.read, micro_batches, self.scorers.kept_rows, question)
             )
-
-    def _token_diagnostics(self, samples: Sequence[Sample]) -> dict[int, np.ndarray]:
-        micro_batches = self._micro_batches(samples)
-        with self.memory.holding("weights"):
-            rows = None if more_teachers(self.options) else self._kept_rows.get("teacher")
-            reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
-            return reading.cut(token_diagnostics(self.chunks, self.options, reading.read, micro_batches, rows))
 
     def gradient_diagnostics(self, samples: Sequence[Sample], rollout_id: int) -> dict[str, float]:
         """Shares and noise of the gradient of the first optimizer step, which is not taken: the same on every rank.
@@ -275,7 +201,9 @@ class MegatronTrainer:
         reading = PromptReading.of(samples, self.options.opd.opd_include_prompt)
         weights = step_loss_weights(self.options, reading.read, number)
         term_weights = reading.step_weights(self.options, number)
-        return StepLoss(self.options, self.student, reading.read, weights, self._kept_rows, rollout_id, term_weights)
+        return StepLoss(
+            self.options, self.student, reading.read, weights, self.scorers.kept_rows, rollout_id, term_weights
+        )
 
     def train(self, samples: Sequence[Sample], rollout_id: int = 0) -> TrainResult:
         """Take the optimizer steps of one rollout; raises ``RunError`` if a gradient is not finite.
@@ -286,7 +214,7 @@ class MegatronTrainer:
         check_tokens(samples, self.spec.architecture.vocab_size)
         of_critic = {} if self.critic is None else self.critic.train(samples, self._share(samples))
         if rollout_id < self.options.objective.num_critic_only_steps:
-            self._kept_rows = {}
+            self.scorers.forget()
             return TrainResult(of_critic if self._is_reporter else None, self.ask(LogProbs("student"), samples))
         needed = ["weights", "gradients"] + ([] if self.options.offload.offload_optimizer else ["optimizer"])
         with self.memory.holding(*needed):
@@ -309,9 +237,9 @@ class MegatronTrainer:
             if any(weight.any() for weight in loss.loss_weights):
                 with_tokens.append(metrics)
             log_probs = found | log_probs  # those before the first step that saw the sample
-        self._kept_rows = {}
+        self.scorers.forget()
         log_probs = PromptReading.of(samples, self.options.opd.opd_include_prompt).cut(log_probs)
-        return TrainResult(mean_over_steps(with_tokens or per_step) if self._is_reporter else None, log_probs)
+        return TrainResult(of_rollout(per_step, with_tokens) if self._is_reporter else None, log_probs)
 
     @property
     def _is_reporter(self) -> bool:
@@ -324,23 +252,30 @@ class MegatronTrainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = run_micro_batches(self.wrapped, self.student, loss.samples, micro_batches, loss, with_gradients=True)
-        gradient_norm, learning_rate = apply_gradients(
+        gradient_norm, learning_rate, taken = apply_gradients(
+            self.wrapped,
             self.optimizer,
             self.scheduler,
             holding=self.memory.holding("optimizer"),
             forget_copies=self.options.offload.offload_optimizer or self.options.offload.offload_train,
             rate_flag="--lr",
         )
-        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, **router_statistics(self.chunks)}
+        metrics = {"train/grad_norm": gradient_norm, "train/lr": learning_rate, SKIPPED_STEPS: float(not taken)}
+        metrics |= router_statistics(self.chunks)
         if parallel_state.is_pipeline_last_stage():
             metrics |= finalize_statistics(sum_over_data_parallel(merge_statistics([part[0] for part in results])))
         return metrics, merge_parts([part[1] for part in results])
 
-    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the student as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
-        with self.memory.holding("weights"):
-            gather_weights(self.wrapped)
-            yield from export_hf_weights(self.chunks)
+    def export_weights(self, name: ModelName = "student") -> Iterator[tuple[str, Tensor]]:
+        """Stream a model as Hugging Face tensors on rank 0 (see ``hf_weights.export_hf_weights``)."""
+        model = self.scorers.student if name == "student" else self.scorers.frozen[name]
+        with (
+            self.memory.holding("weights" if name == "student" else name, *model.parts),
+            distributed.using(model.groups),
+        ):
+            if "weights" in model.parts:
+                gather_weights(self.wrapped)
+            yield from export_hf_weights(model.chunks)
 
     def save(self, folder: Path, step: int, hf_folder: Path, run_state: dict[str, Any]) -> None:
         """Write a checkpoint from which :meth:`resume` continues, and remove those that are not to be kept.
@@ -365,7 +300,7 @@ class MegatronTrainer:
                 hf_folder=hf_folder,
                 optimizer=None if options.no_save_optim else self.optimizer,
                 scheduler=self.scheduler,
-                run_state={**run_state, "optimizer": optimizer_kind(self.options)},
+                run_state={**run_state, "optimizer": optimizer_kind(self.options), **schedule_state(self.options)},
                 beside=beside,
             )
             if dist.get_rank() == 0:

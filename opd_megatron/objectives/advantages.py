@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,12 @@ def chosen_estimator(options: ObjectiveOptions) -> AdvantageEstimator:
     function = load_function(path, "--custom-advantage-path")
 
     def estimate(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
-        advantages = [as_float64(advantage_T) for advantage_T in function(batch, options)]
+        answer: Any = function(batch, options)
+        try:
+            advantages = [as_float64(advantage_T) for advantage_T in answer]
+        except (TypeError, ValueError):
+            kind = type(answer).__name__
+            raise UserError(f"{path}: returned a {kind}, not one tensor of numbers for each sample") from None
         if len(advantages) != len(batch.loss_masks):
             raise UserError(f"{path}: {len(advantages)} advantages for {len(batch.loss_masks)} samples")
         for place, (advantage_T, mask_T) in enumerate(zip(advantages, batch.loss_masks, strict=True)):
@@ -48,7 +54,7 @@ def chosen_estimator(options: ObjectiveOptions) -> AdvantageEstimator:
                     f"{path}: advantages of shape {tuple(advantage_T.shape)} for the {len(mask_T)} tokens "
                     f"of sample {place}"
                 )
-            if not advantage_T[mask_T].isfinite().all():
+            if not advantage_T[mask_T].float().isfinite().all():
                 raise UserError(f"{path}: the advantages of sample {place} are not finite")
         return advantages
 
@@ -85,6 +91,8 @@ def task_advantages(
     advantages = estimator.estimate(batch, options)
     if options.normalize_advantages or estimator.always_whitened:
         advantages = whiten(advantages, batch.loss_masks)
+        if estimator.compares_samples:
+            advantages = _without_lone_samples(advantages, batch)
     return [
         torch.where(mask_T, advantage_T, 0.0).float()
         for advantage_T, mask_T in zip(advantages, batch.loss_masks, strict=True)
@@ -154,6 +162,20 @@ def _unmasked(what: str, arrays: Sequence[TokenArray], masks: Sequence[Tensor]) 
             raise ValueError(f"the {what} of sample {position} is not finite at an unmasked token")
         kept.append(values_T)
     return kept
+
+
+def _without_lone_samples(advantages: Sequence[Tensor], batch: RewardBatch) -> list[Tensor]:
+    """0 for samples alone with their prompt: whitening has moved their advantage of 0 by the mean of the rollout's.
+
+    They are tokens of the rollout all the same and count in the mean and the variance, as those of a prompt do whose
+    samples all earned the same.
+    """
+    groups = batch.groups()
+    alone_B = groups.size_G[groups.of_B] == 1
+    return [
+        torch.zeros_like(advantage_T) if alone else advantage_T
+        for advantage_T, alone in zip(advantages, alone_B.tolist(), strict=True)
+    ]
 
 
 def whiten(advantages: Sequence[Tensor], loss_masks: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ class Description:
 
     ``name`` is the field's name, ``flag`` what the user types, ``formula`` words and LaTeX between dollars in the
     notation of docs/objective.md (``|`` ends a cell, so there is none), ``source`` a paper, ``proof`` the test that
-    shows it, as ``file.py::test`` in tests/objectives.
+    shows it, as ``file.py::test`` in tests/objectives or ``folder/file.py::test`` in tests.
     """
 
     name: str

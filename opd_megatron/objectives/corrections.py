@@ -80,16 +80,23 @@ CORRECTIONS.describe(
     proof="test_expected_losses.py::test_sequence_weights_give_the_on_policy_gradient",
 )
 CORRECTIONS.describe(
+    "importance sampling of a distillation loss",
+    "--use-tis --opd-loss kl_loss, --use-tis --opd-importance",
+    formula=r"$w\, c\, \rho\, k_1$ and the like: the loss of sampled tokens has the weights above",
+    source="the same",
+    proof="test_expected_losses.py::test_importance_weights_bring_every_term_of_sampled_tokens_to_the_students_law",
+)
+CORRECTIONS.describe(
     "IcePop",
     "--use-tis --tis-mode mask",
     formula=r"$L_t \leftarrow w_t L_t$ where $c_{\mathrm{low}} \le w_t \le c$, else 0",
     source="arXiv 2510.18855",
-    proof="test_corrections.py::test_weights_outside_the_bounds_are_limited_or_dropped",
+    proof="test_expected_losses.py::test_icepop_is_the_surrogate_of_the_tokens_within_the_bounds",
 )
 CORRECTIONS.describe(
     "off-policy sequence masking",
     "--use-opsm",
     formula=r"$L_t \leftarrow 0$ where $A_t < 0$ and $\overline{-\log \rho} > \delta$ over the response",
     source="arXiv 2512.02556",
-    proof="test_corrections.py::test_only_negative_tokens_of_abandoned_responses_are_left_out",
+    proof="test_expected_losses.py::test_opsm_leaves_out_no_more_than_the_push_away_from_abandoned_responses",
 )

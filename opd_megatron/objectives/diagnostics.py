@@ -14,10 +14,17 @@ import torch
 from torch import Tensor
 
 from opd_megatron.objectives.log_probs import LOG_RATIO_LIMIT, log_ratio
+from opd_megatron.objectives.sampling import clustered_error, effective_share
 from opd_megatron.objectives.tensors import TokenArray, joined, owners
 
 OF_STUDENT = ("student_log_prob", "student_entropy")
 """Always measured: log p_S of the sampled token, and H(S) in nats."""
+
+OF_CHOICE = ("divergence",)
+"""Where tokens are chosen by it: the Jensen-Shannon divergence from the teacher in nats, over the term's own support.
+
+0 where the teacher gave no score.
+"""
 
 OF_TEACHER = ("reverse_kl", "forward_kl", "jsd", "teacher_entropy", "teacher_mass", "student_mass", "overlap")
 """Where the whole distribution of the teacher is at hand.
@@ -73,16 +80,21 @@ def scored_tokens(
 ) -> ScoredTokens:
     """Join the samples, one ``[T]`` for each argument and field of ``measured``, and keep the scored tokens.
 
+    Of the fields the student's log-probability and those of :data:`MEANS` are looked at.
+
     Raises ``ValueError`` when the samples of the arguments differ in number, or the tokens of all of them together.
     """
     lengths = [len(mask) for mask in loss_masks]
     if not len(measured) == len(teacher_log_probs) == len(teacher_valid) == len(lengths):
         raise ValueError(f"{len(measured)} samples were measured, {len(lengths)} are there")
     scored_N = joined(loss_masks).bool() & joined(teacher_valid).bool()
-    names = list(measured[0]) if measured else []
-    columns = {name: joined([sample[name] for sample in measured]).double()[scored_N] for name in names}
+
+    def column(name: str) -> Tensor:
+        return joined([sample[name] for sample in measured]).double()[scored_N]
+
+    columns = {name: column(name) for name in MEANS if measured and name in measured[0]}
     quarter_N = joined([position_quarters(length) for length in lengths]).long()
-    k1_U = log_ratio(columns.pop("student_log_prob"), joined(teacher_log_probs).double()[scored_N])
+    k1_U = log_ratio(column("student_log_prob"), joined(teacher_log_probs).double()[scored_N])
     return ScoredTokens(owners(lengths)[scored_N], quarter_N[scored_N], k1_U, columns)
 
 
@@ -94,7 +106,8 @@ def distillation_statistics(tokens: ScoredTokens) -> dict[str, float]:
     - ``opd/kl_by_entropy_q1`` .. ``_q4``: the same where the student's entropy is among the rollout's lowest to highest
       quarter. The distance is the exact KL where it was measured, else k1, whose parts by entropy are estimates of the
       same: the entropy is known before the token is drawn;
-    - ``opd/effective_sample_frac``: :func:`effective_sample_share` of the weights ``p_T / p_S``.
+    - ``opd/effective_sample_frac``: :func:`~opd_megatron.objectives.sampling.effective_share` of the weights
+      ``p_T / p_S``, their exponents limited to 20: how much the student's samples tell about the teacher.
     """
     everywhere_U = torch.ones_like(tokens.k1_U, dtype=torch.bool)
     found = {MEANS[name]: tokens.mean(values_U, everywhere_U) for name, values_U in tokens.columns.items()}
@@ -102,14 +115,17 @@ def distillation_statistics(tokens: ScoredTokens) -> dict[str, float]:
     for what, part_U in parts.items():
         for quarter in range(QUARTERS):
             found[f"opd/kl_by_{what}_q{quarter + 1}"] = tokens.mean(tokens.distance_U, part_U == quarter)
-    return found | {"opd/effective_sample_frac": effective_sample_share(-tokens.k1_U)}
+    weights_U = (-tokens.k1_U).clamp(max=LOG_RATIO_LIMIT).exp()
+    return found | {"opd/effective_sample_frac": effective_share(weights_U)}
 
 
 def outcome_statistics(tokens: ScoredTokens, passed: Sequence[bool]) -> dict[str, float]:
     """``opd/reverse_kl_correct`` and ``opd/reverse_kl_incorrect``: k1 of the samples that ``passed`` and of the others.
 
     With standard errors ``_se``, samples being clusters. A larger value among correct samples says that the teacher
-    thinks less of right answers than of wrong ones, so the term works against the task. NaN without samples of a kind.
+    thinks less of right answers than of wrong ones, so the term works against the task: so shows a teacher that is
+    worse than its student on what the student gets right. What it would answer itself is not asked. NaN without samples
+    of a kind.
     """
     passed_U = torch.tensor(list(passed), dtype=torch.bool)[tokens.sample_U]
     found: dict[str, float] = {}
@@ -126,8 +142,10 @@ def teacher_statistics(tokens: ScoredTokens, teachers: Sequence[str]) -> dict[st
     are ``other``.
     """
     counts: dict[str, int] = {}
-    for sample in tokens.sample_U.tolist():
-        counts[teachers[sample]] = counts.get(teachers[sample], 0) + 1
+    of_B = torch.bincount(tokens.sample_U, minlength=len(teachers)).tolist()
+    for name, count in zip(teachers, of_B, strict=True):
+        if count:
+            counts[name] = counts.get(name, 0) + count
     if len(counts) < 2:
         return {}
     ranked = sorted(counts, key=lambda name: (-counts[name], name))
@@ -142,22 +160,17 @@ def teacher_statistics(tokens: ScoredTokens, teachers: Sequence[str]) -> dict[st
 
 
 def clustered_mean(values_U: Tensor, cluster_U: Tensor) -> tuple[float, float]:
-    """Mean and its standard error with clusters: ``se = sqrt(m / (m-1) sum_i (y_i - R n_i)^2) / sum_i n_i``.
+    """Mean and its standard error with clusters, see :func:`~opd_megatron.objectives.sampling.clustered_error`.
 
-    ``R`` is the mean, ``y_i`` and ``n_i`` sum and number of cluster ``i`` of ``m`` (linearised ratio estimator). NaN
-    where there is no value; the error also with one cluster.
+    NaN where there is no value; the error also with one cluster.
     """
     if not len(values_U):
         return math.nan, math.nan
     _, place_U = cluster_U.unique(return_inverse=True)
-    clusters = int(place_U.max()) + 1
-    ones_U = torch.ones_like(values_U)
+    clusters, ones_U = int(place_U.max()) + 1, torch.ones_like(values_U)
     sums_M, counts_M = (values_U.new_zeros(clusters).index_add_(0, place_U, part) for part in (values_U, ones_U))
     mean = values_U.mean()
-    if clusters < 2:
-        return mean.item(), math.nan
-    spread = (clusters / (clusters - 1) * (sums_M - mean * counts_M).square().sum()).sqrt()
-    return mean.item(), (spread / len(values_U)).item()
+    return mean.item(), clustered_error(sums_M, counts_M, mean)
 
 
 def position_quarters(length: int) -> Tensor:
@@ -170,18 +183,6 @@ def rank_quarters(values_U: Tensor) -> Tensor:
     ranks_U = torch.empty(len(values_U), dtype=torch.int64)
     ranks_U[values_U.argsort(stable=True)] = torch.arange(len(values_U))
     return ranks_U * QUARTERS // max(1, len(values_U))
-
-
-def effective_sample_share(log_weights_U: Tensor) -> float:
-    """``(sum w)^2 / (n sum w^2)`` of ``w = exp(log_weights)``, in (0, 1]: 1 where all weights are equal (Kish 1965).
-
-    Exponents are limited to 20. With ``w = p_T / p_S`` it says how much the student's samples tell about the teacher.
-    NaN without weights.
-    """
-    if not len(log_weights_U):
-        return math.nan
-    weights_U = log_weights_U.clamp(max=LOG_RATIO_LIMIT).exp()
-    return (weights_U.sum().square() / (len(weights_U) * weights_U.square().sum())).item()
 
 
 def repetition(responses: Sequence[Sequence[int]], size: int = 4) -> float:

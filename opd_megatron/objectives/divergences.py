@@ -12,6 +12,7 @@ classes must cover the whole vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -149,6 +150,22 @@ def weighted_sum(parts: Sequence[tuple[float, Divergence]]) -> Divergence:
         return terms, slopes
 
     return divergence
+
+
+def entropy_aware(
+    divergence_N: Tensor, forward_kl_N: Tensor, teacher_entropy_N: Tensor, *, vocab_size: int, weight: float
+) -> Tensor:
+    """``D + w H(T)/ln V KL(T||S)`` at each position, ``[N]`` in nats (cf. arXiv 2603.07079).
+
+    The reverse KL that ``D`` usually is lets the student drop what a teacher that is not sure thinks possible; the
+    forward KL, the more of it the less sure the teacher is, keeps it. ``divergence_N`` and ``forward_kl_N`` carry the
+    gradient; ``teacher_entropy_N``, in nats and at the same temperature, is a constant. ``vocab_size`` is ``V``, so
+    that the share ``H(T)/ln V`` is 1 for a uniform teacher. Never negative, and 0 at ``S = T`` alone. Raises
+    ``ValueError`` on a negative ``weight`` and on fewer than two tokens.
+    """
+    if weight < 0 or vocab_size < 2:
+        raise ValueError(f"entropy-aware distillation of weight {weight} over {vocab_size} tokens")
+    return divergence_N + weight / math.log(vocab_size) * teacher_entropy_N.detach() * forward_kl_N
 
 
 def _checked_share(share: float) -> float:

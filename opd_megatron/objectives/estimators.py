@@ -7,7 +7,8 @@ more likely. Normalisation over the rollout and the loss mask are applied by its
 Shape legend: ``B`` samples of the rollout, ``G`` groups (prompts), ``T`` response tokens of one sample (differs by
 sample, may be 0), ``U`` its unmasked tokens. ``r`` is the reward of a response after ``--kl-coef`` has shaped it
 (:meth:`RewardBatch.shaped_rewards`), and means are over the samples of its own prompt, however many there are. Where an
-estimator compares the samples of a prompt, one that is alone has advantage 0. Calculations are in float64.
+estimator compares the samples of a prompt, one that is alone has advantage 0, also after whitening. Calculations are in
+float64.
 """
 
 from __future__ import annotations
@@ -307,6 +308,20 @@ ADVANTAGE_ESTIMATORS.register(
     formula="$A = 0$",
     source="",
     proof="test_advantages.py::test_none_is_zero",
+)
+ADVANTAGE_ESTIMATORS.describe(
+    "no task",
+    "--rm-type zero",
+    formula="$A = 0$; no reward is computed and no greedy response sampled",
+    source="",
+    proof="e2e/test_prefixes.py::test_without_a_task_nothing_is_computed_for_it",
+)
+ADVANTAGE_ESTIMATORS.describe(
+    "an estimator of one's own",
+    "--custom-advantage-path package.module:function",
+    formula="$A$ of a function",
+    source="",
+    proof="test_own_objectives.py::test_an_estimator_of_ones_own_is_normalised_and_masked_like_all_others",
 )
 ADVANTAGE_ESTIMATORS.describe(
     "KL in the reward",

@@ -80,7 +80,10 @@ def policy_objective(
     ``w * surrogate(A - opd_coef * d) + kl_loss_coef * KL(S||ref) - entropy_coef * H`` with the surrogate of
     ``--policy-loss`` and ``w`` of :mod:`~opd_megatron.objectives.corrections` (1 unless asked for); ``opd_coef`` None
     means no distillation. ``d`` uses the old log-probabilities, so it stays fixed over the optimizer steps of a
-    rollout. Raises ``ValueError`` where a term is asked for and its input is missing.
+    rollout. A distillation loss of sampled tokens is a mean over them, as the surrogate is, and has the importance
+    weights of ``w``, but not its mask: that goes by the sign of an advantage, which a loss has not, and by the sign of
+    its own log-ratio what is left would be no KL. Raises ``ValueError`` where a term is asked for and its input is
+    missing.
     """
     mask_N = inputs.loss_mask_N.bool()
     weights_N = _keep(inputs.loss_weights_N, mask_N)
@@ -93,9 +96,8 @@ def policy_objective(
     advantages_N = task_N if effect.advantage_N is None else task_N + coef * effect.advantage_N
     terms = PolicyTerms(log_probs_N, old_N, advantages_N, mask_N, inputs.sequences, objective)
     loss_N, found = chosen_policy_loss(objective)(terms)
-    weight_N, weight_metrics = _correction(inputs, terms)
-    if weight_N is not None:
-        loss_N = weight_N * loss_N
+    importance_N, kept_N, weight_metrics = _corrections(inputs, terms)
+    loss_N = _times(kept_N, _times(importance_N, loss_N))
     metrics = {
         "train/pg_loss": loss_N,
         **found,
@@ -109,8 +111,9 @@ def policy_objective(
     if effect.advantage_N is not None:
         metrics["train/opd_advantage_abs_mean"] = (advantages_N - task_N).abs()
     if effect.loss_N is not None:
-        loss_N = loss_N + coef * effect.loss_N
-        metrics["train/opd_loss"] = effect.loss_N
+        opd_loss_N = _times(importance_N if effect.of_samples else None, effect.loss_N)
+        loss_N = loss_N + coef * opd_loss_N
+        metrics["train/opd_loss"] = opd_loss_N
     if objective.use_kl_loss:
         ref_N = _keep(_required(inputs.ref_log_probs_N, "ref_log_probs_N", "use_kl_loss"), mask_N)
         kl_N = kl_loss(objective.kl_loss_type, log_probs_N, ref_N, old_N)
@@ -157,23 +160,27 @@ def _distillation(
     return replace(effect, advantage_N=advantage_N, loss_N=loss_N, weighted_metrics=weighted)
 
 
-def _correction(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Weights of the policy loss, None for 1 everywhere, and their metrics."""
+def _corrections(inputs: PolicyInputs, terms: PolicyTerms) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+    """Importance weights and kept tokens, each None for 1 everywhere, and their metrics."""
     options, mask_N = terms.options, terms.mask_N
-    weight_N: Tensor | None = None
+    importance_N: Tensor | None = None
+    kept_N: Tensor | None = None
     metrics: dict[str, Tensor] = {}
     if options.use_tis:
         rollout_N = _keep(_required(inputs.rollout_log_probs_N, "rollout_log_probs_N", "use_tis"), mask_N)
-        weight_N, outside_N = importance_weights(terms.old_log_probs_N, rollout_N, mask_N, terms.sequences, options)
-        metrics |= {"train/tis_weight": weight_N, "train/tis_clipfrac": outside_N}
+        importance_N, outside_N = importance_weights(terms.old_log_probs_N, rollout_N, mask_N, terms.sequences, options)
+        metrics |= {"train/tis_weight": importance_N, "train/tis_clipfrac": outside_N}
     if options.use_opsm:
         left_out_N = off_policy_mask(
             terms.log_probs_N, terms.old_log_probs_N, terms.advantages_N, mask_N, terms.sequences, options.opsm_delta
         )
         kept_N = (~left_out_N).to(terms.log_probs_N.dtype)
-        weight_N = kept_N if weight_N is None else kept_N * weight_N
         metrics["train/opsm_masked_frac"] = left_out_N
-    return weight_N, metrics
+    return importance_N, kept_N, metrics
+
+
+def _times(weights_N: Tensor | None, values_N: Tensor) -> Tensor:
+    return values_N if weights_N is None else weights_N * values_N
 
 
 def _keep(values_N: Tensor, mask_N: Tensor) -> Tensor:

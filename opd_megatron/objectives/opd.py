@@ -23,6 +23,7 @@ from torch import Tensor
 from opd_megatron.objectives.kl import kl_estimate
 from opd_megatron.objectives.log_probs import LOG_PROB_FLOOR, floor_log_probs, importance_ratio, log_ratio
 from opd_megatron.objectives.returns import discounted_returns
+from opd_megatron.objectives.sampling import clustered_error
 from opd_megatron.objectives.tensors import TokenArray, as_float64, as_mask, joined, owners
 
 
@@ -73,7 +74,7 @@ def future_distances(
     discount: float,
     limit: float | None = None,
 ) -> list[Tensor]:
-    """``F_t = sum_{u > t} discount^(u - t) d_u``, one float32 ``[T]`` per sample, 0 where the loss mask is 0.
+    """``F_t = sum_{u > t} discount^(u - t) d_u``, one float64 ``[T]`` per sample, 0 where the loss mask is 0.
 
     Time passes at unmasked tokens only; one that the teacher did not score has ``d = 0``. ``d + F`` in place of ``d``
     makes the expected gradient that of the KL between whole responses at discount 1, and at discount 0 that of the
@@ -91,7 +92,7 @@ def future_distances(
         distance_U = torch.where(as_mask(valid), distance_T, 0.0)[mask_T]
         future_T = torch.zeros(len(mask_T), dtype=torch.float64)
         future_T[mask_T] = discounted_returns(distance_U, discount) - distance_U
-        futures.append(future_T.float())
+        futures.append(future_T)
     return futures
 
 
@@ -128,9 +129,8 @@ def reverse_kl_statistics(
     - ``opd/reverse_kl``: mean of k1 = log p_S - log p_T, in nats; ``opd/k3``: mean of k3, the same with less variance
       and never negative;
     - ``opd/reverse_kl_se``: standard error of ``opd/reverse_kl`` with samples as clusters, since tokens of one response
-      are not independent. The mean is a ratio of sums ``R = sum_i y_i / sum_i n_i`` over the m samples with scored
-      tokens, so ``se = sqrt(m / (m - 1) * sum_i (y_i - R n_i)^2) / sum_i n_i`` (linearised ratio estimator); NaN for
-      m < 2;
+      are not independent (:func:`~opd_megatron.objectives.sampling.clustered_error`, over the samples with scored
+      tokens); NaN with fewer than two;
     - ``opd/student_log_prob``, ``opd/teacher_log_prob``, their perplexities ``exp(-mean)`` and
       ``opd/perplexity_gap``, teacher's minus student's;
     - ``opd/floored_frac``: tokens where either log-probability lies below the floor (see :func:`sampled_term`);
@@ -172,18 +172,13 @@ def _columns(student_U: Tensor, teacher_U: Tensor) -> Tensor:
 
 def _metrics(sums_B6: Tensor, trained: int) -> dict[str, float]:
     sums_B6 = sums_B6[sums_B6[:, 0] > 0]
-    samples = len(sums_B6)
     tokens = sums_B6[:, 0].sum()
     # 0 / 0 is NaN, which is what a mean over no tokens is.
     reverse_kl, k3, student, teacher, floored = (sums_B6[:, 1:].sum(dim=0) / tokens).unbind()
-    residuals_B = sums_B6[:, 1] - reverse_kl * sums_B6[:, 0]
-    standard_error = math.nan
-    if samples >= 2:
-        standard_error = (samples / (samples - 1) * residuals_B.square().sum()).sqrt().item() / tokens.item()
     student_perplexity, teacher_perplexity = (-student).exp().item(), (-teacher).exp().item()
     return {
         "opd/reverse_kl": reverse_kl.item(),
-        "opd/reverse_kl_se": standard_error,
+        "opd/reverse_kl_se": clustered_error(sums_B6[:, 1], sums_B6[:, 0], reverse_kl),
         "opd/k3": k3.item(),
         "opd/student_log_prob": student.item(),
         "opd/teacher_log_prob": teacher.item(),

@@ -44,11 +44,13 @@ class OpdTerms:
 class OpdEffect:
     """What is added to the advantage (detached) or to the loss, ``[N]``, and metrics of the same shape.
 
-    ``weighted_metrics`` are parts of the term: the weights of tokens multiply them as they do the term itself.
+    ``of_samples`` says that the loss stands for its mean over the sampled token, so that a token from another policy
+    must be weighed. ``weighted_metrics`` are parts of the term: the weights of tokens multiply them, too.
     """
 
     advantage_N: Tensor | None = None
     loss_N: Tensor | None = None
+    of_samples: bool = False
     metrics: dict[str, Tensor] = field(default_factory=dict)
     weighted_metrics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -73,7 +75,7 @@ def sampled(terms: OpdTerms) -> OpdEffect:
         loss_N = importance_weighted_term(
             terms.log_probs_N, terms.old_log_probs_N, terms.teacher_log_probs_N, terms.scored_N, limit=limit
         )
-        return OpdEffect(loss_N=loss_N, metrics=metrics)
+        return OpdEffect(loss_N=loss_N, of_samples=True, metrics=metrics)
     advantage_N = sampled_term(
         terms.old_log_probs_N,
         terms.teacher_log_probs_N,
@@ -107,7 +109,7 @@ def kl_estimator(terms: OpdTerms) -> OpdEffect:
         torch.where(terms.scored_N, values_N, 0.0)
         for values_N in (terms.log_probs_N, terms.old_log_probs_N, terms.teacher_log_probs_N)
     )
-    return OpdEffect(loss_N=kl_loss(terms.options.opd_kl_loss_type, kept_N, teacher_N, old_N))
+    return OpdEffect(loss_N=kl_loss(terms.options.opd_kl_loss_type, kept_N, teacher_N, old_N), of_samples=True)
 
 
 OPD_LOSSES.register(
@@ -126,6 +128,34 @@ OPD_LOSSES.describe(
     proof="test_exact_gradients.py::test_future_distances_lead_from_the_per_token_kl_to_that_of_whole_responses",
 )
 OPD_LOSSES.describe(
+    "baseline, mean",
+    "--opd-baseline kl",
+    formula=r"$b = \mathbb{E}_S[d] = \mathrm{KL}(S \Vert T)$",
+    source="cf. arXiv 2605.07865",
+    proof="test_exact_gradients.py::test_a_baseline_leaves_the_expected_gradient",
+)
+OPD_LOSSES.describe(
+    "baseline of least variance",
+    "--opd-baseline optimal",
+    formula=r"$b = \mathbb{E}_S[g^2 d] / \mathbb{E}_S[g^2]$, $g = \lvert \mathrm{onehot}_a - S \rvert$",
+    source="arXiv 1301.2315",
+    proof="test_exact_gradients.py::test_the_optimal_baseline_has_the_least_noise",
+)
+OPD_LOSSES.describe(
+    "clipped log-ratio",
+    "--opd-log-ratio-clip L",
+    formula=r"$d_t \leftarrow \mathrm{clip}(d_t, -L, L)$ before coefficient and discount",
+    source="",
+    proof="test_opd_term.py::test_baseline_clip_and_future_enter_in_this_order",
+)
+OPD_LOSSES.describe(
+    "coefficient along a line",
+    "--opd-kl-coef C --opd-kl-coef-end E --opd-kl-coef-rollouts N",
+    formula=r"$c = C + \min(i / N, 1)\, (E - C)$ in rollout $i$",
+    source="",
+    proof="test_opd_losses.py::test_the_coefficient_moves_along_a_line",
+)
+OPD_LOSSES.describe(
     "OPD, importance-weighted",
     "--opd-importance",
     formula=r"$\frac{S}{S_{\mathrm{old}}}\, \mathrm{sg}(\log S - \log T)$",
@@ -141,6 +171,13 @@ OPD_LOSSES.register(
     proof="test_opd_losses.py::test_the_distribution_form_has_the_expected_gradient_of_the_sampled_one",
 )
 OPD_LOSSES.describe(
+    "prompts beside responses",
+    "--opd-include-prompt --opd-loss distribution",
+    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$ at the tokens of the prompt, too",
+    source="",
+    proof="megatron/test_distribution.py::test_prompts_are_compared_like_responses",
+)
+OPD_LOSSES.describe(
     "prefix OPD",
     "--opd-prefix-len N",
     formula=r"$\sum_{t \le N} \mathrm{KL}(S(\cdot \mid s_t) \Vert T(\cdot \mid s_t))$",
@@ -149,14 +186,21 @@ OPD_LOSSES.describe(
 )
 OPD_LOSSES.describe(
     "responses of the data",
-    "--opd-student-data-fraction F --opd-loss distribution",
+    "--opd-student-data-fraction F --opd-data-response-key KEY --opd-loss distribution",
     formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from the data with probability $1 - F$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_given_tokens_say_nothing_but_where_distributions_are_compared",
 )
 OPD_LOSSES.describe(
+    "responses of the teacher",
+    "--opd-student-data-fraction F --opd-data-source teacher --opd-loss distribution",
+    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from $T$ with probability $1 - F$",
+    source="GKD, arXiv 2306.13649",
+    proof="test_opd_losses.py::test_at_the_teachers_samples_forward_kl_is_the_likelihood_of_its_responses",
+)
+OPD_LOSSES.describe(
     "self-distillation",
-    "--opd-teacher self",
+    "--opd-teacher self --opd-self-context-key KEY [--opd-self-template TEXT]",
     formula=r"$T(\cdot \mid s_t) = S_{\mathrm{self}}(\cdot \mid c, s_t)$, $c$ the privileged context",
     source="OPSD, arXiv 2601.18734; SDPO, arXiv 2601.20802",
     proof="test_opd_losses.py::test_self_distillation_moves_the_student_towards_what_it_says_with_the_context",
@@ -168,4 +212,5 @@ OPD_LOSSES.register(
     formula=r"$c\, \rho\, k_1,\quad c\, \mathrm{sg}(\rho)\, k_2,\quad c\, \rho\, k_3$",
     source="Schulman, Approximating KL divergence, 2020",
     proof="test_opd_losses.py::test_the_estimators_have_the_gradient_of_the_reverse_kl",
+    more_flags="--opd-kl-loss-type K",
 )

@@ -7,9 +7,9 @@ tokens with ``A > 0``; its gradient flows through ``log_probs_N`` only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ POLICY_LOSSES.describe(
     "--eps-clip-c",
     formula=r"at most $-c_{\mathrm{dual}} A$ where $A < 0$",
     source="arXiv 1912.09729",
-    proof="test_policy_loss.py::test_dual_clip_bounds_the_loss_of_negative_advantages",
+    proof="test_expected_losses.py::test_dual_clip_has_the_gradient_of_the_bounded_surrogate",
 )
 POLICY_LOSSES.register(
     "gspo",
@@ -150,6 +150,27 @@ POLICY_LOSSES.register(
     source="arXiv 2506.13585",
     proof="test_expected_losses.py::test_cispo_has_the_gradient_of_the_surrogate_with_truncated_weights",
 )
+POLICY_LOSSES.describe(
+    "a loss of one's own",
+    "--custom-loss-path package.module:function",
+    formula="$L_t$ of a function",
+    source="",
+    proof="test_own_objectives.py::test_a_loss_of_ones_own_is_weighted_and_reported_like_all_others",
+)
+POLICY_LOSSES.describe(
+    "entropy bonus",
+    "--entropy-coef H",
+    formula=r"$-h\, H(S(\cdot \mid s_t))$ in the loss, over the whole vocabulary",
+    source="Williams and Peng, 1991",
+    proof="test_losses.py::test_entropy_bonus_raises_the_entropy",
+)
+POLICY_LOSSES.describe(
+    "several passes over a rollout",
+    "--ppo-epochs N",
+    formula=r"$S_{\mathrm{old}}$ and $d_t$ stay those of the weights that sampled",
+    source="arXiv 1707.06347",
+    proof="e2e/test_objectives.py::test_passes_over_a_rollout_are_optimizer_steps_of_the_schedule",
+)
 
 
 def chosen_policy_loss(options: ObjectiveOptions) -> PolicyLoss:
@@ -164,12 +185,17 @@ def chosen_policy_loss(options: ObjectiveOptions) -> PolicyLoss:
     function = load_function(path, "--custom-loss-path")
 
     def loss(terms: PolicyTerms) -> tuple[Tensor, dict[str, Tensor]]:
-        loss_N, metrics = function(terms)
+        answer: Any = function(terms)
+        if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping)):
+            raise UserError(f"{path}: returned a {type(answer).__name__}, not a loss and a mapping of metrics")
+        loss_N, metrics = answer[0], dict(answer[1])
         for name, value_N in {"loss": loss_N, **metrics}.items():
             if not isinstance(value_N, Tensor) or value_N.shape != terms.log_probs_N.shape:
                 raise UserError(f"{path}: {name} is not a tensor of the {len(terms.log_probs_N)} positions")
         if any(not name.startswith("train/") for name in metrics):
             raise UserError(f"{path}: names of metrics begin with train/, not {sorted(metrics)}")
+        if terms.log_probs_N.requires_grad and not loss_N.requires_grad:
+            raise UserError(f"{path}: the loss has no gradient: make it of log_probs_N, undetached")
         return loss_N, metrics
 
     return loss

@@ -90,26 +90,35 @@ def counted_samples(
     return counted_B if longest is None else counted_B & (lengths_B <= longest)
 
 
-def effective_share(weights_N: Tensor) -> float:
-    """``(sum w)^2 / (N sum w^2)``: the effective sample size of ``N`` weights over ``N``; 0 where all are 0.
-
-    1 where all are equal, ``k / N`` where ``k`` are equal and the others 0 (Kish). NaN for none.
-    """
-    weights_N = weights_N.double()
-    squares = float(weights_N.square().sum())
-    if not len(weights_N):
-        return float("nan")
-    return float(weights_N.sum()) ** 2 / (len(weights_N) * squares) if squares > 0 else 0.0
-
-
 PROMPT_WEIGHTS.register(
     "paced",
     paced_weights,
     title="PACED",
-    formula=r"$w = p^\alpha (1-p)^\beta\, (\frac{n}{n-1})^{\min(\alpha, \beta)}$ over its mean over prompts",
+    formula=r"$w = p^\alpha (1-p)^\beta$ over its mean over prompts",
     source="arXiv 2603.11178",
-    proof="test_sample_weights.py::test_the_corrected_estimate_of_the_variance_of_a_pass_is_unbiased",
+    proof="test_sample_weights.py::test_paced_weights_have_mean_one_and_follow_their_prompts",
     more_flags="--opd-paced-alpha A --opd-paced-beta B",
+)
+PROMPT_WEIGHTS.describe(
+    "PACED, pass rate of the group",
+    "--opd-prompt-weight paced --opd-pass-rate group",
+    formula=r"$p^\alpha (1-p)^\beta\, (\frac{n}{n-1})^{\min(\alpha, \beta)}$ of the passes among $n$ samples",
+    source="unbiased variance",
+    proof="test_sample_weights.py::test_the_corrected_estimate_of_the_variance_of_a_pass_is_unbiased",
+)
+PROMPT_WEIGHTS.describe(
+    "PACED, pass rate of the run",
+    "--opd-prompt-weight paced --opd-pass-rate running",
+    formula="$p$: mean over all samples of the prompt so far",
+    source="arXiv 2603.11178",
+    proof="flow/test_weighting.py::test_a_running_pass_rate_counts_all_rollouts_and_survives_a_resume",
+)
+PROMPT_WEIGHTS.describe(
+    "PACED, pass rate that is known",
+    "--opd-prompt-weight paced --opd-pass-rate metadata",
+    formula="$p$: a number of the prompt's metadata",
+    source="arXiv 2603.11178",
+    proof="flow/test_weighting.py::test_a_pass_rate_in_the_metadata_is_taken_as_it_is_and_must_be_there",
 )
 PROMPT_WEIGHTS.describe(
     "softmax of rewards",

@@ -61,7 +61,7 @@ TOKEN_SCORES.register(
 TOKEN_SELECTIONS: Catalogue[None] = Catalogue("Selections of tokens", "--opd-token-select")
 TOKEN_SELECTIONS.describe(
     "the highest scores",
-    "--opd-token-select top",
+    "--opd-token-select top --opd-token-ratio R",
     formula=r"$w_t = \frac{\sum_u v_u}{\sum_{u\ \mathrm{kept}} v_u}$ for the $\lceil \rho N \rceil$ highest scores, "
     "else 0; $v$: weights in the loss",
     source=_TIP,
@@ -69,7 +69,7 @@ TOKEN_SELECTIONS.describe(
 )
 TOKEN_SELECTIONS.describe(
     "sampled by score",
-    "--opd-token-select sample",
+    "--opd-token-select sample --opd-token-ratio R",
     formula=r"$w_t = 1 / \pi_t$ with probability $\pi_t = \min(1, c\, s_t + \epsilon)$, else 0; "
     r"$\sum_t \pi_t = \rho N$",
     source="Horvitz and Thompson, 1952; scores of arXiv 2604.14084",

@@ -92,15 +92,16 @@ def lost_reward(history: History) -> str | None:
 
 
 def teacher_against_task(history: History) -> str | None:
-    """The teacher thinks less of correct samples than of incorrect ones, by more than two standard errors.
+    """The teacher thinks less of correct samples than of incorrect ones, by more than four standard errors.
 
-    Over the last 3 measurements: ``opd/reverse_kl_correct`` is the larger one, by at least 0.01 nats per token.
+    Over the last 10 steps with samples of both kinds: ``opd/reverse_kl_correct`` is the larger one, by at least 0.01
+    nats per token. Every step is a test: with two standard errors some would fail by chance in a long run.
     """
-    correct, correct_se, incorrect, incorrect_se = (history[name][-FEW:] for name in OUTCOMES)
-    if len(correct) < FEW:
+    correct, correct_se, incorrect, incorrect_se = (history[name][-WINDOW:] for name in OUTCOMES)
+    if len(correct) < WINDOW:
         return None
-    error = math.sqrt(sum(value**2 for value in (*correct_se, *incorrect_se))) / FEW
-    if fmean(correct) - fmean(incorrect) <= max(2 * error, 0.01):
+    error = math.sqrt(sum(value**2 for value in (*correct_se, *incorrect_se))) / WINDOW
+    if fmean(correct) - fmean(incorrect) <= max(4 * error, 0.01):
         return None
     return (
         "the teacher thinks less of correct samples than of incorrect ones: log p_student - log p_teacher is "
@@ -131,12 +132,9 @@ def length_drift(history: History) -> str | None:
 
 
 def repetitive(history: History) -> str | None:
-    """Responses repeat themselves: a fifth of their 4-grams, and more than twice as many as in the beginning."""
-    values = history["rollout/repetition"]
-    if len(values) < 2 * FEW:
-        return None
-    before, now = fmean(values[:FEW]), fmean(values[-FEW:])
-    if now < 0.2 or now < 2 * before + 0.05:
+    """Responses repeat themselves: a fifth of their 4-grams, and more than twice as many as in the first 10 steps."""
+    before, now = _ends(history["rollout/repetition"])
+    if math.isnan(now) or now < 0.2 or now < 2 * before + 0.05:
         return None
     return f"the responses repeat themselves: {now:.0%} of their 4-grams occurred before, {before:.0%} in the beginning"
 

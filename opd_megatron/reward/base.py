@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from opd_megatron.config.errors import RunError, UserError
-from opd_megatron.sample import Sample
+from opd_megatron.sample import LARGEST_REWARD, Sample
 
 PROMPT_HEAD = 60
 """Characters of a prompt that an error message quotes."""
@@ -145,4 +145,8 @@ def _value_error(value: object) -> Exception | None:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return TypeError(f"the reward is a {type(value).__name__}, not a number")
-    return None if math.isfinite(number) else ValueError(f"the reward is {number}, not a finite number")
+    if not math.isfinite(number):
+        return ValueError(f"the reward is {number}, not a finite number")
+    if abs(number) > LARGEST_REWARD:
+        return ValueError(f"the reward is {number:g}, more than a float32 holds ({LARGEST_REWARD:.3g}): scale it")
+    return None

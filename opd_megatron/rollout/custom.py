@@ -32,7 +32,7 @@ async def stream_custom(
 
     Plain functions are called one after the other, ``async`` ones run concurrently, both in one thread beside the
     running event loop, with a loop of its own. Errors of the function propagate, and a sample that it leaves
-    inconsistent is a ``ValueError`` that names ``path``. Closing the iterator cancels what runs; a plain function is
+    inconsistent is a ``RunError`` that names ``path``. Closing the iterator cancels what runs; a plain function is
     left to return.
     """
 
@@ -126,19 +126,19 @@ class SampleEngine:
 def _checked(made: Any, index: int, group_index: int, path: str) -> Sample:
     """What a custom function returned, if it is this sample with a response that can be trained on.
 
-    Raises ``ValueError`` if not.
+    Raises ``RunError`` if not.
     """
     where = f"{path}, sample {index}"
     if not isinstance(made, Sample):
-        raise ValueError(f"{where}: returned a {type(made).__name__}, not a Sample")
+        raise RunError(f"{where}: returned a {type(made).__name__}, not a Sample")
     if (made.index, made.group_index) != (index, group_index):
-        raise ValueError(f"{where}: index or group_index was changed")
+        raise RunError(f"{where}: index or group_index was changed")
     try:
         made.validate()
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise RunError(f"{where}: {error}") from error
     if len(made.tokens) and made.tokens.min() < 0:
-        raise ValueError(f"{where}: negative token ids")
+        raise RunError(f"{where}: negative token ids")
     if made.rollout_log_probs is not None and not np.isfinite(made.rollout_log_probs[made.loss_mask]).all():
-        raise ValueError(f"{where}: rollout_log_probs are not finite where loss_mask is 1")
+        raise RunError(f"{where}: rollout_log_probs are not finite where loss_mask is 1")
     return made

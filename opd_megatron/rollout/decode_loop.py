@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opd_megatron.rollout.cache import KeyValueCache, join_caches
 from opd_megatron.rollout.decoder import Decoder
-from opd_megatron.rollout.engine import SamplingParams
+from opd_megatron.rollout.engine import BrokenWeightsError, SamplingParams
 from opd_megatron.rollout.sampling import UniformStreams, sample_tokens
 from opd_megatron.rollout.stop import StopStrings
 
@@ -111,6 +111,8 @@ class _Running:
 def _responses(tokens_TU: Tensor, log_probs_TU: Tensor, rows_U: Tensor, ended_U: Tensor) -> list[Response]:
     tokens_UT = tokens_TU.t().contiguous().cpu().numpy()
     log_probs_UT = log_probs_TU.t().contiguous().cpu().numpy()
+    if np.isnan(log_probs_UT).any():
+        raise BrokenWeightsError("the student's log-probabilities are NaN: its weights are too large, or damaged")
     return [
         Response(*fields) for fields in zip(rows_U.tolist(), tokens_UT, log_probs_UT, ended_U.tolist(), strict=True)
     ]

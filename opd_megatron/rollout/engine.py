@@ -10,7 +10,12 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from opd_megatron.config.errors import RunError
 from opd_megatron.sample import Status
+
+
+class BrokenWeightsError(RunError):
+    """The weights that an engine samples with give no probabilities; a checkpoint of them would be of no use."""
 
 
 @dataclass(frozen=True)

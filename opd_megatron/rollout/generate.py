@@ -16,6 +16,7 @@ from opd_megatron.rollout.custom import CustomGenerate, stream_custom
 from opd_megatron.rollout.engine import GenerateRequest, Generation, RolloutEngine, SamplingParams
 from opd_megatron.rollout.given import GivenResponses
 from opd_megatron.rollout.prompt import Prompt, new_sample
+from opd_megatron.rollout.teacher_voice import TeacherVoice
 from opd_megatron.sample import Sample, Status
 
 
@@ -69,11 +70,18 @@ def generate_samples(
 
 
 class RolloutGenerator:
-    """Makes the samples of a rollout with the options' sampling parameters."""
+    """Makes the samples of a rollout with the options' sampling parameters.
 
-    def __init__(self, engine: RolloutEngine, tokenizer: Any, options: Options) -> None:
+    Prompts that the teacher is to answer (``--opd-data-source teacher``) go to ``voice``; without it their samples stay
+    empty for whoever asks the teacher's servers.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, tokenizer: Any, options: Options, voice: TeacherVoice | None = None
+    ) -> None:
         rollout = options.rollout
         self._engine = engine
+        self._voice = voice
         self._tokenizer = tokenizer
         self._seed = options.training.seed
         self._copies = rollout.n_samples_per_prompt
@@ -98,24 +106,28 @@ class RolloutGenerator:
         """``n_samples_per_prompt`` samples of each prompt, each as soon as it is finished.
 
         ``group_index`` is a prompt's place in the list plus ``first_group``, ``index`` the sample's place if groups are
-        counted from 0. All samples of a prompt have the response of its row where that is chosen
-        (``--opd-student-data-fraction``). What is sampled is a function of the run's seed, ``rollout_id``, the index
-        and the weights.
+        counted from 0. Where it is chosen (``--opd-student-data-fraction``) all samples of a prompt have the response
+        of its row, or one each of the teacher. What is sampled is a function of the run's seed, ``rollout_id``, the
+        index and the weights.
         Errors of a custom generate function propagate; a sample that it leaves inconsistent is a ``ValueError``.
         """
-        samples = []
+        samples, of_teacher = [], []
         for group, record in enumerate(records, start=first_group):
             given = self._given.chosen(record, rollout_id)
             for number in range(self._copies):
                 sample = new_sample(record, group * self._copies + number, group)
-                if given:
+                if not given:
+                    samples.append(sample)
+                elif self._given.by_teacher:
+                    of_teacher.append(sample)
+                else:
                     self._given.fill(sample, record)
                     yield sample
-                else:
-                    samples.append(sample)
-        async with contextlib.aclosing(self._answer(samples, (self._seed, rollout_id), self.sampling)) as finished:
-            async for sample in finished:
-                yield sample
+        stream = (self._seed, rollout_id)
+        for answered in (self._by_teacher(of_teacher, stream), self._answer(samples, stream, self.sampling)):
+            async with contextlib.aclosing(answered) as finished:
+                async for sample in finished:
+                    yield sample
 
     def generate(self, records: Sequence[Prompt], rollout_id: int) -> list[Sample]:
         """All samples of :meth:`stream` in the order of the prompts, for callers without an event loop."""
@@ -139,6 +151,16 @@ class RolloutGenerator:
         ]
         sampling = dataclasses.replace(self.sampling, temperature=0.0, top_p=1.0, top_k=-1)
         return _collect(self._answer(copies, (self._seed, rollout_id, len(samples)), sampling))
+
+    async def _by_teacher(self, samples: Sequence[Sample], stream: tuple[int, ...]) -> AsyncGenerator[Sample, None]:
+        for sample in samples:
+            sample.from_data = True
+            if self._voice is None:
+                yield sample
+        if self._voice is not None:
+            async with contextlib.aclosing(self._voice.stream(samples, self.sampling, stream)) as finished:
+                async for sample in finished:
+                    yield sample
 
     async def _answer(
         self, samples: Sequence[Sample], stream: tuple[int, ...], sampling: SamplingParams

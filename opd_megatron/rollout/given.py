@@ -1,4 +1,4 @@
-"""Responses that stand in the prompt rows, in place of some of the student's (GKD, arXiv 2306.13649)."""
+"""Responses in place of some of the student's: whose those are, and those of the prompt rows (arXiv 2306.13649)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.rollout.prompt import Prompt
 from opd_megatron.rollout.sft import give_response
-from opd_megatron.sample import Sample
+from opd_megatron.sample import Sample, Status
 
 _CHOICE_STREAM = 0x67697665
 """Keeps the choice of prompts apart from whatever else draws from the run's seed."""
 
 
 class GivenResponses:
-    """Decides whose responses come from the data (``--opd-student-data-fraction``), and puts them into samples."""
+    """Decides which prompts the student does not answer (``--opd-student-data-fraction``).
+
+    ``by_teacher`` says that the teacher does; else responses stand in the rows and :meth:`fill` puts them into samples.
+    """
 
     def __init__(self, options: Options, tokenizer: Any) -> None:
         opd = options.opd
         self._fraction = opd.opd_student_data_fraction if opd.use_opd else 1.0
+        self.by_teacher = opd.opd_data_source == "teacher"
         self._key = opd.opd_data_response_key or ""
         self._seed = options.training.seed
         self._tokenizer = tokenizer
@@ -31,7 +35,7 @@ class GivenResponses:
         self._longest_prompt = options.rollout.rollout_max_prompt_len
 
     def chosen(self, record: Prompt, rollout_id: int) -> bool:
-        """Whether this prompt's response is that of the data: a function of seed, rollout and prompt alone.
+        """Whether this prompt's response is not the student's: a function of seed, rollout and prompt alone.
 
         A prompt that is too long for ``--rollout-max-prompt-len`` has no response at all.
         """
@@ -48,10 +52,10 @@ class GivenResponses:
     def check(self, records: Sequence[Prompt], positions: int) -> None:
         """Raise :class:`UserError` naming the first row without a response, or with one that is too long.
 
-        A response has at most ``--rollout-max-response-len`` tokens, the end token included, and fits the model's
-        ``positions`` behind its prompt.
+        Rows that the teacher answers need none. A response has at most ``--rollout-max-response-len`` tokens, the end
+        token included, and fits the model's ``positions`` behind its prompt.
         """
-        if self._fraction == 1.0:
+        if self._fraction == 1.0 or self.by_teacher:
             return
         if self._tokenizer.eos_token_id is None:
             raise UserError(
@@ -76,3 +80,15 @@ class GivenResponses:
                     f"{where} has {len(record.prompt_tokens) + length} tokens with its response in {self._key!r}, the "
                     f"model {positions} positions: shorten or remove the row"
                 )
+
+
+def origin_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """``opd/student_data_frac``, and of the responses that the student did not make length and truncation."""
+    given = [sample for sample in samples if sample.from_data]
+    found = {"opd/student_data_frac": 1.0 - len(given) / len(samples)}
+    if not given:
+        return found
+    return found | {
+        "opd/given_length_mean": float(np.mean([sample.response_length for sample in given])),
+        "opd/given_truncated_frac": sum(sample.status is Status.TRUNCATED for sample in given) / len(given),
+    }

@@ -95,12 +95,13 @@ def choose_by_inverse_cdf(log_probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds ``uniform * total``: int64 ``[B]``.
 
     ``log_probs_BV`` need not be normalised and ``uniforms_B`` (float64) lies in [0, 1). The sums are float64. A token
-    of probability zero is never chosen.
+    of probability zero is never chosen. A row that holds NaN gives the last token.
     """
     cumulative_BV = log_probs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     # The largest uniform number, 1 - 2**-53, times any total rounds to less than the total: some entry exceeds it.
     target_B1 = uniforms_B.unsqueeze(-1) * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+    chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+    return chosen_B.clamp(max=log_probs_BV.shape[-1] - 1)
 
 
 def sample_tokens(logits_BV: Tensor, sampling: SamplingParams, uniforms_B: Tensor | None) -> tuple[Tensor, Tensor]:

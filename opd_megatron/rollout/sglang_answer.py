@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from opd_megatron.config.errors import RunError
-from opd_megatron.rollout.engine import GenerateRequest
+from opd_megatron.rollout.engine import GenerateRequest, SamplingParams
 from opd_megatron.rollout.stop import StopStrings
 from opd_megatron.sample import Status
 
@@ -23,26 +23,32 @@ class UnusableAnswerError(RuntimeError):
 def generate_body(
     request: GenerateRequest, prompt: np.ndarray, rid: str, limit: int, end_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """The request for one response of at most ``limit`` tokens.
-
-    The server counts temperature 0 as greedy decoding, and draws by ``sampling_seed`` where it runs with
-    ``--enable-deterministic-inference``; elsewhere it ignores the seed.
-    """
-    sampling = request.sampling
+    """The request for one response of at most ``limit`` tokens."""
     return {
         "rid": rid,
         "input_ids": prompt,
         "return_logprob": True,
-        "sampling_params": {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "max_new_tokens": limit,
-            "stop": list(sampling.stop),
-            "stop_token_ids": list(end_ids),
-            "ignore_eos": sampling.ignore_eos,
-            "sampling_seed": sampling_seed(request.seed),
-        },
+        "sampling_params": sampling_params(request.sampling, request.seed, limit, end_ids),
+    }
+
+
+def sampling_params(
+    sampling: SamplingParams, seed: tuple[int, ...], limit: int, end_ids: Sequence[int]
+) -> dict[str, Any]:
+    """How a response of at most ``limit`` tokens is sampled, in SGLang's words.
+
+    The server counts temperature 0 as greedy decoding, and draws by ``sampling_seed`` where it runs with
+    ``--enable-deterministic-inference``; elsewhere it ignores the seed.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_new_tokens": limit,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(end_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "sampling_seed": sampling_seed(seed),
     }
 
 

@@ -89,7 +89,8 @@ class Fleet:
         """The server to ask next; raises :class:`RunError` where none is left."""
         alive = [server for server in self.servers if not server.lost]
         if not alive:
-            raise RunError("no server of the rollout engine is left: " + ", ".join(s.name for s in self.servers))
+            lost = "; ".join(f"{server.name}: {server.fault}" for server in self.servers)
+            raise RunError(f"no server of the rollout engine is left: {lost}")
         return min(alive, key=lambda server: server.in_flight)
 
     def note_answer(self) -> None:
@@ -207,10 +208,11 @@ class Fleet:
         scores = await server.score(self._probe, self.next_id(), self._model.vocab_size)
         server.check.compare(scores, self._expected, self._version, server.name)
 
-    def _leave_out(self, server: SGLangServer, reason: object) -> None:
+    def _leave_out(self, server: SGLangServer, reason: HttpError | str) -> None:
         """Ask ``server`` no more before the next weights; raises :class:`RunError` where it was the last one."""
         server.lost = True
-        logger.error("%s does not answer any more and is left out: %s", server.name, reason)
+        server.fault = f"{reason.subject}: {reason.reason}" if isinstance(reason, HttpError) else reason
+        logger.error("%s does not answer any more and is left out: %s", server.name, server.fault)
         self.least_busy()
 
     async def _start_again(self, server: SGLangServer) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ START_TIMEOUT = 1800.0
 """Seconds that a server has to become healthy."""
 ALIVE_TIMEOUT = 60.0
 """Seconds that a server which runs already has to answer."""
+FAREWELL_TIMEOUT = 10.0
+"""Seconds that a server has to take notice of what was given up."""
 _POLL = 0.25
 
 _SHAPES = (
@@ -67,6 +69,8 @@ class SGLangServer:
         self.epoch = 0
         self.in_flight = 0
         self.lost = False
+        self.fault = ""
+        """Why it was lost."""
         self.address = url
         """Where the server listens, with what it takes to be let in."""
         self._timeout = timeout
@@ -193,7 +197,7 @@ class SGLangServer:
     async def abort(self, rid: str) -> None:
         """End a request that nobody waits for; what the server says to it does not matter."""
         try:
-            await self._exchange("POST", "/abort_request", {"rid": rid}, timeout=10.0)
+            await self._exchange("POST", "/abort_request", {"rid": rid}, timeout=FAREWELL_TIMEOUT)
         except HttpError as error:
             logger.debug("abort of %s: %s", rid, error)  # its answer has no content
 
@@ -214,9 +218,9 @@ class SGLangServer:
             )
         self.label = label
 
-    async def tell(self, path: str, payload: Any) -> None:
+    async def tell(self, path: str, payload: Any, timeout: float | None = None) -> None:
         """A request that the server answers with nothing but its success; raises like :meth:`load`."""
-        answer = await self._exchange("POST", path, payload)
+        answer = await self._exchange("POST", path, payload, timeout)
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise RunError(f"{self.name}: POST {path} did not succeed: {answer}")
 
@@ -224,10 +228,8 @@ class SGLangServer:
     async def paused(self) -> AsyncGenerator[None, None]:
         """Abort what is being generated, and generate nothing in the block."""
         await self._exchange("POST", "/pause_generation", {"mode": "abort"})
-        try:
+        async with afterwards(lambda seconds: self._exchange("POST", "/continue_generation", {}, seconds)):
             yield
-        finally:
-            await asyncio.shield(self._exchange("POST", "/continue_generation", {}))
 
     async def score(self, tokens: np.ndarray, rid: str, vocab_size: int) -> np.ndarray:
         """Log-probabilities float32 of ``tokens[1:]`` at temperature 1; raises like :meth:`load`."""
@@ -258,6 +260,21 @@ class SGLangServer:
             await self._client.aclose()
         if self._process is not None:
             await asyncio.to_thread(self._process.end)
+
+
+@contextlib.asynccontextmanager
+async def afterwards(request: Callable[[float | None], Awaitable[None]]) -> AsyncGenerator[None, None]:
+    """Make ``request(seconds)``, with its time limit (None: the usual one), when the block is left.
+
+    What ended the block is what is raised: a server that has just failed is not waited for a second time.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RunError):
+            await asyncio.shield(request(FAREWELL_TIMEOUT))
+        raise
+    await asyncio.shield(request(None))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

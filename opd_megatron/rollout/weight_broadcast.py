@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import re
 import socket
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from opd_megatron.config.errors import RunError
 from opd_megatron.http_client import HttpError, HttpFault
-from opd_megatron.rollout.sglang_server import SGLangServer
+from opd_megatron.rollout.sglang_server import SGLangServer, afterwards
 from opd_megatron.threads import CallingThreads
 
 BUCKET_BYTES = 2**29
@@ -88,10 +89,8 @@ async def _update(server: SGLangServer) -> AsyncGenerator[None, None]:
             raise
         await server.tell("/end_weight_update", {})
         await server.tell("/begin_weight_update", {"selector": "all"})
-    try:
+    async with afterwards(lambda seconds: server.tell("/end_weight_update", {}, seconds)):
         yield
-    finally:
-        await asyncio.shield(server.tell("/end_weight_update", {}))
 
 
 def buckets(tensors: NamedTensors, most: int) -> Iterator[list[tuple[str, Tensor]]]:
@@ -170,7 +169,8 @@ class _Sender:
         except RuntimeError as error:
             if isinstance(error, RunError):
                 raise
-            reason = f"the broadcast failed ({' '.join(str(error).split())})"
+            told = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split()))  # without the line of gloo's source
+            reason = f"the broadcast failed ({told})"
             raise HttpError(server.name, "weights", reason, HttpFault.CONNECTION, transient=True) from None
         finally:
             for task in tasks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opd_megatron.config.errors import UserError, refuse
@@ -10,7 +10,7 @@ from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import needs_student_ids
 from opd_megatron.config.teachers_file import TeacherEntry, read_teachers
 from opd_megatron.teacher.mixture import Combine, MixedServers
-from opd_megatron.teacher.routing import RoutedTeachers, check_routes
+from opd_megatron.teacher.routing import RoutedTeachers
 from opd_megatron.teacher.sglang import SGLangTeacher
 
 
@@ -52,14 +52,6 @@ def connect_server(
         max_union_ids=opd.opd_max_union_ids,
         api_key_env=api_key_env,
     )
-
-
-def check_prompt_routes(options: Options, metadata: Iterable[Mapping[str, Any]]) -> None:
-    """Raise :class:`UserError` if a prompt's ``metadata`` names no teacher of ``--opd-teachers``."""
-    opd = options.opd
-    if opd.opd_teachers is not None and opd.opd_teacher_mixture is None:
-        names = [entry.name for entry in _entries(opd.opd_teachers)]
-        check_routes(metadata, opd.opd_teacher_route_key, names, f"--prompt-data {options.data.prompt_data}")
 
 
 def part_of_prompts(options: Options, name: str, metadata: Sequence[Mapping[str, Any]]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,16 +25,23 @@ MOST_TOKENS = 2**18
 class Question:
     """The tokens of one sample, of which those after ``start`` are to be scored.
 
-    ``union`` are ids whose log-probabilities are asked for at every position.
+    ``union`` are ids whose log-probabilities are asked for at every position. With ``sampling``, SGLang's sampling
+    parameters, nothing is scored: the tokens are a prompt to which a response is to be sampled.
     """
 
     subject: str
     tokens: np.ndarray
     start: int
     union: np.ndarray | None = None
+    sampling: Mapping[str, Any] | None = None
     answer: asyncio.Future[Reading] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     failed_at: set[Replica] = field(default_factory=set)
     """Servers that were asked in vain."""
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether it shares a request with no other: its list of ids is meant for it, or its answer takes long."""
+        return self.union is not None or self.sampling is not None
 
 
 Read = Callable[[Question, Any, Replica], Reading]
@@ -86,7 +93,7 @@ class Gatherer:
             if self._queue[0].answer.done():
                 self._queue.popleft()
                 continue
-            wanted = 1 if self._queue[0].union is not None else len(self._queue)
+            wanted = 1 if self._queue[0].goes_alone else len(self._queue)
             try:
                 replica, room = await self.replicas.acquire(wanted)
             except (HttpError, TeacherFailure) as error:
@@ -99,19 +106,19 @@ class Gatherer:
                 self._start(batch, replica)
 
     def _take(self, most: int) -> list[Question]:
-        """The next questions, at most ``most``; one with a union of ids goes alone."""
+        """The next questions, at most ``most``; some go alone."""
         batch: list[Question] = []
         tokens = 0
         while self._queue and len(batch) < most:
             question = self._queue[0]
             tokens += len(question.tokens)
-            if batch and (question.union is not None or tokens > MOST_TOKENS):
+            if batch and (question.goes_alone or tokens > MOST_TOKENS):
                 break
             self._queue.popleft()
             if question.answer.done():
                 continue
             batch.append(question)
-            if question.union is not None:
+            if question.goes_alone:
                 break
         return batch
 
@@ -220,6 +227,9 @@ class Gatherer:
 
     def _payload(self, batch: Sequence[Question]) -> dict[str, Any]:
         """One sample in the plain form, several as lists."""
+        if batch[0].sampling is not None:
+            prompt, sampling = batch[0].tokens, batch[0].sampling
+            return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
         payload: dict[str, Any] = {
             "input_ids": [question.tokens for question in batch],
             "logprob_start_len": [question.start for question in batch],

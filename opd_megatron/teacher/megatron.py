@@ -19,6 +19,7 @@ from opd_megatron.teacher.preflight import (
     plausibility,
     same_model_warnings,
     text_samples,
+    unknown_ids,
 )
 from opd_megatron.teacher.protocol import TeacherError
 from opd_megatron.teacher.tokenizer_checks import (
@@ -107,6 +108,7 @@ def check_vocabulary(
         )
     return [
         Finding("vocabulary", f"of {vocab_size} ids; the student's tokenizer uses ids up to {student.highest_id}"),
+        *unknown_ids(student, vocab_size, name, "one in a response ends the run"),
         *_check_tokenizer(student, theirs, name),
     ]
 

@@ -47,7 +47,7 @@ class Student:
     ``folders`` are those that it starts from. ``log_probs`` maps texts, token ids ``[L]`` each, to the student's
     log-probabilities of tokens 2..L ``[L - 1]`` at the teacher's temperature; None where they cannot be had.
     ``texts`` are token ids of the run's own data. ``chat_template_kwargs`` are those of the run, None where prompts
-    are plain text.
+    are plain text. ``vocab_size`` is that of its model, whose ids beyond the tokenizer's can be sampled, too.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -55,11 +55,24 @@ class Student:
     log_probs: Callable[[Sequence[np.ndarray]], list[np.ndarray]] | None = None
     texts: Sequence[np.ndarray] = ()
     chat_template_kwargs: Mapping[str, Any] | None = None
+    vocab_size: int | None = None
 
     @property
     def highest_id(self) -> int:
         """The highest id that the tokenizer uses."""
         return max(self.tokenizer.get_vocab().values())
+
+
+def unknown_ids(student: Student, vocab_size: int, name: str, consequence: str) -> list[Finding]:
+    """A warning where the student can sample ids that another model, of ``vocab_size``, does not have."""
+    own = student.vocab_size
+    if own is None or own <= vocab_size:
+        return []
+    text = (
+        f"{name} knows {vocab_size} ids, the student's model {own}: the other {own - vocab_size}, which the tokenizer "
+        f"does not use, can be sampled, and {consequence}"
+    )
+    return [Finding("vocabulary", text, warning=True)]
 
 
 def text_samples(texts: Sequence[np.ndarray]) -> list[Sample]:

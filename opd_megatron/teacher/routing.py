@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from opd_megatron.config.errors import UserError
 from opd_megatron.config.flags import spoken, suggestion
 from opd_megatron.http_client import blocking
 from opd_megatron.sample import Sample, TeacherScores
 from opd_megatron.teacher.gathering import score_together
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
-
-SHOWN = 3
-"""Unknown routes that a message names."""
-
-
-def check_routes(metadata: Iterable[Mapping[str, Any]], key: str, names: Sequence[str], source: str) -> None:
-    """Raise :class:`UserError` unless each prompt's ``metadata`` names one of the teachers ``names`` under ``key``.
-
-    ``source`` says in the message where the prompts come from.
-    """
-    unknown: dict[str, int] = {}
-    count = 0
-    for place, entry in enumerate(metadata, start=1):
-        route = entry.get(key)
-        if not isinstance(route, str) or route not in names:
-            unknown.setdefault("nothing" if route is None else repr(route), place)
-            count += 1
-    if unknown:
-        shown = ", ".join(f"{route} (prompt {place})" for route, place in list(unknown.items())[:SHOWN])
-        raise UserError(
-            f"{source}: the metadata field {key!r} of {count} prompts names none of the teachers {spoken(names)}: "
-            f"{shown}; correct the prompts, --opd-teachers or --opd-teacher-route-key"
-        )
 
 
 class RoutedTeachers:
@@ -85,6 +61,10 @@ class RoutedTeachers:
     async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
         """See :meth:`SGLangTeacher.score_ids`."""
         return await self.route(sample).score_ids(sample, ids_TK)
+
+    async def answer_one(self, sample: Sample, sampling: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
+        """See :meth:`SGLangTeacher.answer_one`."""
+        return await self.route(sample).answer_one(sample, sampling)
 
     def begin_step(self, deadline: float | None) -> None:
         """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""

@@ -1,4 +1,4 @@
-"""A teacher behind SGLang's ``/generate``: the log-probabilities of given tokens, with nothing generated.
+"""A teacher behind SGLang's ``/generate``: the log-probabilities of given tokens, and responses where it is to answer.
 
 Scores are at temperature 1 whatever the sampling parameters say. A token id outside the model's vocabulary, an empty
 list of ids in a batch, and more most probable tokens than the vocabulary has end the whole server, so none of them is
@@ -8,10 +8,11 @@ ever sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from opd_megatron.teacher.in_flight import AdaptiveLimit
 from opd_megatron.teacher.known_text import KnownText
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure, failure_of
 from opd_megatron.teacher.replicas import Replica, Replicas
-from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer
+from opd_megatron.teacher.sglang_answer import AnswerError, Reading, TopK, read_answer, read_response
+from opd_megatron.teacher.sglang_scores import scores_of, take_record
 
 
 class SGLangTeacher:
@@ -123,10 +125,10 @@ class SGLangTeacher:
         ``top_k`` the scores hold the most probable tokens and the tail, where a token is not valid all zeros.
         """
         reading, unscored = await self._read(sample, None)
-        scores = _scores(sample, reading, unscored, self.name)
+        scores = scores_of(sample, reading, unscored, self.name)
         if self.top_k:
             top = None if reading is None else reading.top
-            _take_record(scores, unscored, self.top_k, top)
+            take_record(scores, unscored, self.top_k, top)
         return scores
 
     async def score_ids(self, sample: Sample, ids_TK: np.ndarray) -> TeacherScores:
@@ -154,9 +156,26 @@ class SGLangTeacher:
             places_NK = places_TK.reshape(ids_TK.shape)[unscored:]
             log_probs_NK = np.take_along_axis(reading.union_log_probs_NU, places_NK, axis=1)
             top = TopK.of(ids_TK[unscored:], log_probs_NK, self.vocab_size)
-        scores = _scores(sample, reading, unscored, self.name)
-        _take_record(scores, unscored, ids_TK.shape[1], top)
+        scores = scores_of(sample, reading, unscored, self.name)
+        take_record(scores, unscored, ids_TK.shape[1], top)
         return scores
+
+    async def answer_one(self, sample: Sample, sampling: Mapping[str, Any]) -> tuple[np.ndarray, bool]:
+        """A response to the prompt of ``sample``, which is left unchanged: ids int64 ``[T]``, and whether it ended.
+
+        ``sampling`` are SGLang's sampling parameters; ``max_new_tokens`` among them, at which what did not end is cut,
+        is lowered to what the servers can score behind the prompt. Raises :class:`TeacherFailure`.
+        """
+        prompt, limit = sample.prompt_tokens, int(sampling["max_new_tokens"])
+        with self._counted():
+            if not len(prompt):
+                raise self._unscorable(sample, "the prompt has no tokens; not sent, because that may end the server")
+            self._check_tokens(sample, prompt, extra=1)
+            limit = limit if self.max_tokens is None else min(limit, self.max_tokens - len(prompt))
+            question = Question(_subject(sample), prompt, 0, sampling={**sampling, "max_new_tokens": limit})
+            reading = await self._asked(question)
+        assert reading.response is not None
+        return reading.response.tokens_T, reading.response.ended
 
     def pin(self, tokens: np.ndarray) -> np.ndarray:
         """Score a known text on every server and hold all of them to the first one's answer from then on.
@@ -214,9 +233,11 @@ class SGLangTeacher:
     def check(self, sample: Sample) -> None:
         """Raise :class:`TeacherFailure` if ``sample`` must not be sent."""
         sample = sample.seen_by_teacher()
-        if not sample.response_length:
-            return
-        tokens = sample.tokens
+        if sample.response_length:
+            self._check_tokens(sample, sample.tokens)
+
+    def _check_tokens(self, sample: Sample, tokens: np.ndarray, extra: int = 0) -> None:
+        """As :meth:`check` for what is sent of the sample, which ``extra`` tokens are to follow."""
         outside = np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))
         if outside.size:
             place = int(outside[0])
@@ -225,7 +246,7 @@ class SGLangTeacher:
                 f"token {place} has id {tokens[place]}, outside the vocabulary of {self.vocab_size}; not sent, because "
                 "such an id ends the server",
             )
-        if self.max_tokens is not None and len(tokens) > self.max_tokens:
+        if self.max_tokens is not None and len(tokens) + extra > self.max_tokens:
             raise TeacherFailure(
                 f"teacher server {self.name}: {_subject(sample)}: the server takes at most {self.max_tokens} tokens; "
                 "shorten prompts and responses, or start it with a larger --context-length",
@@ -237,9 +258,8 @@ class SGLangTeacher:
 
     async def _read(self, sample: Sample, union: np.ndarray | None) -> tuple[Reading | None, int]:
         """What a server says of the sample, None for no tokens, and how many response tokens have no score."""
-        began = time.monotonic()
         sample = sample.seen_by_teacher()
-        try:
+        with self._counted():
             self.check(sample)
             # The token before the first scored one is where the server starts; an earlier start would lose its
             # prefix cache.
@@ -247,16 +267,26 @@ class SGLangTeacher:
             unscored = start + 1 - len(sample.prompt_tokens)
             if sample.response_length <= unscored:
                 return None, min(unscored, sample.response_length)
-            question = Question(_subject(sample), sample.tokens, start, union)
-            remaining = None if self._deadline is None else max(self._deadline - began, 0.0)
-            try:
-                async with asyncio.timeout(remaining):
-                    return await self._gatherer().ask(question), unscored
-            except TimeoutError:
-                raise TeacherFailure(
-                    f"teacher server {self.name}: {_subject(sample)}: the time limit of the step passed",
-                    FailureKind.DEADLINE,
-                ) from None
+            return await self._asked(Question(_subject(sample), sample.tokens, start, union)), unscored
+
+    async def _asked(self, question: Question) -> Reading:
+        """The answer to ``question`` within the time limit of the step."""
+        remaining = None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+        try:
+            async with asyncio.timeout(remaining):
+                return await self._gatherer().ask(question)
+        except TimeoutError:
+            raise TeacherFailure(
+                f"teacher server {self.name}: {question.subject}: the time limit of the step passed",
+                FailureKind.DEADLINE,
+            ) from None
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count what is asked for in the block as one sample, with its time and its failure."""
+        began = time.monotonic()
+        try:
+            yield
         except TeacherFailure as failure:
             self._counts[f"failed_{failure.kind}"] += 1
             raise
@@ -276,9 +306,13 @@ class SGLangTeacher:
         return self._gatherers[loop]
 
     def _believe(self, question: Question, answer: Any, replica: Replica) -> Reading:
-        top_k = self.top_k if question.union is None else 0
-        sent = question.tokens[question.start :]
-        reading = read_answer(answer, sent, self.vocab_size, top_k=top_k, union=question.union)
+        if question.sampling is not None:
+            limit = int(question.sampling["max_new_tokens"])
+            reading = read_response(answer, len(question.tokens), limit, self.vocab_size)
+        else:
+            top_k = self.top_k if question.union is None else 0
+            sent = question.tokens[question.start :]
+            reading = read_answer(answer, sent, self.vocab_size, top_k=top_k, union=question.union)
         if self._version is None:
             self._version = reading.weight_version
         if reading.weight_version != self._version:
@@ -305,30 +339,3 @@ class SGLangTeacher:
 
 def _subject(sample: Sample) -> str:
     return f"sample {sample.index} ({len(sample.prompt_tokens)} prompt + {sample.response_length} response tokens)"
-
-
-def _scores(sample: Sample, reading: Reading | None, unscored: int, teacher: str) -> TeacherScores:
-    """What ``reading`` says of the response tokens but the first ``unscored``, which are not valid."""
-    length = sample.response_length
-    return TeacherScores(
-        _padded(length, unscored, None if reading is None else reading.log_probs_N),
-        np.arange(length) >= unscored,
-        teacher=teacher,
-        weight_version="" if reading is None else reading.weight_version,
-    )
-
-
-def _take_record(scores: TeacherScores, unscored: int, k: int, top: TopK | None) -> None:
-    """Give the scores a record of ``k`` tokens for each position, all zeros where there is no score."""
-    length = len(scores.log_probs_T)
-    scores.top_ids_TK = _padded(length, unscored, None if top is None else top.ids_NK, k).astype(np.int32)
-    scores.top_log_probs_TK = _padded(length, unscored, None if top is None else top.log_probs_NK, k)
-    scores.tail_log_mass_T = _padded(length, unscored, None if top is None else top.tail_log_mass_N)
-
-
-def _padded(length: int, unscored: int, values_N: np.ndarray | None, *shape: int) -> np.ndarray:
-    """``values_N`` for the tokens that have a score, after zeros for those that have none."""
-    array = np.zeros((length, *shape), dtype=np.float32 if values_N is None else values_N.dtype)
-    if values_N is not None:
-        array[unscored:] = values_N
-    return array

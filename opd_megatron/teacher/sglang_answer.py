@@ -58,14 +58,23 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Response:
+    """``T`` sampled tokens, int64, the end token included; ``ended`` where they were not cut at the length limit."""
+
+    tokens_T: np.ndarray
+    ended: bool
+
+
+@dataclass(frozen=True)
 class Reading:
-    """What an answer says about ``N`` tokens after the first one sent."""
+    """What an answer says about ``N`` tokens: those after the first one sent, or those of a ``response``."""
 
     log_probs_N: np.ndarray
     weight_version: str
     top: TopK | None = None
     union_log_probs_NU: np.ndarray | None = None
     """Log-probabilities of the ids asked for, in the order asked."""
+    response: Response | None = None
 
 
 def read_answer(
@@ -94,6 +103,38 @@ def read_answer(
         top=_read_top(meta, sent_ids[1:], log_probs, top_k, vocab_size) if top_k else None,
         union_log_probs_NU=None if union is None else _read_union(meta, sent_ids[1:], log_probs, union),
     )
+
+
+def read_response(answer: Any, prompt_tokens: int, limit: int, vocab_size: int) -> Reading:
+    """Read a response of at most ``limit`` tokens to a prompt of ``prompt_tokens``.
+
+    Raises :class:`AnswerError` if the answer is to another prompt or holds anything but tokens of the vocabulary, a
+    known end and their log-probabilities (at the sampling temperature).
+    """
+    meta = _meta(answer)
+    finish = meta.get("finish_reason")
+    kind, matched = (finish.get("type"), finish.get("matched")) if isinstance(finish, dict) else (None, None)
+    if kind not in ("stop", "length"):
+        raise AnswerError(FailureKind.MALFORMED, f"a response ended for a reason that is not known ({finish})")
+    if meta.get("prompt_tokens") != prompt_tokens:
+        said = meta.get("prompt_tokens")
+        raise AnswerError(FailureKind.WRONG_LENGTH, f"a response to a prompt of {said} tokens, {prompt_tokens} sent")
+    ids = answer.get("output_ids")
+    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+        raise AnswerError(FailureKind.MALFORMED, "the answer has no list output_ids; is this a SGLang server?")
+    if not 1 <= len(ids) <= limit:
+        raise AnswerError(FailureKind.WRONG_LENGTH, f"a response of {len(ids)} tokens, asked for were 1 to {limit}")
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise AnswerError(
+            FailureKind.WRONG_IDS, f"a response has id {outside[0]}, outside the vocabulary of {vocab_size}"
+        )
+    entries = _rows(meta, "output_token_logprobs", len(ids))
+    log_probs = _log_probs(entries[:, 0], "output_token_logprobs")
+    if entries[:, 1].tolist() != ids or (type(matched) is int and matched != ids[-1]):
+        raise AnswerError(FailureKind.WRONG_IDS, "the tokens of a response are not those of its log-probabilities")
+    response = Response(np.array(ids, dtype=np.int64), ended=kind == "stop")
+    return Reading(log_probs, str(meta.get("weight_version", "")), response=response)
 
 
 def _meta(answer: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from opd_megatron.teacher.preflight import (
     plausibility,
     same_model_warnings,
     text_samples,
+    unknown_ids,
 )
 from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
@@ -152,7 +153,7 @@ def _check_server(
         *check_length(info, longest_sample, overlong, client.server),
         Finding("server", f"{client.url} has {info.describe()}"),
         *_check_tokenizer(teacher, replica, student),
-        _restrict(teacher, student, info, client.server),
+        *_restrict(teacher, student, info, client.server),
     ]
 
 
@@ -206,7 +207,7 @@ def check_length(info: ServerInfo, longest_sample: int | None, overlong: str, na
     return [Finding("context", f"{fault}; longer samples: --opd-overlong {overlong}", warning=True)]
 
 
-def _restrict(teacher: SGLangTeacher, student: Student, info: ServerInfo, name: str) -> Finding:
+def _restrict(teacher: SGLangTeacher, student: Student, info: ServerInfo, name: str) -> list[Finding]:
     """Bound lengths and ids; without a word about the server's vocabulary only the ids of the tokenizer are safe."""
     highest = student.highest_id
     if info.vocab_size is not None and info.vocab_size <= highest:
@@ -214,9 +215,13 @@ def _restrict(teacher: SGLangTeacher, student: Student, info: ServerInfo, name: 
             f"{name} has a vocabulary of {info.vocab_size}, but the student's tokenizer uses ids up to {highest}; "
             "choose a teacher with the student's tokenizer"
         )
-    teacher.restrict(vocab_size=highest + 1 if info.vocab_size is None else info.vocab_size, max_tokens=info.max_tokens)
+    known = highest + 1 if info.vocab_size is None else info.vocab_size
+    teacher.restrict(vocab_size=known, max_tokens=info.max_tokens)
     size = "of unknown size" if info.vocab_size is None else f"of {info.vocab_size} ids"
-    return Finding("vocabulary", f"{size}; the student's tokenizer uses ids up to {highest}")
+    return [
+        Finding("vocabulary", f"{size}; the student's tokenizer uses ids up to {highest}"),
+        *unknown_ids(student, known, name, "a response with one has no score: see --opd-on-teacher-failure"),
+    ]
 
 
 def _check_tokenizer(teacher: SGLangTeacher, replica: int, student: Student) -> list[Finding]:

@@ -25,7 +25,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import ClusterOptions
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs, TokenDiagnostics
+from opd_megatron.questions import LogProbs, StudentTokens, TopIds
 from tests.megatron.support import assert_same_tensors, make_samples, make_spec, save_reference, tiny_config
 from tests.parallel import work
 
@@ -147,7 +147,14 @@ def test_the_first_ten_opd_losses_are_those_of_one_process(
         scores = alone.ask(LogProbs("student"), make_samples(3))
         for place, array in enumerate(group.ask(LogProbs("student"), make_samples(3))):
             np.testing.assert_allclose(array, scores[place], rtol=0, atol=1e-3)
-        for place, array in enumerate(group.ask(TokenDiagnostics(), make_samples(3))):
+        top_ids = alone.ask(TopIds(3), make_samples(3))
+        agreed = [
+            (array == top_ids[place]).mean()
+            for place, array in enumerate(group.ask(TopIds(3), make_samples(3)))
+            if array.size
+        ]
+        assert np.mean(agreed) > 0.95  # after ten steps two tokens may have changed places by rounding
+        for place, array in enumerate(group.ask(StudentTokens(diagnostics=True), make_samples(3))):
             np.testing.assert_allclose(array["student_log_prob"], scores[place], rtol=0, atol=1e-3)
         gradient = alone.gradient_diagnostics(make_samples(3), 0)
         assert group.gradient_diagnostics(make_samples(3), 0) == pytest.approx(gradient, rel=1e-2, abs=1e-2)

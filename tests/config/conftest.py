@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "empty_prompts": root / "empty.jsonl",
         "bad_prompts": root / "bad.jsonl",
         "unlabelled": root / "unlabelled.jsonl",
+        "routed": root / "routed.jsonl",
+        "teachers": root / "teachers.yaml",
         "recorded": root / "rollout_0.jsonl",
     }
     (named["torn"] / "iter_0000005" / "__0_0.distcp").write_bytes(bytes(63))
@@ -48,5 +51,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     named["empty_prompts"].write_text("")
     named["bad_prompts"].write_text('{"prompt": "1+1=", "label": "2"}\n{"prompt": 3, "label": "2"}\n{"prom": "x"}\n')
     named["unlabelled"].write_text('{"prompt": "1+1="}\n')
+    routes = ({"teacher": "math"}, {}, {"teacher": "maths"}, {"teacher": ["math"]})
+    rows = [{"prompt": "1+1=", "label": "2", "metadata": metadata} for metadata in routes]
+    named["routed"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named["teachers"].write_text("{math: {urls: 'http://h:1'}, code: {urls: 'http://h:2'}}")
     named["recorded"].write_text("{}\n")
     return named

@@ -66,6 +66,12 @@ LEGAL = {
         "--vocab-size 100 --normalization RMSNorm --disable-bias-linear --use-rotary-position-embeddings"
     ),
     "one switch twice": "--rollout-shuffle --rollout-shuffle",
+    "routes to teachers": (
+        "--use-opd --opd-type sglang --opd-teachers $teachers --prompt-data $routed@[0:1] --opd-kl-coef 0.5"
+    ),
+    "a mixture, which prompts do not choose from": (
+        "--use-opd --opd-type sglang --opd-teachers $teachers --prompt-data $routed --opd-teacher-mixture geometric"
+    ),
     "slice of the prompts": "--prompt-data $prompts@[1:3]",
     "rows without labels": "--prompt-data $unlabelled --rm-type zero",
     "sft": "--loss-type sft_loss",

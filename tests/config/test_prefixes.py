@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from string import Template
 
 import pytest
 
-from opd_megatron.config.errors import UserError
-from opd_megatron.config.parse import parse_options
-from opd_megatron.config.validate import validate
+from tests.config.judging import accept, refuse
 
 BASE = "--hf-checkpoint $hf --prompt-data $prompts --rollout-batch-size 4 --num-rollout 2 --run-dir $root/run "
 OPD = BASE + "--use-opd --opd-type megatron --opd-teacher-load $teacher "
 ZERO = OPD + "--rm-type zero "
 WHOLE = ZERO + "--opd-loss distribution "
 GIVEN = "--opd-student-data-fraction 0.5 --opd-data-response-key label "
+TAUGHT = "--opd-student-data-fraction 0.5 --opd-data-source teacher "
 
 CASES: dict[str, tuple[str, str]] = {
     "no distillation": (
@@ -32,6 +30,28 @@ CASES: dict[str, tuple[str, str]] = {
         "--opd-student-data-fraction below 1 needs --opd-data-response-key",
     ),
     "responses that nobody asks for": (WHOLE + "--opd-data-response-key label", "has no effect: give"),
+    "a source that nobody asks for": (WHOLE + "--opd-data-source teacher", "--opd-data-source has no effect: give"),
+    "two sources": (WHOLE + TAUGHT + "--opd-data-response-key label", "--opd-data-response-key has no effect with"),
+    "samples of the student's own": (
+        BASE + "--use-opd --opd-type megatron --rm-type zero --opd-loss distribution --opd-teacher self "
+        "--opd-self-context-key label " + TAUGHT,
+        "--opd-data-source teacher does not go with --opd-teacher self",
+    ),
+    "samples of a mixture": (
+        WHOLE + TAUGHT + "--opd-more-teachers $teacher --opd-teacher-mixture arithmetic",
+        "--opd-data-source teacher does not go with --opd-teacher-mixture",
+    ),
+    "servers that wait for the rollout": (
+        BASE
+        + "--use-opd --opd-type sglang --opd-teacher-url http://127.0.0.1:9 --rm-type zero --opd-loss distribution "
+        "--opd-support student_topk --opd-top-k 4 " + TAUGHT,
+        "--opd-data-source teacher does not go with --opd-support student_topk",
+    ),
+    "turns": (
+        WHOLE + TAUGHT + "--custom-generate-function-path tests.rollout.records:two_turns",
+        "--opd-data-source teacher does not go with --custom-generate-function-path",
+    ),
+    "sampled form at the teacher's samples": (ZERO + TAUGHT, "does not go with --opd-loss sampled"),
     "sampled": (ZERO + GIVEN, "does not go with --opd-loss sampled"),
     "estimator loss": (ZERO + GIVEN + "--opd-loss kl_loss", "does not go with --opd-loss kl_loss"),
     "critic": (
@@ -55,6 +75,7 @@ CASES: dict[str, tuple[str, str]] = {
 ACCEPTED = {
     "no task": ZERO + "--opd-prefix-len 8",
     "responses of the data": WHOLE + GIVEN,
+    "responses of the teacher": WHOLE + TAUGHT,
     "a reward to look at": OPD + "--opd-prefix-len 8 --rm-type exact --advantage-estimator none",
 }
 
@@ -62,11 +83,9 @@ ACCEPTED = {
 @pytest.mark.parametrize("case", CASES)
 def test_refusal(folders: dict[str, Path], case: str) -> None:
     arguments, message = CASES[case]
-    with pytest.raises(UserError) as refused:
-        validate(parse_options(Template(arguments).substitute(folders).split()))
-    assert message in str(refused.value)
+    assert message in refuse(arguments, folders)
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_accepted(folders: dict[str, Path], case: str) -> None:
-    validate(parse_options(Template(ACCEPTED[case]).substitute(folders).split()))
+    accept(ACCEPTED[case], folders)

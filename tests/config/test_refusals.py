@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         MEGATRON + "--advantage-estimator none --opd-loss distribution --policy-loss gspo --use-tis --eps-clip 0.1",
         (
             "--policy-loss has no effect: with --opd-loss distribution and no task reward",
-            "--use-tis has no effect: with",
+            "--use-tis has no effect: with --opd-loss distribution and no task reward no mean over sampled tokens",
             "--eps-clip has no effect: with",
         ),
     ),
@@ -388,6 +388,19 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "none.yaml: cannot be read",
         ),
     ),
+    "routes that no teacher has": (
+        BASE + "--prompt-data $routed --use-opd --opd-type sglang --opd-teachers $teachers --dry-run",
+        (
+            "routed.jsonl, line 2: the metadata field 'teacher' is missing, --opd-teachers has math or code",
+            "routed.jsonl, line 3: the metadata field 'teacher' is 'maths', --opd-teachers has math or code",
+            "routed.jsonl, line 4: the metadata field 'teacher' is ['math'], --opd-teachers has",
+        ),
+    ),
+    "routes under another field": (
+        BASE + "--prompt-data $routed@[0:1] --use-opd --opd-type sglang --opd-teachers $teachers "
+        "--opd-teacher-route-key subject",
+        ("routed.jsonl, line 1: the metadata field 'subject' is missing",),
+    ),
     "route without teachers": (SGLANG + "--opd-teacher-route-key field", ("--opd-teacher-route-key has no effect",)),
     "a key in place of its variable": (
         SGLANG + "--opd-teacher-api-key-env sk-verysecret",
@@ -611,6 +624,22 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "half a mixture": (
         MEGATRON + "--opd-loss distribution --opd-divergence-mix 0.5",
         ("--opd-divergence-mix needs --opd-divergence-to",),
+    ),
+    "a schedule of nothing": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-divergence-schedule 0:9",
+        ("--opd-divergence-schedule has nothing to change: name a second divergence with --opd-divergence-to",),
+    ),
+    "a beta that changes the size of the loss": (
+        MEGATRON + "--opd-loss distribution --opd-divergence jsd --opd-jsd-beta-end 0.5",
+        (
+            "--opd-jsd-beta-end needs --opd-divergence-schedule: say over which rollouts",
+            "--opd-jsd-beta-end needs --opd-jsd-scaled",
+            "--opd-jsd-beta-end 0.5 is where --opd-jsd-beta begins",
+        ),
+    ),
+    "a changing beta of another divergence": (
+        MEGATRON + "--opd-loss distribution --opd-jsd-beta-end 1 --opd-jsd-scaled --opd-divergence-schedule 0:9",
+        ("--opd-jsd-beta-end goes with --opd-divergence jsd only",),
     ),
     "a second divergence without weight": (
         MEGATRON + "--opd-loss distribution --opd-divergence-to forward_kl",

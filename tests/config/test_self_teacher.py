@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from string import Template
 
 import pytest
 
-from opd_megatron.config.errors import UserError
-from opd_megatron.config.parse import parse_options
-from opd_megatron.config.validate import validate
+from tests.config.judging import accept, refuse
 
 BASE = (
     "--hf-checkpoint $hf --prompt-data $prompts --rollout-batch-size 4 --num-rollout 2 --run-dir $root/run "
     "--rm-type zero --use-opd --opd-type megatron "
 )
 OWN = BASE + "--opd-teacher self --opd-self-context-key label "
+
+TOLD = (
+    BASE.replace("--rm-type zero", "--custom-rm-path tests.e2e.rewards:tell_the_answer")
+    + "--opd-teacher self --opd-self-feedback "
+)
 
 CASES: dict[str, tuple[str, str]] = {
     "another's context": (
@@ -55,6 +57,24 @@ CASES: dict[str, tuple[str, str]] = {
         OWN + "--opd-self-ema-decay 0.9",
         "--opd-self-ema-decay goes with --opd-self-weights ema only",
     ),
+    "feedback of nobody": (OWN + "--opd-self-feedback", "--opd-self-feedback needs a function that gives"),
+    "feedback nowhere": (
+        TOLD + "--opd-self-template !{prompt}",
+        "--opd-self-feedback needs --opd-self-context-key",
+    ),
+    "feedback for another": (
+        BASE + "--opd-teacher-load $teacher --opd-self-feedback",
+        "--opd-self-feedback goes with --opd-teacher self only",
+    ),
+    "feedback on what is unfinished": (
+        TOLD + "--opd-self-context-key said --opd-prefix-len 4",
+        "--opd-prefix-len leaves responses unfinished, of which no feedback can speak",
+    ),
+    "feedback on the data's": (
+        TOLD + "--opd-self-context-key said --opd-loss distribution --opd-student-data-fraction 0.5 "
+        "--opd-data-response-key label",
+        "--opd-student-data-fraction below 1 does not go with --opd-self-feedback",
+    ),
     "a server's options": (OWN + "--opd-teacher-timeout 3", "--opd-teacher-timeout goes with --opd-type sglang only"),
 }
 
@@ -82,6 +102,9 @@ ACCEPTED: dict[str, str] = {
     "another template": BASE + "--opd-teacher self --opd-self-template {prompt}!",
     "frozen behind a server": SERVED + "--opd-teacher-url http://127.0.0.1:1 --opd-overlong drop",
     "the engine": SERVED + "--opd-self-weights current --rollout-engine sglang",
+    "feedback": TOLD + "--opd-self-context-key said",
+    "feedback behind a server": TOLD.replace("--opd-type megatron", "--opd-type sglang")
+    + "--opd-self-context-key said --opd-teacher-url http://127.0.0.1:1",
     "masked": OWN + "--opd-overlong mask --opd-max-failed-frac 0.5",
 }
 
@@ -89,11 +112,9 @@ ACCEPTED: dict[str, str] = {
 @pytest.mark.parametrize("case", CASES)
 def test_refusal(folders: dict[str, Path], case: str) -> None:
     arguments, message = CASES[case]
-    with pytest.raises(UserError) as refused:
-        validate(parse_options(Template(arguments).substitute(folders).split()))
-    assert message in str(refused.value)
+    assert message in refuse(arguments, folders)
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_accepted(folders: dict[str, Path], case: str) -> None:
-    validate(parse_options(Template(ACCEPTED[case]).substitute(folders).split()))
+    accept(ACCEPTED[case], folders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,7 @@ def test_another_context_is_another_prompt_set(tmp_path: Path, tokenizer: Any) -
     told = PromptSet(seen(tmp_path / "one.jsonl", [row | {"hint": "x"}], tokenizer, *retold), False, 0)
     with pytest.raises(UserError, match="the prompts are not those of the checkpoint"):
         told.load_state_dict(saved)
+    # A run may go on with another teacher, and take up a context where it had none.
+    plain = PromptSet([replace(record, teacher_prompt_tokens=None, extras={}) for record in told.records], False, 0)
+    plain.load_state_dict(saved)
+    told.load_state_dict(plain.state_dict())

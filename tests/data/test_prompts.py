@@ -184,8 +184,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}] * 9)
-    faults = check(tmp_path / "rows.jsonl")
+    """The same fault once, with the first row that has it; of different ones the first three."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"prompt": "a"}] + [{"prompt": "a", "metadata": "m"}] * 9 + [{"text": "a"}])
+    first, second = check(path)
+    assert first == (
+        f"{path}, line 2 (and 8 more rows): field 'metadata' is not a mapping (--metadata-key names another)"
+    )
+    assert second.startswith(f"{path}, line 11: no field 'prompt'")
+    write_jsonl(path, [{f"text {number}": "a"} for number in range(9)])
+    faults = check(path)
     assert [fault.split(":")[0][-6:] for fault in faults[:3]] == ["line 1", "line 2", "line 3"]
     assert faults[3:] == ["6 more such rows"]
 

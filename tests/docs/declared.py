@@ -77,6 +77,13 @@ def argparse_flags(program: Path) -> set[str]:
     }
 
 
+def named_tests(file: str) -> set[str]:
+    """Names of the test functions of a file below ``tests``; none if there is no such file."""
+    path = ROOT / "tests" / file
+    tree = ast.parse(path.read_text(encoding="utf-8") if path.exists() else "")
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
 def source_texts() -> list[str]:
     """Every string of the package's and the tools' code; an f-string counts as its constant parts."""
     texts = []

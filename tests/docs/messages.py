@@ -9,7 +9,10 @@ from pathlib import Path
 
 VARIES = "..."
 """Stands for what is filled in."""
-_RAISED = {"UserError", "TeacherError", "TeacherFailure", "AnswerError", "HttpError", "failure", "_unscorable"}
+_RAISED = {
+    "UserError", "RunError", "TeacherError", "TeacherFailure", "AnswerError", "UnusableAnswerError", "HttpError",
+    "failure", "_unscorable",
+}  # fmt: skip
 """Exceptions, and the functions that make one of a reason."""
 _FAULTS = ("str | None", "list[str]")
 """Functions that return one of these return faults or warnings."""
@@ -41,7 +44,7 @@ def _told(node: ast.AST) -> list[ast.expr]:
     if not isinstance(node, ast.Call):
         return []
     name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
-    if name == "warning" or name in _RAISED:
+    if name in ("warning", "error") or name in _RAISED:
         return node.args
     warns = name == "Finding" and any(keyword.arg == "warning" for keyword in node.keywords)
     return node.args[1:2] if warns else []

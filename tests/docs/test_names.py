@@ -15,6 +15,7 @@ from tests.docs.declared import (
     TOOLS,
     argparse_flags,
     flag_text,
+    named_tests,
     source_texts,
     tool_flags,
     train_flags,
@@ -115,14 +116,24 @@ def test_quoted_messages_are_those_of_the_code(page: str, least: int) -> None:
             assert any(fragment.strip() in source for source in sources), f"no message of the code says {fragment!r}"
 
 
-TEACHER_MODULES = [*sorted((ROOT / "opd_megatron" / "teacher").glob("*.py")), ROOT / "opd_megatron" / "http_client.py"]
+PACKAGE = ROOT / "opd_megatron"
+WHO_SPEAKS = {
+    "teacher_troubleshooting.md": [
+        *sorted((PACKAGE / "teacher").glob("*.py")),
+        PACKAGE / "http_client.py",
+        *(PACKAGE / "flow" / name for name in ("failures.py", "pipeline.py", "student_ids.py", "target_models.py")),
+    ],
+    "rollout.md": [*sorted((PACKAGE / "rollout").glob("sglang_*.py")), *(PACKAGE / "rollout").glob("weight_*.py")],
+}
+"""Modules of the preflight and the client of a teacher and of the SGLang engine, by the page with their messages."""
 
 
-def test_every_message_about_a_teacher_has_an_entry() -> None:
-    """What the preflight and the client of a teacher raise, and warn of, stands in docs/teacher_troubleshooting.md."""
-    entries = quoted_messages("teacher_troubleshooting.md")
-    found = {path.name: messages(path) for path in TEACHER_MODULES}
-    assert {name for name, texts in found.items() if texts} >= {"preflight.py", "sglang_preflight.py", "http_client.py"}
+@pytest.mark.parametrize("page", WHO_SPEAKS)
+def test_every_message_about_a_server_has_an_entry(page: str) -> None:
+    """What these modules raise, and warn of."""
+    entries = quoted_messages(page)
+    found = {path.name: messages(path) for path in WHO_SPEAKS[page]}
+    assert sum(map(len, found.values())) > 25
     missing = [
         f"{name}: {text}"
         for name, texts in found.items()
@@ -163,6 +174,21 @@ def test_named_files_of_the_package_exist() -> None:
         assert any(place.exists() for place in places), name
     package = ROOT / "opd_megatron"
     assert {f"{item.parent.name}/" for item in package.glob("*/__init__.py")} <= set(rooms)
+
+
+@EACH_PAGE
+def test_named_tests_exist(page: Path) -> None:
+    """```file.py`: `test_name```, the file in tests/objectives or, with a folder, in tests."""
+    for file, name in re.findall(r"`((?:\w+/)?test_\w+\.py)`: `(\w+)`", page.read_text(encoding="utf-8")):
+        assert name in named_tests(file if "/" in file else f"objectives/{file}"), f"{file} has no {name}"
+
+
+def test_every_mutation_has_a_test_that_notices_it() -> None:
+    text = (ROOT / "docs" / "objective.md").read_text(encoding="utf-8")
+    section = text.partition("## What would be noticed\n")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ") and "test_" in row]
+    assert len(rows) >= 10
+    assert all(re.search(r"\| `(?:\w+/)?test_\w+\.py`: `test_\w+` \|$", row) for row in rows)
 
 
 @EACH_PAGE

@@ -50,10 +50,15 @@ OF_OTHER_TERMS = {
     "train/opd_divergence",
     "train/opd_prompt_divergence",
     "opd/implicit_reward",
+    "opd/jsd_beta",
     "opd/student_data_frac",
+    "opd/given_length_mean",
+    "opd/given_truncated_frac",
+    "opd/feedback_frac",
 }
-"""Metrics of other forms of the distillation term; tests/e2e/test_distillation_forms.py looks at those, and
-test_given_responses.py beside it at the share of the student."""
+"""Metrics of other forms of the distillation term; tests/e2e/test_distillation_forms.py looks at those,
+test_teacher_responses.py beside it at responses that the student did not make, test_self_distillation.py at
+feedback."""
 OF_WEIGHTS = {"opd/token_kept_frac", "opd/weight_mean", "opd/weight_max", "opd/weight_ess", "opd/pass_rate"}
 """Metrics of weights of the distillation term; tests/e2e/test_opd_weights.py looks at those."""
 OF_OTHER_TERMS |= OF_WEIGHTS

@@ -15,6 +15,13 @@ def has_a_seven(sample: Sample) -> float:
     return float("7" in sample.response)
 
 
+def tell_the_answer(sample: Sample) -> float:
+    """Those without a seven, about half of them, hear what the answer is."""
+    passed = "7" in sample.response
+    sample.metadata["told"] = "" if passed else f"={sample.label}"
+    return float(passed)
+
+
 def keep_none(samples: list[Sample]) -> bool:
     """A filter that nothing passes."""
     return False

@@ -26,6 +26,7 @@ def make_model(
     weights: bool = True,
     std: float = 0.3,
     vocabulary: int = VOCABULARY,
+    positions: int = 64,
 ) -> Path:
     """A random Qwen3 of the column-arithmetic vocabulary with its tokenizer as a Hugging Face folder.
 
@@ -42,7 +43,7 @@ def make_model(
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=hidden // 4,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         initializer_range=std,
     )

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from opd_megatron.config.errors import UserError
+from opd_megatron.megatron.model import HiddenStateModel
 from opd_megatron.observe import alarms
 from tests.e2e.support import run_training
 
@@ -27,8 +29,9 @@ MEASURED = (
     "opd/jsd_exact",
     "opd/teacher_entropy",
     "opd/kl_by_entropy_q4",
-    "rollout/repetition",
 )
+ALWAYS = ("rollout/repetition", "opd/reverse_kl_correct", "opd/reverse_kl_incorrect_se")
+"""What the samples' tokens and log-probabilities say, which every rollout has."""
 OF_GRADIENTS = ("train/opd_grad_share", "train/grad_cosine", "train/grad_snr")
 INTERVALS = {"opd_diagnostics_interval": 2, "opd_gradient_diagnostics_interval": 2}
 
@@ -38,20 +41,49 @@ def trained(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name in ("train/loss", "train/grad_norm", "opd/reverse_kl")}
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_three_steps(student: Path, teacher: Path, prompts: Path, tmp_path: Path, epochs: int) -> None:
-    settings = MIXED | {"opd_teacher_load": teacher, "ppo_epochs": epochs}
+PURPOSES: dict[str, tuple[dict[str, Any], int]] = {
+    "none but diagnostics": ({}, 2),
+    "several steps": ({"ppo_epochs": 2}, 0),
+    "chosen tokens": ({"opd_token_select": "sample", "opd_token_score": "soft_or"}, 0),
+}
+"""What else the student is passed for before a step, and the passes that the diagnostics add in three steps."""
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[HiddenStateModel]:
+    """The model of each micro-batch that a trainer was passed without learning from it."""
+    found: list[HiddenStateModel] = []
+    forward = HiddenStateModel.forward
+
+    def noted(model: HiddenStateModel, *rest: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled() and next(model.parameters()).requires_grad:
+            found.append(model)
+        return forward(model, *rest, **named)
+
+    monkeypatch.setattr(HiddenStateModel, "forward", noted)
+    return found
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_three_steps(
+    student: Path, teacher: Path, prompts: Path, tmp_path: Path, looks: list[HiddenStateModel], purpose: str
+) -> None:
+    changes, passes = PURPOSES[purpose]
+    settings = MIXED | {"opd_teacher_load": teacher} | changes
     plain = run_training(student, prompts, tmp_path / "plain", **settings)
+    before = len(looks)
     measured = run_training(student, prompts, tmp_path / "measured", **settings, **INTERVALS)
+    assert len(looks) - 2 * before == 2 * passes  # of two micro-batches each
     for number, (line, other) in enumerate(zip(measured, plain, strict=True)):
         assert trained(line) == trained(other)
         assert all((name in line) == (number % 2 == 0) for name in (*MEASURED, *OF_GRADIENTS))
         assert not any(name in other for name in (*MEASURED, *OF_GRADIENTS))
+        assert all(line[name] == other[name] for name in ALWAYS)
     first = measured[0]
     assert 0 < first["opd/jsd_exact"] < math.log(2)
     assert 0 < first["opd/topk_overlap"] <= 1
     assert 0 < first["train/opd_grad_share"] < 1
-    if epochs == 1:  # the exact KL of the training's own pass, and the gradient that it took
+    if not changes:  # the exact KL of the training's own pass, and the gradient that it took
         assert first["opd/reverse_kl_exact"] == pytest.approx(plain[0]["opd/reverse_kl_exact"], rel=1e-5)
         task, opd, cosine = (first[f"train/{name}"] for name in ("task_grad_norm", "opd_grad_norm", "grad_cosine"))
         whole = math.sqrt(task**2 + opd**2 + 2 * cosine * task * opd)

@@ -135,16 +135,17 @@ def test_the_step_is_that_of_the_divergence_at_the_data_s_prefixes(
 def test_task_advantages_are_made_of_the_student_s_samples_alone(
     student: Path, answered: Path, tmp_path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whitened over the student's tokens; 0 on all others."""
+    """Whitened over the student's tokens of the whole rollout, whatever its optimizer steps; 0 on all others."""
     seen: list[list[Sample]] = []
     looked = steps.diagnose
 
-    def look(parts: Any, samples: list[Sample], rollout_id: int) -> dict[str, float]:
+    def look(parts: Any, samples: list[Sample], *rest: Any) -> dict[str, float]:
         seen.append(list(samples))
-        return looked(parts, samples, rollout_id)
+        return looked(parts, samples, *rest)
 
     monkeypatch.setattr(steps, "diagnose", look)
-    run_training(student, answered, tmp_path / "run", **given, **TASK, advantage_estimator="grpo", rollout_batch_size=8)
+    steps_of_four = {"advantage_estimator": "grpo", "rollout_batch_size": 8, "global_batch_size": 4}
+    run_training(student, answered, tmp_path / "run", **given, **TASK, **steps_of_four)
     assert len(seen) == 3
     for samples in seen:
         own = np.concatenate([sample.advantages for sample in samples if not sample.from_data])

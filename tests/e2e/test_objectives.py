@@ -35,6 +35,19 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "own estimator": ({"custom_advantage_path": f"{OWN}:median_baseline"}, "train/task_advantage_abs_mean"),
     "ppo_clip": ({"policy_loss": "ppo_clip", "eps_clip": 1e-4, **MOVING}, "train/pg_clipfrac"),
+    "clip-higher, dual clip, k3, entropy": (
+        {
+            "eps_clip": 1e-4,
+            "eps_clip_high": 2e-4,
+            "eps_clip_c": 1.0001,
+            "use_kl_loss": True,
+            "kl_loss_coef": 0.1,
+            "kl_loss_type": "k3",
+            "entropy_coef": 0.01,
+            **MOVING,
+        },
+        "train/pg_clipfrac train/kl_loss train/entropy",
+    ),
     "gspo": ({"policy_loss": "gspo", "eps_clip": 1e-5, **MOVING}, "train/sequence_ratio"),
     "cispo": ({"policy_loss": "cispo", "eps_clip": 1e-4, **MOVING}, "train/pg_clipfrac"),
     "own loss": ({"custom_loss_path": f"{OWN}:soft_clip", **MOVING}, "train/ratio_distance"),
@@ -50,12 +63,12 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_steps(student: Path, prompts: Path, tmp_path: Path, case: str) -> None:
-    changes, metric = CASES[case]
+    changes, names = CASES[case]
     settings = {"rm_type": None, "custom_rm_path": "tests.e2e.rewards:count_sevens", **changes}
     metrics = run_training(student, prompts, tmp_path / "run", rollout_batch_size=4, save_interval=100, **settings)
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert all(line["train/grad_norm"] > 0 for line in metrics)
-    assert metrics[-1][metric] != 0
+    assert all(metrics[-1][name] != 0 for name in names.split())
     # one process and one precision: engine and trainer agree, so no weight differs from 1
     assert metrics[-1].get("train/tis_weight", 1.0) == pytest.approx(1.0, abs=1e-3)
     assert metrics[-1]["rollout/mismatch_ratio_mean"] == pytest.approx(1.0, abs=1e-3)

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.objectives.token_selection import TOKEN_SCORES
 from opd_megatron.sample import read_samples, write_samples
 from tests.e2e.support import run_training
+from tests.megatron.support import assert_equal_tensors
 
 WHOLE: dict[str, Any] = {"opd_loss": "distribution"}
 REWARDED: dict[str, Any] = {"rm_type": None, "custom_rm_path": "tests.e2e.rewards:has_a_seven"}
@@ -67,6 +69,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
             "opd_token_select": "sample",
             "opd_token_score": "soft_or",
             "opd_reward_beta": 1.0,
+            "opd_paced_alpha": 2.0,
+            "opd_paced_beta": 0.5,
             "opd_mask_special_tokens": True,
             "opd_kl_discount": 0.5,
         },
@@ -97,8 +101,12 @@ def test_three_steps(student: Path, teacher: Path, prompts: Path, tmp_path: Path
 def test_the_teacher_says_nothing_where_every_weight_is_zero(
     student: Path, teacher: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    metrics = run_training(student, prompts, tmp_path / "run", **opd(teacher), **PACED, opd_pass_above=1.0)
+    """And no weight of the student moves."""
+    settings = {**opd(teacher), **PACED, "save_hf": tmp_path / "hf_{rollout_id}"}
+    metrics = run_training(student, prompts, tmp_path / "run", **settings, opd_pass_above=1.0)
     assert all(line["train/grad_norm"] == 0.0 and line["opd/weight_mean"] == 0.0 for line in metrics)
+    assert all(line["train/skipped_steps"] == 1 for line in metrics)
+    assert_equal_tensors(load_file(tmp_path / "hf_3" / "model.safetensors"), load_file(student / "model.safetensors"))
     assert "every prompt has weight 0" in caplog.text
 
 

@@ -39,10 +39,12 @@ def of_student(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("critic.")}
 
 
-@pytest.mark.parametrize("samples", [1, 2], ids=["one sample per prompt", "two"])
-def test_three_steps(student: Path, prompts: Path, tmp_path: Path, samples: int) -> None:
+@pytest.mark.parametrize("samples", [1, 2], ids=["one sample per prompt, with a teacher", "two"])
+def test_three_steps(student: Path, teacher: Path, prompts: Path, tmp_path: Path, samples: int) -> None:
     """It compares no samples of a prompt, so that one is as good as several."""
     settings = PPO | {"n_samples_per_prompt": samples, "rollout_batch_size": 8 // samples, "normalize_advantages": True}
+    if samples == 1:
+        settings |= {"use_opd": True, "opd_type": "megatron", "opd_teacher_load": teacher}
     metrics = run_training(student, prompts, tmp_path / "run", **settings)
     assert [line["step"] for line in metrics] == [1, 2, 3]
     for line in metrics:
@@ -51,6 +53,7 @@ def test_three_steps(student: Path, prompts: Path, tmp_path: Path, samples: int)
         assert line["train/value_loss"] > 0
         assert line["train/task_advantage_abs_mean"] > 0
         assert line["train/critic_lr"] > line["train/lr"]
+        assert (line.get("train/opd_advantage_abs_mean", 0.0) > 0) == (samples == 1)
     first, last = metrics[0], metrics[-1]
     assert first["train/value_mean"] == 0, "a critic that has learned nothing expects nothing"
     assert first["train/explained_variance"] == pytest.approx(0.0, abs=1e-12)

@@ -68,6 +68,33 @@ def test_three_and_three_steps_are_six(
     assert_same_checkpoint(tmp_path / "straight" / "checkpoints" / "iter_0000006", checkpoints / "iter_0000006")
 
 
+def test_the_schedule_keeps_its_place_when_a_rollout_comes_to_have_other_steps(
+    student: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """The rates of student and critic are those of a run that had the new options from the start."""
+    ppo: dict[str, Any] = {
+        "advantage_estimator": "ppo",
+        "rm_type": None,
+        "custom_rm_path": "tests.e2e.rewards:count_sevens",
+        "critic_lr": 2e-3,
+    }
+    saved = tmp_path / "saved"
+    run_training(student, prompts, saved, **ppo, num_rollout=2, micro_batch_size=2, global_batch_size=2)
+    checkpoints = saved / "checkpoints"
+    for changes, rates, critic_rates in (
+        ({}, [5e-4, 2.5e-4], [1e-3, 5e-4]),
+        ({"global_batch_size": 4}, [4.375e-4, 1.875e-4], [8.75e-4, 3.75e-4]),
+        ({"num_critic_only_steps": 1}, [1e-3 * 2 / 3, 1e-3 / 3], [1e-3, 5e-4]),
+        ({"lr_decay_iters": 16, "critic_lr_decay_iters": 16}, [5e-4, 4.375e-4], [1e-3, 8.75e-4]),
+    ):
+        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        settings = {"num_rollout": 4, "load": checkpoints, "save_interval": 100, **ppo, **changes}
+        lines = run_training(student, prompts, run, **settings)
+        assert [line["step"] for line in lines] == [3, 4]
+        assert [line["train/lr"] for line in lines] == pytest.approx(rates), changes
+        assert [line["train/critic_lr"] for line in lines] == pytest.approx(critic_rates), changes
+
+
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as stream:

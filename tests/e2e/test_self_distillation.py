@@ -79,6 +79,61 @@ def test_the_teacher_s_prompt_is_recorded_and_a_recording_needs_no_teacher(
     assert replayed[0]["opd/reverse_kl"] == pytest.approx(first[0]["opd/reverse_kl"], abs=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("weights", "form", "changes"),
+    [
+        ("ema", "whole", {"dynamic_filter": "unequal_rewards", "dynamic_filter_max_refills": 9}),
+        ("current", "sampled", {"advantage_estimator": "grpo"}),
+        ("frozen", "teacher's top", {"opd_token_select": "top"}),
+    ],
+)
+def test_three_steps_of_feedback(
+    student: Path, prompts: Path, tmp_path: Path, weights: str, form: str, changes: dict[str, Any]
+) -> None:
+    """Who is told the answer is taught, who solved it is left out; a recording has both and needs no teacher."""
+    told: dict[str, Any] = {
+        **OWN,
+        **FORMS[form],
+        **changes,
+        "n_samples_per_prompt": 4,
+        "rm_type": None,
+        "custom_rm_path": "tests.e2e.rewards:tell_the_answer",
+        "opd_self_weights": weights,
+        "opd_self_context_key": "told",
+        "opd_self_feedback": True,
+        "save_debug_rollout_data": tmp_path / "recorded_{rollout_id}.jsonl",
+    }
+    metrics = run_training(student, prompts, tmp_path / "run", **told)
+    for line in metrics:
+        assert 0 < line["opd/feedback_frac"] == 1 - line["reward/mean"] < 1
+        assert line["train/grad_norm"] > 0
+        assert line["opd/reverse_kl_exact"] > 0.01
+        assert line["opd/teacher_failed_frac"] == 0
+        assert 0 < line["opd/scored_frac"] < 1
+    for sample in read_samples(tmp_path / "recorded_1.jsonl"):
+        assert sample.teacher_scores is not None
+        assert sample.teacher_scores.valid_T.all() == (sample.reward == 0)
+        assert sample.metadata["told"] == ("" if sample.reward else f"={sample.label}")
+        assert (sample.teacher_prompt_tokens is None) == (sample.reward == 1)
+        if sample.teacher_prompt_tokens is not None:
+            answer = len(sample.teacher_prompt_tokens) - len(sample.prompt_tokens)
+            assert answer == len(f"={sample.label};")
+    if form != "sampled":
+        return
+    replayed = run_training(
+        student,
+        prompts,
+        tmp_path / "replayed",
+        **{**OWN, "opd_self_context_key": None, "opd_self_template": None, "advantage_estimator": "grpo"},
+        n_samples_per_prompt=4,
+        num_rollout=1,
+        prompt_data=None,
+        load_debug_rollout_data=tmp_path / "recorded_{rollout_id}.jsonl",
+    )
+    for name in ("opd/reverse_kl", "opd/tokens", "reward/mean", "train/loss"):
+        assert replayed[0][name] == pytest.approx(metrics[0][name], abs=1e-6), name
+
+
 @pytest.mark.parametrize("weights", ["frozen", "current", "ema"])
 def test_a_resumed_run_goes_on_bit_for_bit(student: Path, solved: Path, tmp_path: Path, weights: str) -> None:
     settings = {**OWN, **WHOLE, "opd_self_weights": weights, "lr": 1e-2, "lr_decay_iters": 20}

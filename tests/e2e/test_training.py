@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -17,6 +18,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.parse import parse_options
 from opd_megatron.data.tokenizer import train_bpe_tokenizer
 from opd_megatron.sample import read_samples
+from opd_megatron.teacher.protocol import TeacherError
 from tests.e2e.support import make_model, run_training, write_prompts
 from tools import prepare_gsm8k
 
@@ -223,12 +225,16 @@ def test_teacher_with_another_tokenizer_is_refused(student: Path, prompts: Path,
 
 @pytest.mark.parametrize("form", [{"opd_baseline": "kl"}, {"opd_loss": "distribution", "opd_reward_scale": 1.25}])
 def test_an_embedding_of_another_size_behind_one_tokenizer(
-    student: Path, prompts: Path, tmp_path: Path, form: dict[str, Any]
+    student: Path, prompts: Path, tmp_path: Path, form: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As the larger models of a family have; without the tokenizer nobody knows which rows are tokens."""
     larger = make_model(tmp_path / "larger", seed=4, vocabulary=25)
     metrics = run_training(student, prompts, tmp_path / "run", **opd(larger), **form)
     assert all(line["opd/reverse_kl_exact"] > 0 for line in metrics)
+    assert "ids, the student's model" not in caplog.text
+    with contextlib.suppress(TeacherError):  # where such an id is sampled
+        run_training(larger, prompts, tmp_path / "other way", **opd(student), **form, num_rollout=1)
+    assert "knows 18 ids, the student's model 25: the other 7" in caplog.text
     for file in larger.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(UserError, match="a vocabulary of 25 tokens, the student of 18, and no tokenizer to compare"):

@@ -40,6 +40,38 @@ def shuffled(seed: int) -> Any:
     return lambda sample: delays.setdefault(sample.index, draw.randrange(8) * 0.002)
 
 
+@pytest.mark.parametrize("policy", ["mask", "drop"])
+def test_the_teacher_answers_before_it_scores_and_a_failure_there_is_its_failure(policy: str) -> None:
+    """Only what is not the student's; an answer that does not come takes the way of a score that does not."""
+    answered: list[int] = []
+
+    class Mixed(Source):
+        async def stream(self, records: Any, rollout_id: int, first_group: int = 0) -> Any:
+            async for sample in super().stream(records, rollout_id, first_group):
+                sample.from_data = sample.group_index % 2 == 1
+                yield sample
+
+    async def answer(sample: Sample, rollout_id: int) -> None:
+        await asyncio.sleep(0.001)
+        assert rollout_id == 7
+        if sample.index == 4:
+            raise TeacherFailure("no answer", FailureKind.TIMEOUT)
+        answered.append(sample.index)
+        sample.response_tokens, sample.loss_mask = np.full(5, 2), np.ones(5, dtype=bool)
+
+    failing = FailurePolicy(policy, max_failed_frac=0.5)
+    rollout = make(stages(source=Mixed(COPIES), answer=answer, policy=failing, reward=None), 7)
+    assert rollout.metrics["opd/teacher_failed/timeout"] == 1
+    assert not {index for index in answered if index // COPIES % 2 == 0}
+    assert len(rollout.samples) == 12
+    for sample in rollout.samples:
+        assert sample.teacher_scores is not None
+        failed = sample.index == 4
+        assert failed == (sample.teacher_failure is not None)
+        assert (sample.response_length == 5) == (sample.from_data and not failed)
+    assert any(sample.index == 4 for sample in rollout.samples) == (policy == "mask")
+
+
 @pytest.mark.parametrize("takes_groups", [False, True])
 def test_samples_come_out_in_the_order_of_the_prompts(takes_groups: bool) -> None:
     for seed in range(3):

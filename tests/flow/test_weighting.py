@@ -13,6 +13,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.parse import parse_options
 from opd_megatron.flow.masking import leave_out_failed
 from opd_megatron.flow.weighting import OpdWeighting, check_pass_rates
+from opd_megatron.objectives.diagnostics import OF_CHOICE, OF_STUDENT
 from opd_megatron.sample import Sample, Status
 from tests.megatron.support import make_options, make_samples
 
@@ -23,12 +24,13 @@ def weighting(special: Sequence[int] = (), **flags: Any) -> OpdWeighting:
     return OpdWeighting(make_options(rollout_batch_size=12, use_opd=True, **flags), special)
 
 
-def statistics_of(samples: Sequence[Sample]) -> list[np.ndarray]:
+def answers_of(samples: Sequence[Sample]) -> list[np.ndarray]:
     """Random ones that belong to the samples, whatever their order."""
     found = []
     for sample in samples:
         random = np.random.default_rng(100 + sample.index)
-        found.append(random.random((sample.response_length, 3), dtype=np.float32))
+        of_token = [(name, np.float32) for name in (*OF_STUDENT, *OF_CHOICE)]
+        found.append(random.random((sample.response_length, len(of_token)), dtype=np.float32).view(of_token)[:, 0])
     return found
 
 
@@ -152,8 +154,8 @@ def test_the_outcome_decides_who_is_heard(on: str, kept: set[int]) -> None:
 def test_chosen_tokens_are_those_of_the_samples_whatever_their_order(select: str) -> None:
     flags: dict[str, Any] = {"opd_token_select": select, "opd_token_score": "soft_or", "calculate_per_token_loss": True}
     straight, turned = make_samples(3), make_samples(3)[::-1]
-    found = weighting(**flags).apply(straight, 4, statistics_of(straight))
-    assert weighting(**flags).apply(turned, 4, statistics_of(turned)) == pytest.approx(found)
+    found = weighting(**flags).apply(straight, 4, answers_of(straight))
+    assert weighting(**flags).apply(turned, 4, answers_of(turned)) == pytest.approx(found)
     weights, other = weights_of(straight), weights_of(turned)
     for index in weights:
         np.testing.assert_allclose(weights[index], other[index], rtol=1e-6)
@@ -166,7 +168,7 @@ def test_chosen_tokens_are_those_of_the_samples_whatever_their_order(select: str
     if select == "sample":
         for rollout_id, seed in ((5, 1234), (4, 1)):
             samples = make_samples(3)
-            weighting(seed=seed, **flags).apply(samples, rollout_id, statistics_of(samples))
+            weighting(seed=seed, **flags).apply(samples, rollout_id, answers_of(samples))
             assert any((weights[index] > 0).tolist() != (w > 0).tolist() for index, w in weights_of(samples).items())
 
 
@@ -176,7 +178,7 @@ def test_tokens_without_a_weight_take_no_place_of_the_chosen_ones() -> None:
     for sample in samples:
         sample.reward = float(sample.group_index < 2)
     flags: dict[str, Any] = {"opd_token_select": "top", "opd_on": "correct"}
-    weighting(**flags).apply(samples, 0, statistics_of(samples))
+    weighting(**flags).apply(samples, 0, answers_of(samples))
     left = scored(samples[:6]).sum()
     kept = sum((sample.opd_weights > 0).sum() for sample in samples if sample.opd_weights is not None)
     assert kept == np.ceil(0.5 * left)

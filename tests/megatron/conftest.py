@@ -34,3 +34,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One Hugging Face folder per family."""
     root = tmp_path_factory.mktemp("families")
     return {family: save_reference(root / family, tiny_config(family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of another family, size and weights than any student here, but with the same vocabulary."""
+    config = tiny_config("llama", hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
+    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)

@@ -117,7 +117,7 @@ def _buffers(trainer: MegatronTrainer | Critic) -> list[Any]:
 def held_bytes(trainer: MegatronTrainer | Critic) -> dict[str, int]:
     """What this rank holds of a model in training after an optimizer step, by the names of an estimate."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in _parameters(trainer)}
-    scorers = trainer.frozen if isinstance(trainer, MegatronTrainer) else {}
+    scorers = trainer.scorers.frozen if isinstance(trainer, MegatronTrainer) else {}
     frozen = {str(name): _bytes(scorer.model.parameters()) for name, scorer in scorers.items()}
     return {
         "weights": _bytes(_parameters(trainer)),

@@ -302,7 +302,7 @@ def assert_equal_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) 
 @torch.no_grad()
 def logits(trainer: MegatronTrainer, samples: Sequence[Sample], name: ModelName = "student") -> dict[int, np.ndarray]:
     """``[T, V]`` logits of each response by place, on the ranks of the last stage that share the samples."""
-    chunks = trainer.chunks if name == "student" else [trainer.frozen[name].model]
+    chunks = trainer.chunks if name == "student" else [trainer.scorers.frozen[name].model]
     model = chunks[-1]
     group = parallel_state.get_tensor_model_parallel_group()
 

@@ -231,6 +231,15 @@ def test_a_checkpoint_with_a_critic_is_still_one_of_the_student(folders: dict[st
     assert stored_dtype(start.folder) == torch.float32
 
 
+def test_a_critic_of_another_architecture_is_refused_by_its_flag(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As a Hugging Face folder and as a step folder; the student's own folder is not blamed on the critic."""
+    trainer = make_trainer(folders["qwen2"])
+    trainer.save(tmp_path, 1, folders["qwen2"], {})
+    for folder in (folders["qwen2"], tmp_path):
+        with pytest.raises(UserError, match=r"--critic-load .*: a critic has the student's architecture"):
+            make_trainer(folders["qwen3"], **PPO, critic_load=str(folder))
+
+
 def test_resuming_without_parts_of_a_critic(folders: dict[str, Path], tmp_path: Path) -> None:
     trainer = make_trainer(folders["qwen2"], **PPO, no_save_optim=True)
     trainer.train(judged_samples(1))

@@ -23,19 +23,11 @@ from tests.megatron.support import (
     make_trainer,
     reference_gradients,
     reference_logits,
-    save_reference,
     step_gradients,
-    tiny_config,
 )
 
 K = 5
 COEFFICIENT = 0.6
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
 
 
 def distil(trainer: MegatronTrainer, samples: list[Sample]) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -19,15 +19,7 @@ from tests.megatron.support import (
     make_samples,
     make_trainer,
     reference_log_probs,
-    save_reference,
-    tiny_config,
 )
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
 
 
 def _distil(trainer: MegatronTrainer) -> dict[str, float]:
@@ -58,9 +50,9 @@ def test_the_teacher_has_a_precision_of_its_own(
         opd_teacher_dtype=dtype,
         use_opd=True,
     )
-    assert _dtypes(trainer.frozen["teacher"].model) == {getattr(torch, dtype)}
+    assert _dtypes(trainer.scorers.frozen["teacher"].model) == {getattr(torch, dtype)}
     own = torch.bfloat16 if bf16 else torch.float32
-    assert _dtypes(trainer.student) == _dtypes(trainer.frozen["reference"].model) == {own}
+    assert _dtypes(trainer.student) == _dtypes(trainer.scorers.frozen["reference"].model) == {own}
     samples, model = make_samples(3), load_reference(teacher_folder)
     scores = trainer.ask(LogProbs("teacher"), samples)
     with torch.no_grad():
@@ -78,7 +70,7 @@ def test_the_teacher_s_micro_batches_change_nothing_but_their_size(
     expected = _distil(make_trainer(folders["qwen3"], **settings))
     trainer = make_trainer(folders["qwen3"], **settings, **own)
     seen: list[int] = []
-    model = trainer.frozen["teacher"].model
+    model = trainer.scorers.frozen["teacher"].model
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel()))
     assert _distil(trainer) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     if "opd_teacher_micro_batch_size" in own:
@@ -118,5 +110,5 @@ def test_nothing_of_the_teacher_is_kept_where_nobody_asks(
 
     monkeypatch.setattr(TeacherRows, "keep", no_rows)
     trainer = make_trainer(folders["qwen3"], teacher=teacher_folder, use_opd=True)
-    assert isinstance(trainer.frozen["teacher"], FrozenScorer)
+    assert isinstance(trainer.scorers.frozen["teacher"], FrozenScorer)
     assert len(trainer.ask(LogProbs("teacher"), make_samples(3))) == 12

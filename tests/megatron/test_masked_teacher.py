@@ -7,16 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from opd_megatron.flow.masking import complete_unscored, leave_out_failed
+from opd_megatron.questions import LogProbs
 from opd_megatron.sample import Sample
 from tests.megatron.support import (
     GRADIENT_FLAGS,
     assert_same_tensors,
+    load_reference,
     make_options,
     make_samples,
     make_trainer,
+    reference_logits,
+    save_reference,
     step_gradients,
+    tiny_config,
 )
 
 FAILED = (1, 4, 9)
@@ -73,6 +79,25 @@ def test_nothing_is_scaled_where_nothing_failed() -> None:
     samples = make_samples(17)
     leave_out_failed(make_options(rollout_batch_size=12), samples)
     assert all(sample.opd_weights is None for sample in samples)
+
+
+def test_the_exact_kl_is_of_the_scored_tokens(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Rows of the teacher are there for masked samples, too, but of another prompt than what it should have seen."""
+    teacher_folder = save_reference(tmp_path, tiny_config("qwen3"), seed=9)
+    trainer = make_trainer(folders["qwen3"], teacher=teacher_folder, use_opd=True)
+    samples = masked_samples()
+    trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
+    student, teacher = load_reference(folders["qwen3"]), load_reference(teacher_folder)
+    kls = []
+    with torch.no_grad():
+        for sample in samples:
+            assert sample.teacher_scores is not None
+            mine, theirs = (reference_logits(model, sample).double().log_softmax(-1) for model in (student, teacher))
+            scored = torch.from_numpy(sample.loss_mask & sample.teacher_scores.valid_T)
+            kls.append((mine.exp() * (mine - theirs)).sum(-1)[scored])
+    metrics = trainer.train(samples).metrics
+    assert metrics is not None
+    assert metrics["opd/reverse_kl_exact"] == pytest.approx(torch.cat(kls).mean().item(), rel=1e-5)
 
 
 def test_where_nobody_was_scored_whole_distributions_are_trained_all_the_same(folders: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from opd_megatron.config.architecture import architecture_from_hf
 from opd_megatron.config.head_memory import head_bytes
 from opd_megatron.config.memory import Models, estimate, rollout_bytes
+from opd_megatron.config.options import EngineOptions
 from opd_megatron.config.parameters import total_parameters
 from opd_megatron.config.resolve import sampled_tokens_learn
-from opd_megatron.megatron.distribution import DistributionTerm, Side
-from opd_megatron.megatron.vocab_head import kl_and_baseline, token_log_probs
+from opd_megatron.megatron.distribution import DistributionTerm
+from opd_megatron.megatron.vocab_head import Side, target_moments, token_log_probs
 from opd_megatron.objectives.distribution import chosen_divergence
 from opd_megatron.rollout.cache import CacheShape, KeyValueCache
 from tests.megatron.live_bytes import LiveBytes, full_samples, held_bytes, measured_head, saved_activations
@@ -123,8 +125,8 @@ def test_the_exact_divergence(dtype: torch.dtype, rows: int) -> None:
     options, model = _head_options(dtype == torch.bfloat16, rows)
     hidden_Nh, weight_Vh = torch.randn(rows, 64, dtype=dtype), torch.randn(6016, 64, dtype=dtype)
     with LiveBytes() as counter:
-        teacher_Nh = torch.randn(rows, 64, dtype=dtype)
-        kl_and_baseline(hidden_Nh, weight_Vh, teacher_Nh, weight_Vh, temperature=1.0, vocab_size=6000, group=None)
+        teacher = Side(torch.randn(rows, 64, dtype=dtype), weight_Vh)
+        target_moments(hidden_Nh, weight_Vh, teacher, temperature=1.0, vocab_size=6000, group=None)
     options = make_options(
         use_opd=True,
         opd_type="megatron",
@@ -186,7 +188,14 @@ def test_the_rollout_engine() -> None:
         cache = KeyValueCache(torch.zeros(8, dtype=torch.long), False, 128, shape, torch.float32)
     logits = 3 * 4 * 8 * config.vocab_size
     assert cache.capacity == 128
-    assert rollout_bytes(options, architecture) == pytest.approx(4 * weights + counter.live + logits, rel=0.02)
+    alone = rollout_bytes(options, architecture)
+    assert alone == pytest.approx(4 * weights + counter.live + logits, rel=0.02)
+    assert rollout_bytes(options, architecture, architecture) == alone
+    answers = {"use_opd": True, "opd_student_data_fraction": 0.5, "opd_data_source": "teacher"}
+    options = make_options(rollout_batch_size=12, rollout_engine_batch_size=8, **answers, **LENGTHS)
+    assert rollout_bytes(options, architecture, architecture) == 2 * alone
+    servers = replace(options, engine=EngineOptions(rollout_engine="sglang"))
+    assert rollout_bytes(servers, architecture, architecture) == alone
 
 
 @pytest.mark.parametrize("precision", ["float32", "distributed-optimizer"])

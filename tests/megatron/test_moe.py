@@ -212,7 +212,7 @@ def test_nothing_is_counted_or_balanced_while_scoring(mixtures: dict[str, Path])
     trainer = make_trainer(mixtures["qwen3_moe"], moe_aux_loss_coeff=COEFFICIENT, reference=mixtures["qwen3_moe"])
     for name in ("student", "reference"):
         trainer.ask(LogProbs(name), make_samples(0))
-    models = [trainer.student, *(frozen.model for frozen in trainer.frozen.values())]
+    models = [trainer.student, *(frozen.model for frozen in trainer.scorers.frozen.values())]
     routers = [part for model in models for part in model.modules() if isinstance(part, moe.ExpertRouter)]
     assert len(routers) == 4
     assert all(router.tally is None for router in routers)

@@ -24,8 +24,6 @@ from tests.megatron.support import (
     make_samples,
     make_trainer,
     optimizer_state,
-    save_reference,
-    tiny_config,
 )
 
 ALL = {"offload_teacher": True, "offload_optimizer": True, "offload_train": True}
@@ -37,12 +35,6 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd"},
 }
 TRAINING: dict[str, Any] = {"lr": 2e-3, "use_opd": True, "opd_baseline": "kl", "use_kl_loss": True, "kl_loss_coef": 0.1}
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
 
 
 def _rollout(trainer: MegatronTrainer, number: int) -> dict[str, float]:
@@ -116,7 +108,7 @@ class Ledger:
         monkeypatch.setattr(learner, "optimizer_step", counted)
 
     def _models(self) -> dict[str, torch.nn.Module]:
-        frozen = {str(name): scorer.model for name, scorer in self.trainer.frozen.items()}
+        frozen = {str(name): scorer.model for name, scorer in self.trainer.scorers.frozen.items()}
         return {"student": self.trainer.student, **frozen}
 
     def count(self) -> dict[str, int]:

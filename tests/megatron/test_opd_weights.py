@@ -16,7 +16,7 @@ from opd_megatron.flow.student_pass import ask_student
 from opd_megatron.flow.weighting import OpdWeighting
 from opd_megatron.megatron import distribution, forward
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs, TokenStatistics
+from opd_megatron.questions import LogProbs, StudentTokens
 from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -27,20 +27,12 @@ from tests.megatron.support import (
     reference_gradients,
     reference_log_probs,
     reference_logits,
-    save_reference,
     step_gradients,
-    tiny_config,
 )
 
 CHOSEN: dict[str, Any] = {"use_opd": True, "opd_token_select": "sample", "opd_token_score": "soft_or"}
 PURE: dict[str, Any] = {"advantage_estimator": "none"}
 WHOLE: dict[str, Any] = {"opd_loss": "distribution"}
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
 
 
 def samples_without_a_task(seed: int = 21) -> list[Sample]:
@@ -51,7 +43,7 @@ def samples_without_a_task(seed: int = 21) -> list[Sample]:
 
 
 def weighed(trainer: MegatronTrainer, samples: list[Sample]) -> list[np.ndarray]:
-    """Score with the teacher, look with the student, make the weights; the student's statistics."""
+    """Score with the teacher, look with the student, make the weights; the student's answers."""
     scores = trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
     for place, sample in enumerate(samples):
         assert sample.teacher_scores is not None
@@ -59,14 +51,14 @@ def weighed(trainer: MegatronTrainer, samples: list[Sample]) -> list[np.ndarray]
 
     class Alone:
         def ask(self, question: Any, samples: Any) -> list[np.ndarray]:
-            assert question == TokenStatistics(), "one pass is enough"
+            assert question == StudentTokens(divergence=True), "one pass is enough"
             found = trainer.ask(question, samples)
             return [found[place] for place in range(len(samples))]
 
-    statistics = ask_student(trainer.options, Alone(), samples)
-    assert statistics is not None
-    OpdWeighting(trainer.options, range(3)).apply(samples, 2, statistics)
-    return statistics
+    answers = ask_student(trainer.options, Alone(), samples, 2)
+    assert answers is not None
+    OpdWeighting(trainer.options, range(3)).apply(samples, 2, answers)
+    return answers
 
 
 def jensen_shannon(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -80,22 +72,24 @@ def test_the_student_says_of_each_token_what_transformers_says(
 ) -> None:
     trainer = make_trainer(folders["qwen3"], teacher=teacher_folder, rollout_temperature=temperature, **CHOSEN)
     samples = samples_without_a_task()
-    statistics = weighed(trainer, samples)
+    answers = weighed(trainer, samples)
     models = [load_reference(folder, torch.float64) for folder in (folders["qwen3"], teacher_folder)]
-    for sample, found_T3 in zip(samples, statistics, strict=True):
+    for sample, answer in zip(samples, answers, strict=True):
         student, teacher = (
             torch.log_softmax(reference_logits(model, sample).detach() / temperature, -1) for model in models
         )
         assert sample.teacher_scores is not None
         compared = torch.from_numpy(sample.loss_mask & sample.teacher_scores.valid_T)
-        expected = [
-            student.gather(1, torch.from_numpy(sample.response_tokens)[:, None])[:, 0],
-            -(student.exp() * student).sum(-1),
-            torch.where(compared, jensen_shannon(student, teacher), 0.0),
-        ]
-        np.testing.assert_allclose(found_T3, torch.stack(expected, dim=1).numpy(), rtol=0, atol=2e-5)
-        np.testing.assert_array_equal(sample.old_log_probs, found_T3[:, 0])
-        np.testing.assert_array_equal(sample.entropies, found_T3[:, 1])
+        expected = {
+            "student_log_prob": student.gather(1, torch.from_numpy(sample.response_tokens)[:, None])[:, 0],
+            "student_entropy": -(student.exp() * student).sum(-1),
+            "divergence": torch.where(compared, jensen_shannon(student, teacher), 0.0),
+        }
+        assert set(answer.dtype.names or ()) == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_allclose(answer[name], values.numpy(), rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(sample.old_log_probs, answer["student_log_prob"])
+        np.testing.assert_array_equal(sample.entropies, answer["student_entropy"])
 
 
 def test_a_servers_record_is_compared_by_its_classes(folders: dict[str, Path], teacher_folder: Path) -> None:
@@ -120,9 +114,9 @@ def test_a_servers_record_is_compared_by_its_classes(folders: dict[str, Path], t
         classes = torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], dim=1)
         record = torch.cat([top.values, rest[:, None]], dim=1)
         expected.append(torch.where(torch.from_numpy(sample.loss_mask), jensen_shannon(classes, record), 0.0))
-    found = trainer.ask(TokenStatistics(), samples)
+    found = trainer.ask(StudentTokens(divergence=True), samples)
     for place, values in enumerate(expected):
-        np.testing.assert_allclose(found[place][:, 2], values.numpy(), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(found[place]["divergence"], values.numpy(), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", ["sampled", "distribution"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from opd_megatron.questions import LogProbs
+from opd_megatron.questions import LogProbs, StudentTokens
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
@@ -148,3 +150,40 @@ def test_the_gradient_of_a_step_is_that_of_the_kl_to_the_target(
     expected = reference_gradients(student, loss)
     assert metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert_same_tensors(found, {name: expected[name] for name in found}, 2e-5)
+
+
+@pytest.mark.parametrize("case", ["arithmetic", "geometric", "three vocabularies"])
+def test_tokens_are_chosen_by_the_divergence_from_the_mixture(models: dict[str, Path], case: str) -> None:
+    """Where the mixture scored: the Jensen-Shannon divergence, at the temperature of the term."""
+    flags, names, definition = CASES[case]
+    frozen = {name: models[model] for name, model in names.items()}
+    teacher = frozen.pop("teacher")
+    trainer = make_trainer(
+        models["student"],
+        teacher=teacher,
+        further=frozen,
+        opd_more_teachers=tuple(map(str, frozen.values())),
+        opd_type="megatron",
+        opd_token_select="top",
+        opd_token_score="divergence",
+        **flags,
+        **WHOLE,
+    )
+    samples = make_samples(5, vocab_size=SHARED)
+    for name in names:
+        trainer.ask(LogProbs(name, keep_hidden=True), samples)
+    found = trainer.ask(StudentTokens(divergence=True), samples)
+    transformers = {name: load_reference(models[name]) for name in {*names.values(), "student"}}
+    shared = min(model.config.vocab_size for model in transformers.values())
+    for place, sample in enumerate(samples):
+        with torch.no_grad():
+            logits = {name: reference_logits(model, sample) for name, model in transformers.items()}
+        temperature = flags.get("opd_temperature", 1.0)
+        logs = {name: (rows_TV[:, :shared].double() / temperature).log_softmax(-1) for name, rows_TV in logits.items()}
+        student_TV, target_TV = logs["student"], definition(logs)
+        middle_TV = torch.logaddexp(student_TV, target_TV) - math.log(2)
+        sides = [(side_TV.exp() * (side_TV - middle_TV)).sum(-1) for side_TV in (student_TV, target_TV)]
+        assert sample.teacher_scores is not None
+        heard = torch.from_numpy(sample.loss_mask & sample.teacher_scores.valid_T)
+        expected_T = torch.where(heard, (sides[0] + sides[1]) / 2, 0.0)
+        np.testing.assert_allclose(found[place]["divergence"], expected_T.numpy(), rtol=0, atol=2e-5)

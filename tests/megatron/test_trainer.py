@@ -37,13 +37,6 @@ from tests.megatron.support import (
 )
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of another family, size and weights than any student here, but with the same vocabulary."""
-    config = tiny_config("llama", hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3)
-    return save_reference(tmp_path_factory.mktemp("teacher") / "model", config, seed=9)
-
-
 def _train(trainer: MegatronTrainer, samples: Sequence[Sample]) -> dict[str, float]:
     metrics = trainer.train(samples).metrics
     assert metrics is not None
@@ -221,6 +214,7 @@ def test_a_step_without_tokens_does_not_spoil_the_means(folders: dict[str, Path]
     flags = {"use_opd": True, "rollout_batch_size": 12}
     alone = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples[:6])
     both = _train(make_trainer(folders["qwen3"], **flags, global_batch_size=6), samples)
+    assert (alone.pop("train/skipped_steps"), both.pop("train/skipped_steps")) == (0, 1)
     assert both == pytest.approx(alone, rel=1e-6)
     assert all(np.isfinite(value) for value in both.values())
     # a rollout without any has none
@@ -297,6 +291,39 @@ def test_a_teacher_with_the_students_weights_has_no_distance(folders: dict[str, 
     metrics = _train(trainer, samples)
     assert metrics["opd/reverse_kl_exact"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["train/opd_advantage_abs_mean"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"use_distributed_optimizer": True, "bf16": True}, {"clip_grad": 0.0, "offload_optimizer": True}],
+    ids=lambda flags: "-".join(flags) or "plain",
+)
+def test_a_step_with_nothing_to_learn_moves_no_weight(folders: dict[str, Path], flags: dict[str, Any]) -> None:
+    """Momentum and weight decay would; the schedule counts the step, and the next one is what it would have been."""
+    flags = {"weight_decay": 0.1, "lr": 1e-2, "lr_decay_style": "linear", "num_rollouts": 5} | flags
+    nothing, unweighted = make_samples(5), make_samples(6)
+    for sample in nothing:
+        sample.loss_mask[:] = False
+    for sample in unweighted:
+        sample.advantages, sample.opd_weights = (np.zeros(sample.response_length, dtype=np.float32) for _ in range(2))
+    trainer = make_trainer(folders["qwen3"], use_opd=True, **flags)
+    first = _train(trainer, make_samples(4))
+    before = exported(trainer)
+    skipped = [_train(trainer, samples) for samples in (nothing, unweighted)]
+    assert_equal_tensors(exported(trainer), before)
+    last = _train(trainer, make_samples(7))
+    after = exported(trainer)
+    assert [found["train/skipped_steps"] for found in (first, *skipped, last)] == [0, 1, 1, 0]
+    assert [found["train/grad_norm"] for found in skipped] == [0, 0]
+    rates = [found["train/lr"] for found in (first, *skipped, last)]
+    assert rates == sorted(set(rates), reverse=True)
+
+    without = make_trainer(folders["qwen3"], use_opd=True, **flags)
+    _train(without, make_samples(4))
+    for _ in range(2):
+        without.scheduler.step(increment=1)
+    assert _train(without, make_samples(7)) == last
+    assert_equal_tensors(exported(without), after)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folders: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_megatron.megatron.vocab_head import kl_and_baseline, shard
+from opd_megatron.megatron.vocab_head import Side, shard, target_moments
 from tests.megatron.live_bytes import LiveBytes
 
 N, H, K, V, PADDED = 13, 6, 9, 11, 16
@@ -30,8 +30,8 @@ def test_moments_equal_the_dense_ones(
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(N, size, generator=generator) for size in (H, K))
     student_weight, teacher_weight = (torch.randn(PADDED, size, generator=generator) for size in (H, K))
-    kl_N, baseline_N = kl_and_baseline(
-        student, student_weight, teacher, teacher_weight, temperature=temperature, vocab_size=V, group=None
+    kl_N, baseline_N = target_moments(
+        student, student_weight, Side(teacher, teacher_weight), temperature=temperature, vocab_size=V, group=None
     )
     exact_kl_N, exact_baseline_N = dense(
         student @ student_weight[:V].t() / temperature, teacher @ teacher_weight[:V].t() / temperature
@@ -50,7 +50,7 @@ def test_memory_is_below_three_chunks_and_does_not_grow_with_tokens(monkeypatch:
     for tokens in (128, 512):
         rows = torch.randn(tokens, H)
         with LiveBytes() as counter:
-            kl_and_baseline(rows, weight, rows, weight, temperature=0.9, vocab_size=columns, group=None)
+            target_moments(rows, weight, Side(rows, weight), temperature=0.9, vocab_size=columns, group=None)
         peaks[tokens] = counter.peak
         assert 2 * 4 * chunk * columns < counter.peak <= 3 * 4 * chunk * columns
     # two results and a token's statistics of a chunk
@@ -60,8 +60,8 @@ def test_memory_is_below_three_chunks_and_does_not_grow_with_tokens(monkeypatch:
 def test_a_certain_student_has_a_finite_baseline() -> None:
     student = torch.tensor([[200.0, 0.0], [0.0, 0.0]])
     teacher = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    kl_N, baseline_N = kl_and_baseline(
-        student, torch.eye(2), teacher, torch.eye(2), temperature=1.0, vocab_size=2, group=None
+    kl_N, baseline_N = target_moments(
+        student, torch.eye(2), Side(teacher, torch.eye(2)), temperature=1.0, vocab_size=2, group=None
     )
     assert baseline_N.isfinite().all()
     torch.testing.assert_close(baseline_N, kl_N)

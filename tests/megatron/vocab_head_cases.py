@@ -168,8 +168,8 @@ def ours(problem: Problem, case: str, hidden: Tensor, weight: Tensor, group: dis
         return vocab_head.target_divergence(hidden, weight, target, divergence_of(name), **settings)[:, None]
     divergence = divergence_of(name)
     if kind == "full":
-        teacher = problem.teacher_Nk, problem.teacher_weight_Vk
-        return vocab_head.full_divergence(hidden, weight, *teacher, divergence, **settings)[:, None]
+        teacher = vocab_head.Side(problem.teacher_Nk, problem.teacher_weight_Vk)
+        return vocab_head.target_divergence(hidden, weight, teacher, divergence, **settings)[:, None]
     record = problem.ids_NK, problem.top_log_probs_NK, problem.tail_log_mass_N
     return vocab_head.record_divergence(hidden, weight, *record, divergence, **settings)[:, None]
 

@@ -44,3 +44,19 @@ def a_scalar(terms: PolicyTerms) -> Any:
 
 def badly_named(terms: PolicyTerms) -> Any:
     return terms.log_probs_N, {"mine": terms.log_probs_N}
+
+
+def beyond_float32(batch: RewardBatch, options: ObjectiveOptions) -> list[Tensor]:
+    return batch.spread(batch.rewards_B * 1e39)
+
+
+def nothing(*arguments: Any) -> None:
+    """What a function gives whose ``return`` was forgotten."""
+
+
+def a_loss_alone(terms: PolicyTerms) -> Any:
+    return terms.log_probs_N
+
+
+def detached(terms: PolicyTerms) -> Any:
+    return terms.log_probs_N.detach(), {}

@@ -19,6 +19,7 @@ from opd_megatron.objectives.estimators import ADVANTAGE_ESTIMATORS
 from opd_megatron.objectives.kl import KL_LOSSES
 from opd_megatron.objectives.policy_loss import POLICY_LOSSES
 from opd_megatron.objectives.returns import discounted_returns
+from opd_megatron.sample import LARGEST_REWARD
 
 ESTIMATORS = sorted(ADVANTAGE_ESTIMATORS)
 
@@ -46,12 +47,17 @@ def naive_group(rewards: list[float], group_indices: list[int], divide: bool) ->
     return out
 
 
-def naive_whiten(advantages: list[list[float]], masks: list[Tensor]) -> list[list[float]]:
+def naive_whiten(
+    advantages: list[list[float]], masks: list[Tensor], group_indices: list[int] | None = None
+) -> list[list[float]]:
+    """With ``group_indices``, of an estimator that compares samples: one that is alone counts, and has 0."""
     kept = [
         a for row, mask in zip(advantages, masks, strict=True) for a, m in zip(row, mask.tolist(), strict=True) if m
     ]
     mean, variance = statistics.fmean(kept), statistics.variance(kept)
-    return [[(a - mean) / math.sqrt(variance + 1e-8) for a in row] for row in advantages]
+    whitened = [[(a - mean) / math.sqrt(variance + 1e-8) for a in row] for row in advantages]
+    alone = [group_indices is not None and group_indices.count(index) == 1 for index in group_indices or whitened]
+    return [[0.0] * len(row) if lone else row for row, lone in zip(whitened, alone, strict=True)]
 
 
 def naive_returns(reward: float, mask: list[bool], kls: list[float], kl_coef: float, gamma: float) -> list[float]:
@@ -149,7 +155,7 @@ def test_grpo_with_uneven_interleaved_groups(divide: bool, whitened: bool) -> No
     options = ObjectiveOptions(disable_grpo_std_normalization=not divide, normalize_advantages=whitened)
     expected = spread(naive_group(rewards, groups, divide), masks)
     if whitened:
-        expected = naive_whiten(expected, masks)
+        expected = naive_whiten(expected, masks, groups)
     assert_advantages(task_advantages(options, rewards, groups, masks), expected, masks)
 
 
@@ -166,6 +172,18 @@ def test_a_group_of_one_has_advantage_zero() -> None:
         assert all((a == 0).all() for a in task_advantages(options, [1.0, 0.3, -2.0], [0, 1, 2], masks))
     mixed = task_advantages(ObjectiveOptions(), [5.0, 1.0, 0.0], [1, 0, 0], masks)
     assert [a.sign().tolist() for a in mixed] == [[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0]]
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if ADVANTAGE_ESTIMATORS[name].compares_samples])
+def test_whitening_says_nothing_of_a_sample_alone(estimator: str) -> None:
+    """Lengths 1 and 3 of the others make a mean other than 0, which whitening subtracts of every token."""
+    masks = [torch.ones(length, dtype=torch.bool) for length in (2, 1, 3)]
+    options = ObjectiveOptions(advantage_estimator=estimator, normalize_advantages=True)
+    got = task_advantages(options, [5.0, 1.0, 0.0], [0, 1, 1], masks)
+    assert got[0].tolist() == [0.0, 0.0]
+    assert got[1].item() > 0 > got[2][0]
+    if estimator == "reinforce_plus_plus_baseline":  # 0, 0, 1/2, -1/2, -1/2, -1/2 whitened: the sample alone counts
+        assert got[1].item() == pytest.approx((0.5 + 1 / 6) / math.sqrt((1 - 1 / 6) / 5 + 1e-8))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
@@ -212,7 +230,7 @@ def test_discounted_returns_of_any_length(length: int) -> None:
 def test_reinforce_plus_plus_baseline() -> None:
     rewards, groups, masks = random_rollout(4)
     options = ObjectiveOptions(advantage_estimator="reinforce_plus_plus_baseline", normalize_advantages=True)
-    expected = naive_whiten(spread(naive_group(rewards, groups, divide=False), masks), masks)
+    expected = naive_whiten(spread(naive_group(rewards, groups, divide=False), masks), masks, groups)
     assert_advantages(task_advantages(options, rewards, groups, masks), expected, masks)
 
 
@@ -272,6 +290,25 @@ def test_whitening_uses_unmasked_tokens_only() -> None:
     masks = [torch.tensor([True, False, True]), torch.tensor([True])]
     first, second = whiten(advantages, masks)
     torch.testing.assert_close(torch.cat([first, second]), torch.tensor([-1.0, 0.0, 0.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "opo", "gpg", "reinforce_plus_plus", "ppo"])
+def test_no_reward_that_is_let_through_is_too_large_for_the_statistics(estimator: str, whitened: bool) -> None:
+    """Of the size of the largest float32 the advantages are those of rewards of size 1, rescaled or normalised."""
+    rewards, groups = [-1.0, 1.0, 0.25, 0.5, 0.0], [0, 0, 1, 1, 1]
+    masks = [torch.ones(2, dtype=torch.bool)] * 5
+    options = ObjectiveOptions(advantage_estimator=estimator, normalize_advantages=whitened)
+    large = LARGEST_REWARD / 4
+    small_A, large_A = (
+        torch.cat(
+            task_advantages(options, [size * r for r in rewards], groups, masks, values=[torch.zeros(2)] * 5)
+        ).double()
+        for size in (1.0, large)
+    )
+    scale = 1.0 if whitened or estimator in ("grpo", "reinforce_plus_plus") else large
+    torch.testing.assert_close(large_A / scale, small_A, rtol=1e-5, atol=1e-6)
+    assert (small_A != 0).any()
 
 
 def test_faults_name_what_is_wrong() -> None:

@@ -12,7 +12,6 @@ from opd_megatron.objectives import diagnostics
 from opd_megatron.objectives.diagnostics import (
     clustered_mean,
     distillation_statistics,
-    effective_sample_share,
     outcome_statistics,
     position_quarters,
     rank_quarters,
@@ -109,13 +108,6 @@ def test_quarters() -> None:
     assert position_quarters(0).tolist() == []
     values = torch.tensor([5.0, 1.0, 3.0, 3.0, 9.0, 0.0, 7.0, 2.0])
     assert rank_quarters(values).tolist() == [2, 0, 1, 2, 3, 0, 3, 1]
-
-
-def test_effective_samples() -> None:
-    assert effective_sample_share(torch.zeros(9, dtype=torch.float64)) == 1.0
-    one_of_many = torch.tensor([0.0] * 9 + [19.0], dtype=torch.float64)
-    assert effective_sample_share(one_of_many) == pytest.approx(0.1, rel=1e-6)
-    assert math.isnan(effective_sample_share(torch.zeros(0)))
 
 
 def test_repetition() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_megatron.config.options import ObjectiveOptions
+from opd_megatron.config.options import ObjectiveOptions, OpdOptions
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.objectives.weights import token_loss_weights
@@ -35,6 +35,7 @@ def gradient(
     engine: Policy | None = None,
     teacher: Policy | None = None,
     weights_ST: Tensor | None = None,
+    opd: OpdOptions = OpdOptions(),  # noqa: B008 - frozen
 ) -> Tensor:
     """Of the loss in expectation over the sampler's responses; a response counts with the sum over its tokens."""
     mask_ST = LANGUAGE.mask_ST
@@ -49,7 +50,7 @@ def gradient(
         rollout_log_probs_N=None if engine is None else engine.log_probs_ST().detach().flatten(),
         teacher_log_probs_N=None if teacher is None else teacher.log_probs_ST().detach().flatten(),
     )
-    return student.gradient(policy_objective(inputs, objective, None if teacher is None else 1.0)[0])
+    return student.gradient(policy_objective(inputs, objective, None if teacher is None else 1.0, opd)[0])
 
 
 @pytest.fixture
@@ -160,6 +161,91 @@ def test_token_weights_correct_the_token_and_leave_the_prefix(
     biased = -student.gradient((weights_ST * student.log_probs_ST()).sum())
     torch.testing.assert_close(got, biased, **EXACT)
     assert relative_error(biased, exact) > 0.02
+
+
+OF_SAMPLES = {
+    "sampled": OpdOptions(),
+    "importance": OpdOptions(opd_importance=True),
+    **{kind: OpdOptions(opd_loss="kl_loss", opd_kl_loss_type=kind) for kind in ("k1", "k2", "k3")},
+}
+
+
+@pytest.mark.parametrize("form", OF_SAMPLES)
+def test_importance_weights_bring_every_term_of_sampled_tokens_to_the_students_law(student: Policy, form: str) -> None:
+    """The engine samples, the old policy is the trainer's before the rollout's first step; no ratio is out of bounds.
+
+    Weights of responses leave nothing of the engine, those of tokens its prefixes. OPSM has no say in a loss.
+    """
+    old, teacher, opd = student.near(5, 0.3), Policy(LANGUAGE, 7), OF_SAMPLES[form]
+    engine = old.near(6, 0.4)
+    zeros_ST = torch.zeros(len(LANGUAGE), LANGUAGE.length, dtype=torch.float64)
+    exact = gradient(student, UNCLIPPED, old, zeros_ST, old=old, teacher=teacher, opd=opd)
+    models = {"old": old, "engine": engine, "teacher": teacher, "opd": opd}
+    weighed = replace(UNCLIPPED, use_tis=True, tis_level="sequence", tis_clip=1e8)
+    torch.testing.assert_close(gradient(student, weighed, engine, zeros_ST, **models), exact, **EXACT)
+    assert relative_error(gradient(student, UNCLIPPED, engine, zeros_ST, **models), exact) > 0.05
+    by_token = replace(weighed, tis_level="token")
+    found = gradient(student, by_token, engine, zeros_ST, **models)
+    if form == "sampled":  # whose d is that of the old policy
+        assert relative_error(found, exact) > 0.01
+        return
+    log_student_STV = student.all_log_probs_STV()
+    kl_ST = (log_student_STV.exp() * (log_student_STV - teacher.all_log_probs_STV().detach())).sum(-1)
+    at_engines_prefixes = student.gradient((engine.probs_S().detach()[:, None] * LANGUAGE.mask_ST * kl_ST).sum())
+    torch.testing.assert_close(found, at_engines_prefixes, **EXACT)
+    masked = gradient(student, replace(by_token, use_opsm=True, opsm_delta=0.0), engine, zeros_ST, **models)
+    torch.testing.assert_close(masked, found, **EXACT)
+
+
+def test_icepop_is_the_surrogate_of_the_tokens_within_the_bounds(
+    student: Policy, sampler: Policy, token_advantages_ST: Tensor
+) -> None:
+    """The engine's prefixes, the trainer's token; tokens on which the two disagree are no longer summed over."""
+    objective = replace(UNCLIPPED, use_tis=True, tis_mode="mask", tis_clip_low=0.8, tis_clip=1.25)
+    got = gradient(student, objective, sampler, token_advantages_ST, old=student, engine=sampler)
+    probs_ST = sampler.probs_S().detach()[:, None] * LANGUAGE.mask_ST
+    ratio_ST = (student.log_probs_ST() - sampler.log_probs_ST().detach()).exp()
+    inside_ST = (ratio_ST >= 0.8) & (ratio_ST <= 1.25)
+    terms_ST = probs_ST * ratio_ST * token_advantages_ST
+    torch.testing.assert_close(got, -student.gradient(terms_ST[inside_ST].sum()), **EXACT)
+    bias = got + student.gradient(terms_ST.sum())
+    torch.testing.assert_close(bias, student.gradient(terms_ST[~inside_ST].sum()), **EXACT)
+    assert bias.norm() > 0.02 * got.norm()
+
+
+def test_opsm_leaves_out_no_more_than_the_push_away_from_abandoned_responses(
+    student: Policy, sampler: Policy, token_advantages_ST: Tensor
+) -> None:
+    """Its bias is the surrogate of tokens of negative advantage in responses that have become improbable."""
+    objective = replace(UNCLIPPED, use_opsm=True, opsm_delta=0.05)
+    ratio_ST = (student.log_probs_ST() - sampler.log_probs_ST().detach()).exp()
+    drift_S = (sampler.log_probs_ST() - student.log_probs_ST()).sum(1) / LANGUAGE.mask_ST.sum(1)
+    left_out_ST = (token_advantages_ST < 0) & (drift_S > 0.05)[:, None]
+    probs_ST = sampler.probs_S().detach()[:, None] * LANGUAGE.mask_ST
+    terms_ST = probs_ST * ratio_ST * token_advantages_ST
+    got = gradient(student, objective, sampler, token_advantages_ST)
+    torch.testing.assert_close(got, -student.gradient(terms_ST[~left_out_ST].sum()), **EXACT)
+    plain = gradient(student, UNCLIPPED, sampler, token_advantages_ST)
+    torch.testing.assert_close(got - plain, student.gradient(terms_ST[left_out_ST].sum()), **EXACT)
+    assert relative_error(got, plain) > 0.02
+    on_policy = gradient(student, objective, student, token_advantages_ST)
+    torch.testing.assert_close(on_policy, gradient(student, UNCLIPPED, student, token_advantages_ST), **EXACT)
+
+
+def test_dual_clip_has_the_gradient_of_the_bounded_surrogate(student: Policy, token_advantages_ST: Tensor) -> None:
+    """``max(min(r A, clip(r) A), c A)`` where A < 0: what has become c times as probable pushes no more."""
+    sampler = student.near(4, 0.8)
+    ratio_ST = (student.log_probs_ST() - sampler.log_probs_ST().detach()).exp()
+    clipped_ST = torch.minimum(ratio_ST * token_advantages_ST, ratio_ST.clamp(0.8, 1.2) * token_advantages_ST)
+    bounded_ST = torch.where(token_advantages_ST < 0, torch.maximum(clipped_ST, 1.5 * token_advantages_ST), clipped_ST)
+    probs_ST = sampler.probs_S().detach()[:, None] * LANGUAGE.mask_ST
+    got = gradient(student, ObjectiveOptions(eps_clip_c=1.5), sampler, token_advantages_ST)
+    torch.testing.assert_close(got, -student.gradient((probs_ST * bounded_ST).sum()), **EXACT)
+    plain = gradient(student, ObjectiveOptions(), sampler, token_advantages_ST)
+    beyond_ST = (token_advantages_ST < 0) & (ratio_ST > 1.5)
+    left_out = student.gradient((probs_ST * ratio_ST * token_advantages_ST)[beyond_ST].sum())
+    torch.testing.assert_close(got - plain, left_out, **EXACT)
+    assert relative_error(got, plain) > 0.02
 
 
 def test_only_a_constant_divisor_leaves_the_expected_gradient(student: Policy) -> None:

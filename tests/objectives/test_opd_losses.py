@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from opd_megatron.config.options import ObjectiveOptions, OpdOptions
-from opd_megatron.objectives.distribution import DIVERGENCES, chosen_divergence, mixing_weight, opd_coefficient
+from opd_megatron.objectives.distribution import (
+    DIVERGENCES,
+    chosen_divergence,
+    jsd_beta,
+    mixing_weight,
+    opd_coefficient,
+)
 from opd_megatron.objectives.divergences import forward_kl, reverse_kl
 from opd_megatron.objectives.losses import PolicyInputs, policy_objective
 from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdTerms
 from opd_megatron.objectives.sequences import Sequences
+from tests.objectives.enumeration import Language, Policy, relative_error
 
 PREFIXES, V = 5, 6
 
@@ -111,6 +118,29 @@ def test_given_tokens_say_nothing_but_where_distributions_are_compared(logits_PV
     assert off["sampled"] > 0.1
 
 
+def test_at_the_teachers_samples_forward_kl_is_the_likelihood_of_its_responses() -> None:
+    """Summed over all responses of the teacher, ended or cut: what is cut says nothing of an end behind it."""
+    language = Language(vocabulary=3, length=3, end=2)
+    student, teacher = Policy(language, seed=1), Policy(language, seed=2, scale=2.0)
+    log_STV, taught_STV = student.all_log_probs_STV(), teacher.all_log_probs_STV().detach()
+    log_NV, taught_NV = log_STV[language.mask_ST], taught_STV[language.mask_ST]
+    terms = OpdTerms(
+        log_probs_N=log_NV[:, 0],
+        old_log_probs_N=log_NV[:, 0].detach(),
+        teacher_log_probs_N=taught_NV[:, 0],
+        scored_N=torch.ones(len(log_NV), dtype=torch.bool),
+        options=OpdOptions(opd_loss="distribution"),
+        divergence_N=(taught_NV.exp() * (taught_NV - log_NV)).sum(-1),
+    )
+    loss_N = OPD_LOSSES["distribution"](terms).loss_N
+    assert loss_N is not None
+    of_teacher_S = teacher.probs_S().detach()
+    weights_N = of_teacher_S[:, None].expand(language.mask_ST.shape)[language.mask_ST]
+    likelihood = (of_teacher_S * student.log_probs_ST().sum(1)).sum()
+    found, expected = student.gradient((weights_N * loss_N).sum()), student.gradient(-likelihood)
+    assert relative_error(found, expected) < 1e-12
+
+
 def test_unscored_positions_of_a_distribution_are_nothing_even_where_they_are_nan() -> None:
     divergence_N = torch.tensor([1.0, math.nan], requires_grad=True)
     zeros_N = torch.zeros(2)
@@ -146,6 +176,24 @@ def test_a_schedule_leads_from_one_divergence_to_the_other(logits_PV: Tensor, te
         torch.testing.assert_close(value(options, rollout, student_PV, teacher_PV), expected)
     mixed = OpdOptions(opd_divergence="forward_kl", opd_divergence_to="reverse_kl", opd_divergence_mix=0.25)
     torch.testing.assert_close(value(mixed, 7, student_PV, teacher_PV), 0.75 * forward + 0.25 * reverse)
+
+
+def test_beta_leads_from_one_kl_to_the_other_without_a_jump(logits_PV: Tensor, teacher_PV: Tensor) -> None:
+    student_PV = logits_PV.detach().log_softmax(-1)
+    forward, reverse = (kind(student_PV, teacher_PV)[0].sum() for kind in (forward_kl, reverse_kl))
+    options = OpdOptions(
+        opd_divergence="jsd", opd_jsd_scaled=True, opd_jsd_beta=0.0, opd_jsd_beta_end=1.0,
+        opd_divergence_schedule="10:1010",
+    )  # fmt: skip
+    assert [jsd_beta(options, rollout) for rollout in (0, 10, 260, 1010, 2000)] == [0.0, 0.0, 0.25, 1.0, 1.0]
+    for rollout, expected in ((3, forward), (10, forward), (1010, reverse), (5000, reverse)):
+        torch.testing.assert_close(value(options, rollout, student_PV, teacher_PV), expected)
+    middle = OpdOptions(opd_divergence="jsd", opd_jsd_beta=0.25, opd_jsd_scaled=True)
+    expected = value(middle, 0, student_PV, teacher_PV)
+    torch.testing.assert_close(value(options, 260, student_PV, teacher_PV), expected)
+    along = torch.stack([value(options, rollout, student_PV, teacher_PV) for rollout in range(5, 1015)])
+    assert along.diff().abs().max() < 0.01 * forward  # unscaled it would fall to 0 at both ends and jump there
+    assert jsd_beta(OpdOptions(opd_jsd_beta=0.3), 7) == 0.3
 
 
 def test_the_coefficient_moves_along_a_line() -> None:

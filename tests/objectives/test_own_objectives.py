@@ -66,6 +66,8 @@ def test_an_estimator_of_ones_own_is_normalised_and_masked_like_all_others() -> 
         ("too_few", "too_few: 2 advantages for 3 samples"),
         ("too_long", r"too_long: advantages of shape \(3,\) for the 2 tokens of sample 0"),
         ("not_finite", "not_finite: the advantages of sample 0 are not finite"),
+        ("beyond_float32", "beyond_float32: the advantages of sample 0 are not finite"),
+        ("nothing", "nothing: returned a NoneType, not one tensor of numbers for each sample"),
         ("missing", "has no missing"),
     ],
 )
@@ -90,6 +92,9 @@ def test_a_loss_of_ones_own_is_weighted_and_reported_like_all_others() -> None:
     ("function", "message"),
     [
         ("a_scalar", "a_scalar: loss is not a tensor of the 28 positions"),
+        ("nothing", "nothing: returned a NoneType, not a loss and a mapping of metrics"),
+        ("a_loss_alone", "a_loss_alone: returned a Tensor, not a loss and a mapping of metrics"),
+        ("detached", "detached: the loss has no gradient"),
         ("badly_named", "badly_named: names of metrics begin with train/"),
         ("missing", "has no missing"),
     ],

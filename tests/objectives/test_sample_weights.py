@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from opd_megatron.objectives.sample_weights import (
     counted_samples,
-    effective_share,
     group_means,
     group_numbers,
     paced_weights,
@@ -109,10 +108,3 @@ def test_masks_leave_out_what_they_name() -> None:
     assert counted(mask_truncated=True) == [True, False, False, True]
     assert counted(longest=9) == [True, True, True, False]
     assert counted(on="incorrect", mask_truncated=True, longest=9) == [False] * 4
-
-
-def test_the_effective_share_is_one_for_equal_weights_and_k_over_n_for_k_of_them() -> None:
-    assert effective_share(torch.full((5,), 0.3)) == pytest.approx(1.0)
-    assert effective_share(torch.tensor([2.0, 2.0, 0.0, 0.0, 0.0])) == pytest.approx(0.4)
-    assert effective_share(torch.zeros(3)) == 0.0
-    assert math.isnan(effective_share(torch.zeros(0)))

@@ -26,17 +26,20 @@ def healthy(step: int, random: np.random.Generator) -> Line:
         "rollout/response_length_mean": 40 + 6 * way + random.normal(),
         "train/opd_advantage_abs_mean": 0.5 * (1 - 0.8 * way),
         "train/task_advantage_abs_mean": 0.7,
+        "rollout/repetition": 0.15 + 0.01 * random.normal(),
     }
+    if step % 7:  # in the others all samples are correct, or none
+        line |= {
+            "opd/reverse_kl_correct": 0.3 + 0.02 * random.normal(),
+            "opd/reverse_kl_correct_se": 0.02,
+            "opd/reverse_kl_incorrect": 0.3 + 0.02 * random.normal(),
+            "opd/reverse_kl_incorrect_se": 0.02,
+        }
     if step % 5 == 0:
         line |= {
             "opd/student_entropy": 0.6 * 0.04**way,
             "opd/teacher_entropy": 0.3 * 0.04**way,
-            "opd/reverse_kl_correct": 0.1 + 0.01 * random.normal(),
-            "opd/reverse_kl_correct_se": 0.02,
-            "opd/reverse_kl_incorrect": 0.3,
-            "opd/reverse_kl_incorrect_se": 0.02,
             "train/opd_grad_share": 0.4,
-            "rollout/repetition": 0.15 + 0.01 * random.normal(),
         }
     return line
 
@@ -63,7 +66,7 @@ def unlearned(step: int) -> Line:
 
 
 def against_task(step: int) -> Line:
-    return {"opd/reverse_kl_correct": 0.5} if step % 5 == 0 else {}
+    return {"opd/reverse_kl_correct": 0.36}
 
 
 def ineffective(step: int) -> Line:
@@ -83,7 +86,7 @@ def shorter(step: int) -> Line:
 
 
 def looping(step: int) -> Line:
-    return {"rollout/repetition": 0.1 + 0.01 * step} if step % 5 == 0 else {}
+    return {"rollout/repetition": 0.1 + 0.01 * step}
 
 
 PATTERNS: dict[str, tuple[Callable[[int], Line], str]] = {

@@ -9,10 +9,9 @@ import numpy as np
 
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs, TokenDiagnostics
-from opd_megatron.sample import TeacherScores
+from opd_megatron.questions import StudentTokens
 from tests.megatron.support import make_samples, make_spec
-from tests.parallel.work import _everywhere
+from tests.parallel.work import hear_teacher
 
 SETTINGS: dict[str, Any] = {
     "use_opd": True,
@@ -30,10 +29,8 @@ def diagnostics(
     """What was measured at each token and of the gradient before a step, and the metrics of the step after it."""
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **SETTINGS, **flags), rendezvous)
     samples = make_samples(0)
-    scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
-    for place, sample in enumerate(samples):
-        sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
-    tokens = trainer.ask(TokenDiagnostics(), samples)
+    hear_teacher(trainer, samples)
+    tokens = trainer.ask(StudentTokens(diagnostics=True), samples)
     gradient = trainer.gradient_diagnostics(samples, 0)
     plain = {place: {name: array[name] for name in array.dtype.names or ()} for place, array in tokens.items()}
     return plain, gradient, trainer.train(samples).metrics or {}

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs
-from opd_megatron.sample import TeacherScores
 from tests.megatron.support import GRADIENT_FLAGS, make_samples, make_spec, step_gradients
-from tests.parallel.work import _everywhere
+from tests.parallel.work import hear_teacher
 
 TARGETS: dict[str, dict[str, Any]] = {
     "geometric, extrapolated": {"opd_teacher_mixture": "geometric", "opd_reward_scale": 1.5},
@@ -40,7 +38,5 @@ def gradients(
     )
     trainer, samples = MegatronTrainer(spec, rendezvous), make_samples(1)
     for name in ("teacher", "teacher_2", "reference"):
-        scores = _everywhere(trainer.ask(LogProbs(name, keep_hidden=True), samples))
-    for place, sample in enumerate(samples):
-        sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
+        hear_teacher(trainer, samples, name)
     return step_gradients(trainer, samples)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.megatron.support import save_reference, tiny_config
+from tests.megatron.support import assert_equal_tensors, save_reference, tiny_config
 from tests.parallel import work
 from tests.parallel.pool import WorkerPool
 from tests.parallel.test_layouts import LAYOUTS, assert_same_metrics, reporting
@@ -127,6 +128,15 @@ def test_an_output_weight_from_another_layout_lies_on_the_host_once(
     rows = 56 // len(holders)
     held = two.run(work.brought_head_bytes, folders["qwen3"], flags, folders["teacher"])
     assert held == [rows * 48 * 4 if rank in holders else 0 for rank in range(2)]
+
+
+@pytest.mark.parametrize("layouts", ["tp2-sp", "teacher pp2, student tp2", "teacher tp2, student pp2"])
+def test_a_teacher_is_given_away_as_it_was_stored(two: WorkerPool, folders: dict[str, Path], layouts: str) -> None:
+    """For the engine in which it answers: whole tensors on the first rank, whatever its layout, also from the host."""
+    flags = ON_TWO.get(layouts) or LAYOUTS[layouts]
+    found, nothing = two.run(work.exported_teacher, folders["qwen3"], flags, folders["teacher"])
+    assert_equal_tensors(found, load_file(folders["teacher"] / "model.safetensors"))
+    assert not nothing
 
 
 @pytest.mark.parametrize("held", [{}, {(0, 0): 2}, {(0, 0): 2, (1, 0): 3}], ids=len)

@@ -79,10 +79,11 @@ def _transformers_voice(folder: Path) -> list[tuple[np.ndarray, torch.Tensor]]:
 
 
 def check_voices(parts: list[dict[str, Any]], folder: Path) -> None:
-    """Logits and log-probabilities are those of transformers, and the export is what was loaded."""
-    log_probs, logits = (merged([part[name] for part in parts]) for name in ("log_probs", "logits"))
+    """Logits, log-probabilities and likeliest tokens are those of transformers, and the export is what was loaded."""
+    log_probs, logits, top_ids = (merged([part[name] for part in parts]) for name in ("log_probs", "logits", "top_ids"))
     for place, (expected, expected_logits) in enumerate(_transformers_voice(folder)):
         np.testing.assert_allclose(log_probs[place], expected, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(top_ids[place], expected_logits.topk(work.TOP).indices)
         if len(expected):
             assert relative_error(torch.from_numpy(logits[place]), expected_logits) <= 1e-5
     assert_equal_tensors(parts[0]["exported"], load_file(folder / "model.safetensors"))
@@ -129,6 +130,16 @@ def test_the_first_ten_losses_are_the_same(
     expected = alone(work.losses, folders[family], (), loss)
     assert len({round(metrics["train/loss"], 3) for metrics in expected}) > 5
     assert_same_metrics(found, expected, 1e-5)
+
+
+def test_all_ranks_leave_out_a_step_with_nothing_to_learn(
+    two: WorkerPool, alone: Alone, folders: dict[str, Path], layout: str
+) -> None:
+    parts = two.run(work.nothing_to_learn, folders["qwen3"], LAYOUTS[layout])
+    expected, _ = alone(work.nothing_to_learn, folders["qwen3"], ())
+    assert [metrics["train/skipped_steps"] for metrics in expected] == [0, 1, 0]
+    assert_same_metrics(reporting([metrics for metrics, _ in parts]), expected, 1e-5)
+    assert [moved for _, moved in parts] == [[], []]
 
 
 def test_distillation_from_a_megatron_teacher_is_the_same(

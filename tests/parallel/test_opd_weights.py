@@ -22,9 +22,9 @@ def test_chosen_tokens_and_their_loss_are_the_same(
     """Packed on the left, padded sequences of a single process on the right, in micro-batches of another size."""
     parts = two.run(work.chosen_tokens, folders["qwen3"], LAYOUTS[name], folders["teacher"])
     plain = (("qkv_format", "bshd"), ("micro_batch_size", 5))
-    statistics, metrics, gradients = alone(work.chosen_tokens, folders["qwen3"], plain, folders["teacher"])
+    answers, metrics, gradients = alone(work.chosen_tokens, folders["qwen3"], plain, folders["teacher"])
     for part in parts:
-        for mine, theirs in zip(part[0], statistics, strict=True):
+        for mine, theirs in zip(part[0], answers, strict=True):
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-5)
     assert metrics["train/opd_divergence"] > 0.1
     assert_same_tensors(parts[0][2], gradients, 1e-4)

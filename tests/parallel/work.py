@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from opd_megatron.megatron.checkpoint import load_weights, save_checkpoint
 from opd_megatron.megatron.distributed import Rendezvous
 from opd_megatron.megatron.exchange import exchange
 from opd_megatron.megatron.trainer import MegatronTrainer
-from opd_megatron.questions import LogProbs, TokenStatistics
-from opd_megatron.sample import TeacherScores
+from opd_megatron.questions import LogProbs, StudentTokens, TopIds
+from opd_megatron.sample import Sample, TeacherScores
 from tests.megatron.support import (
     GRADIENT_FLAGS,
     VOCAB_SIZE,
@@ -43,6 +44,8 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 TRAINING: dict[str, Any] = {"lr": 2e-3, "lr_warmup_iters": 3, "lr_decay_style": "cosine", "num_rollouts": 12}
 STEPS = 10
+TOP = 3
+"""How many of the student's likeliest tokens are asked for."""
 
 
 def _trainer(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> MegatronTrainer:
@@ -55,6 +58,7 @@ def voices(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]) -> dict[
     samples = make_samples(0)
     return {
         "log_probs": trainer.ask(LogProbs("student"), samples),
+        "top_ids": trainer.ask(TopIds(TOP), samples),
         "logits": logits(trainer, samples) if parallel_state.is_pipeline_last_stage() else _join_in(trainer),
         "exported": exported(trainer),
     }
@@ -83,11 +87,18 @@ def whole_responses(
 def step_and_scores(
     rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, Tensor], dict[int, Any]]:
-    """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it."""
+    """Metrics and gradients of a step at a temperature other than 1, and the log-probabilities before it.
+
+    Every token has a weight of its own in the distillation term, a fifth of them 0.
+    """
     terms: dict[str, Any] = {"entropy_coef": 0.01, "rollout_temperature": 0.8, "calculate_per_token_loss": True}
     trainer = _trainer(rendezvous, folder, flags | LOSSES["opd"] | GRADIENT_FLAGS | terms)
+    samples, random = make_samples(1), np.random.default_rng(5)
+    for sample in samples:
+        sample.opd_weights = random.uniform(0, 2, sample.response_length).astype(np.float32)
+        sample.opd_weights[random.random(sample.response_length) < 0.2] = 0
     scores = trainer.ask(LogProbs("student"), make_samples(1))
-    return *step_gradients(trainer, make_samples(1)), scores
+    return *step_gradients(trainer, samples), scores
 
 
 def losses(
@@ -96,6 +107,21 @@ def losses(
     """Metrics of the first steps on recorded rollouts."""
     trainer = _trainer(rendezvous, folder, TRAINING | flags | LOSSES[loss])
     return [trainer.train(make_samples(number)).metrics or {} for number in range(steps)]
+
+
+def nothing_to_learn(
+    rendezvous: Rendezvous, folder: Path, flags: dict[str, Any]
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Metrics of three steps, of which the second has no gradient, and the weights that this step moved."""
+    trainer = _trainer(rendezvous, folder, TRAINING | flags)
+    unrewarded = make_samples(1)
+    for sample in unrewarded:
+        sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
+    metrics = [trainer.train(make_samples(0)).metrics or {}]
+    before = exported(trainer)
+    metrics.append(trainer.train(unrewarded).metrics or {})
+    moved = [name for name, tensor in exported(trainer).items() if not torch.equal(tensor, before[name])]
+    return [*metrics, trainer.train(make_samples(2)).metrics or {}], moved
 
 
 def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> list[dict[str, float]]:
@@ -114,11 +140,8 @@ def distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], te
     found = []
     for number in range(3):
         samples = make_samples(number)
-        scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
-        old = _everywhere(trainer.ask(LogProbs("student"), samples))
-        for place, sample in enumerate(samples):
-            sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
-            sample.old_log_probs = old[place]
+        hear_teacher(trainer, samples)
+        remember(trainer, samples)
         found.append(trainer.train(samples).metrics or {})
     return found
 
@@ -133,14 +156,11 @@ def self_distillation(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any
         samples, random = make_samples(number), np.random.default_rng(number)
         for sample in samples:
             sample.teacher_prompt_tokens = random.integers(0, VOCAB_SIZE, int(random.integers(1, 20)))
-        scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
-        old = _everywhere(trainer.ask(LogProbs("student"), samples))
-        for place, sample in enumerate(samples):
-            sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
-            sample.old_log_probs = old[place]
+        scores = hear_teacher(trainer, samples)
+        remember(trainer, samples)
         found.append(trainer.train(samples).metrics or {})
         if found[-1]:
-            found[-1]["scores"] = sum(float(scores[place].sum()) for place in scores)
+            found[-1]["scores"] = sum(float(scores_T.sum()) for scores_T in scores)
     return found
 
 
@@ -159,16 +179,15 @@ def chosen_tokens(
     }
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, **flags | settings | GRADIENT_FLAGS), rendezvous)
     samples = make_samples(1)
-    scores = _everywhere(trainer.ask(LogProbs("teacher", keep_hidden=True), samples))
-    statistics = _everywhere(trainer.ask(TokenStatistics(), samples))
-    known = [statistics[place] for place in range(len(samples))]
+    hear_teacher(trainer, samples)
+    answers = _everywhere(trainer.ask(StudentTokens(divergence=True), samples))
+    known = [answers[place] for place in range(len(samples))]
     for place, sample in enumerate(samples):
-        sample.teacher_scores = TeacherScores(log_probs_T=scores[place])
         sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
-        sample.old_log_probs, sample.entropies = known[place][:, 0], known[place][:, 1]
+        sample.old_log_probs, sample.entropies = known[place]["student_log_prob"], known[place]["student_entropy"]
     OpdWeighting(trainer.options, ()).apply(samples, 0, known)
     metrics, found = step_gradients(trainer, samples)
-    return known, metrics, found
+    return [np.array(answer.tolist()) for answer in known], metrics, found
 
 
 def own_groups(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> bool:
@@ -184,10 +203,16 @@ def brought_head_bytes(rendezvous: Rendezvous, folder: Path, flags: dict[str, An
     trainer = MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
     for number in range(2):
         trainer.ask(LogProbs("teacher", keep_hidden=True), make_samples(number))
-    rows = trainer._kept_rows["teacher"]
-    held = [rows._weight_Vh, *trainer.frozen["teacher"]._brought_head]
+    rows = trainer.scorers.kept_rows["teacher"]
+    held = [rows._weight_Vh, *trainer.scorers.frozen["teacher"]._brought_head]
     storages = {tensor.data_ptr(): tensor.nbytes for tensor in held if tensor is not None}
     return sum(storages.values())
+
+
+def exported_teacher(rendezvous: Rendezvous, folder: Path, flags: dict[str, Any], teacher: Path) -> dict[str, Tensor]:
+    """What each rank gets of the teacher's weights before it scored anything."""
+    trainer = MegatronTrainer(make_spec(folder, teacher=teacher, use_opd=True, **flags), rendezvous)
+    return dict(trainer.export_weights("teacher"))
 
 
 def exchange_of_missing(rendezvous: Rendezvous, held: dict[tuple[int, int], int]) -> str:
@@ -199,6 +224,21 @@ def exchange_of_missing(rendezvous: Rendezvous, held: dict[tuple[int, int], int]
     except ValueError as error:
         return str(error)
     return "nothing was wrong"
+
+
+def hear_teacher(trainer: MegatronTrainer, samples: Sequence[Sample], name: str = "teacher") -> list[np.ndarray]:
+    """Give the samples the scores of a frozen model, whose hidden rows are kept; the log-probabilities."""
+    found = _everywhere(trainer.ask(LogProbs(name, keep_hidden=True), samples))
+    for place, sample in enumerate(samples):
+        sample.teacher_scores = TeacherScores(log_probs_T=found[place])
+    return [found[place] for place in range(len(samples))]
+
+
+def remember(trainer: MegatronTrainer, samples: Sequence[Sample]) -> None:
+    """Give the samples the log-probabilities before the step."""
+    old = _everywhere(trainer.ask(LogProbs("student"), samples))
+    for place, sample in enumerate(samples):
+        sample.old_log_probs = old[place]
 
 
 def _everywhere(part: dict[int, Any]) -> dict[int, Any]:

@@ -200,7 +200,7 @@ def test_a_batch_that_raises_fails_all_its_samples() -> None:
     assert all(sample.reward_error == "KeyError: 'judge'" for sample in group)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1.0", [1.0, 2.0], {}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, -1e300, None, "1.0", [1.0, 2.0], {}])
 def test_a_value_that_is_no_finite_number_is_an_error(value: Any) -> None:
     group = samples("a")
     group[0].metadata = {"value": value}

@@ -131,7 +131,7 @@ def test_what_a_custom_function_returns_is_checked(
     engine: LocalEngine, tokenizer: Any, name: str, message: str
 ) -> None:
     options = _options(custom_generate_function_path=f"tests.rollout.records:{name}")
-    with pytest.raises(ValueError, match=f"{name}, {message}"):
+    with pytest.raises(RunError, match=f"{name}, {message}"):
         RolloutGenerator(engine, tokenizer, options).generate(RECORDS, 0)
 
 

@@ -19,7 +19,7 @@ from opd_megatron.sample import Sample, read_samples
 from tests.e2e.support import base_arguments, make_model, run_training, write_prompts
 from tests.sglang import faults
 from tests.sglang.conftest import Served
-from tests.sglang.proxy import FaultProxy, Plan, Recording, at_random, no_fault, whenever
+from tests.sglang.proxy import Fault, FaultProxy, Plan, Recording, at_random, no_fault, whenever
 
 pytestmark = pytest.mark.sglang
 ROLLOUTS = 3
@@ -28,6 +28,7 @@ SAMPLES = 16
 RANDOM_FAULTS = [
     *(faults.refused(0.1), faults.RESET, faults.RESET_MIDWAY, faults.CLOSED_MIDWAY, faults.CUT, faults.BUSY),
     *faults.ERROR_FORMS,
+    *(faults.UNAVAILABLE, faults.BUSY_FOR_A_WHILE, faults.LONGER, faults.POSITIVE, faults.TEXT, faults.ABORTED),
     *(faults.OTHER_ID, faults.SHORTER, faults.NAN, faults.INFINITE, faults.NULL, faults.SWAPPED, faults.LOST),
 ]
 SPOILT = faults.status(500, {"error": {"message": "this one cannot be scored"}})
@@ -90,8 +91,19 @@ class Training:
         plan = at_random(RANDOM_FAULTS, probability, seed)
         return lambda asked: plan(asked) if self.is_of_a_rollout(asked.elements[0]) else None
 
+    def first(self, *once: Fault) -> Plan:
+        """The first requests of the rollouts meet one fault each, others none."""
+        left = list(once)
+        return lambda asked: left.pop(0) if left and self.is_of_a_rollout(asked.elements[0]) else None
+
     def samples(self, name: str) -> list[list[Sample]]:
         return [list(read_samples(self.folder / f"{name}_{number}.jsonl")) for number in range(ROLLOUTS)]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults in a row are the plan's, not a server's that needs a rest: pauses that grow would be all of a run."""
+    monkeypatch.setattr("opd_megatron.http_client.MAX_PAUSE", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +129,13 @@ def test_faults_that_pass_leave_the_training_as_it_is_bit_for_bit(
     found = training.run(f"disturbed {seed}", training.at_random(0.4, seed))
     assert learned(found) == learned(undisturbed)
     assert all(line["opd/teacher_failed_frac"] == 0 for line in found)
+
+
+def test_answers_that_come_too_late_leave_the_training_as_it_is(
+    training: Training, undisturbed: list[dict[str, Any]]
+) -> None:
+    found = training.run("late", training.first(faults.SILENT, faults.SILENT_MIDWAY), opd_teacher_timeout=2.0)
+    assert learned(found) == learned(undisturbed)
 
 
 def test_with_new_answers_the_loss_is_the_same_within_rounding(
@@ -168,20 +187,22 @@ def test_dropped_samples_are_replaced(training: Training) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "message"),
+    ("fault", "policy", "message"),
     [
-        ({"opd_on_teacher_failure": "stop"}, "HTTP 500: this one cannot be scored"),
-        ({"opd_on_teacher_failure": "mask", "opd_max_failed_frac": 0.01}, "--opd-max-failed-frac 0.01 allows"),
+        (SPOILT, {"opd_on_teacher_failure": "stop"}, "HTTP 500: this one cannot be scored"),
+        (SPOILT, {"opd_on_teacher_failure": "mask", "opd_max_failed_frac": 0.01}, "--opd-max-failed-frac 0.01 allows"),
+        (faults.OTHER_VERSION, {}, "its weight version is 'another', not 'default'"),
     ],
-    ids=["stop", "above the budget"],
+    ids=["stop", "above the budget", "other weights"],
 )
 def test_what_cannot_go_on_is_saved_and_ends_with_one_line(
-    training: Training, policy: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+    training: Training, fault: Fault, policy: dict[str, Any], message: str, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """The teacher fails in the second rollout; what the first one learned is in the checkpoint."""
-    folder = training.folder / f"stopped by {len(policy)}"
+    folder = training.folder / request.node.callspec.id
     first = {tuple(sample.tokens) for sample in training.samples("undisturbed")[0]}
-    plan = whenever(lambda element: training.is_spoilt(element) and tuple(element["input_ids"]) not in first, SPOILT)
+    plan = whenever(lambda element: training.is_spoilt(element) and tuple(element["input_ids"]) not in first, fault)
     with FaultProxy(training.served.server.url, plan, training.recording) as proxy:
         options = training.options(proxy.url, **policy, opd_teacher_max_retries=0)
         assert run_cli(train.main, base_arguments(training.student, training.prompts, folder, **options)) == 1

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import requests
 
+import train
+from opd_megatron import servers
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint
+from opd_megatron.config.cli import run_cli
 from opd_megatron.config.errors import RunError, UserError
 from opd_megatron.config.options.engine import EngineOptions
+from opd_megatron.observe.run_folder import read_metrics
+from opd_megatron.rollout import sglang_server
 from opd_megatron.rollout.engine import GenerateRequest, Generation, SamplingParams
 from opd_megatron.rollout.sglang_engine import SGLangEngine
 from opd_megatron.rollout.sglang_launch import server_launches
+from opd_megatron.rollout.sglang_server import SGLangServer
 from opd_megatron.sample import Sample, read_samples
 from opd_megatron.servers import LocalServer
-from tests.e2e.support import run_training, write_prompts
+from tests.e2e.support import base_arguments, write_prompts
 from tests.sglang import faults
 from tests.sglang.proxy import FaultProxy, always, in_turn, no_fault
 from tests.sglang.speakers import Speaker, sglang_python
@@ -44,12 +53,46 @@ def kill_one(samples: Sequence[Sample]) -> list[float]:
     return [float("7" in sample.response) for sample in samples]
 
 
-def test_a_run_over_two_servers_survives_the_death_of_one(speaker: Speaker, tmp_path: Path) -> None:
+def stop_at(path: str, version: str, monkeypatch: pytest.MonkeyPatch, at: Second | None = None) -> list[int]:
+    """Stop a server when it is told ``path`` about weights ``version``; its process, once there is one, in a list.
+
+    It keeps its connections and answers nothing, as one that hangs. Little is waited for afterwards. Without
+    ``at``, the first server that is told so.
+    """
+    tell, stopped = SGLangServer.tell, []
+
+    async def stop_and_tell(server: SGLangServer, told: str, payload: Any, *more: Any) -> None:
+        meant = at is None or server.client.url == at.proxy.url
+        if meant and told == path and f"'{version}@" in str(payload) and not stopped:
+            stopped.append(scheduler_of(server.client.url if at is None else at.server.url))
+            os.kill(stopped[0], signal.SIGSTOP)
+        await tell(server, told, payload, *more)
+
+    monkeypatch.setattr(SGLangServer, "tell", stop_and_tell)
+    monkeypatch.setattr(sglang_server, "FAREWELL_TIMEOUT", 1.0)
+    monkeypatch.setattr(servers, "END_TIMEOUT", 2.0)
+    return stopped
+
+
+def scheduler_of(url: str) -> int:
+    """The process of a server that holds its weights."""
+    (leader,) = processes("launch.py", f"--port\0{urlsplit(url).port}\0")
+    (found,) = [member for member in group(leader) if b"scheduler" in Path(f"/proc/{member}/cmdline").read_bytes()]
+    return found
+
+
+def test_a_run_over_two_servers_survives_the_death_of_one_and_ends_where_one_hangs(
+    speaker: Speaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is killed in the second rollout; after the third one joins the group for new weights and takes none."""
     _victims.clear()
-    metrics = run_training(
+    stopped = stop_at("/update_weights_from_distributed", "3", monkeypatch)
+    arguments = base_arguments(
         speaker.folder,
         write_prompts(tmp_path / "prompts.jsonl", 20, seed=3),
         tmp_path / "run",
+        num_rollout=4,
+        rollout_engine_timeout=10,
         rollout_engine="sglang",
         rollout_num_engines=2,
         rollout_weight_transfer="distributed",
@@ -65,6 +108,13 @@ def test_a_run_over_two_servers_survives_the_death_of_one(speaker: Speaker, tmp_
         seed=76,  # the second server gets one more
         save_debug_rollout_data=tmp_path / "rollout_{rollout_id}.jsonl",
     )
+    assert run_cli(train.main, arguments) == 1
+    assert stopped
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: rollout engine http://\S+ (POST /update_weights_from_distributed|weights): .*", last)
+    assert inspect_checkpoint(tmp_path / "run" / "checkpoints").latest == 3
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3]
     assert [line["rollout/engine_restarts"] for line in metrics][-1] == 1
     for rollout, line in enumerate(metrics):
         assert line["rollout/train_logprob_gap_max"] < 1e-3
@@ -100,14 +150,6 @@ class Second:
         change = {"new_version": version}
         address = self.server.url + "/update_weight_version"
         requests.post(address, json=change, headers=headers, timeout=30).raise_for_status()
-
-    def scheduler(self) -> int:
-        (found,) = [
-            process
-            for process in group(self.server.process.pid)
-            if b"scheduler" in Path(f"/proc/{process}/cmdline").read_bytes()
-        ]
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +235,27 @@ def test_a_server_with_other_weights_gets_them_again_or_is_left_out(
         assert bool(second.proxy.asked) == stays
 
 
+def test_a_server_that_hangs_over_an_update_is_left_out_until_it_goes_on(
+    speaker: Speaker, engine: SGLangEngine, second: Second, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker.step(0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._fleet.servers[1], "_timeout", 3.0)
+        stopped = stop_at("/update_weights_from_disk", "1", patch, at=second)
+        try:
+            engine.update_weights(speaker.weights(), "1")
+            second.proxy.asked.clear()
+            check_speech(speaker, engine)
+            assert not second.proxy.asked
+        finally:
+            os.kill(stopped[0], signal.SIGCONT)
+    speaker.step(0.05)
+    engine.update_weights(speaker.weights(), "2")
+    assert second.label().startswith("2@")
+    check_speech(speaker, engine)
+    assert second.proxy.asked
+
+
 @pytest.mark.parametrize("moment", ["load", "proof"])
 def test_a_server_that_is_lost_at_an_update_is_left_out(
     speaker: Speaker, engine: SGLangEngine, second: Second, moment: str, monkeypatch: pytest.MonkeyPatch
@@ -225,10 +288,10 @@ def test_a_server_that_answers_and_does_not_generate_is_left_out(
     monkeypatch.setenv("OPD_TEST_FLEET_KEY", KEY)
     speaker.reset()
     urls = [spoken, second.proxy.url]
-    engine = speaker.engine(tmp_path, urls, api_key_env="OPD_TEST_FLEET_KEY", timeout=15.0)
+    engine = speaker.engine(tmp_path, urls, api_key_env="OPD_TEST_FLEET_KEY", timeout=8.0)
     engine.update_weights(speaker.weights(), "0")
     monkeypatch.setattr("opd_megatron.rollout.sglang_server.ALIVE_TIMEOUT", 4.0)
-    stopped = second.scheduler()
+    stopped = scheduler_of(second.server.url)
     try:
         in_the_middle(engine, second, lambda: os.kill(stopped, signal.SIGSTOP))
         second.proxy.asked.clear()

@@ -50,10 +50,17 @@ def solved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("feedback", [False, True])
 def test_the_engine_that_samples_teaches_with_the_weights_of_each_rollout(
-    speaker: Speaker, spoken: str, solved: Path, tmp_path: Path
+    speaker: Speaker, spoken: str, solved: Path, tmp_path: Path, feedback: bool
 ) -> None:
     """Three steps at a rate that moves the weights; the scores are those of the saved weights, not of the first."""
+    told: dict[str, Any] = {
+        "rm_type": None,
+        "custom_rm_path": "tests.e2e.rewards:tell_the_answer",
+        "opd_self_feedback": True,
+        "opd_self_context_key": "told",
+    }
     own: dict[str, Any] = {
         "use_opd": True,
         "opd_type": "sglang",
@@ -68,6 +75,7 @@ def test_the_engine_that_samples_teaches_with_the_weights_of_each_rollout(
         "save_interval": 1,
         "lr": 1e-2,
         "save_debug_rollout_data": tmp_path / "recorded_{rollout_id}.jsonl",
+        **(told if feedback else {}),
     }
     metrics = run_training(speaker.folder, solved, tmp_path / "run", **own)
     assert [line["step"] for line in metrics] == [1, 2, 3]
@@ -79,6 +87,9 @@ def test_the_engine_that_samples_teaches_with_the_weights_of_each_rollout(
         gaps = []
         for sample in read_samples(tmp_path / f"recorded_{rollout_id}.jsonl"):
             assert sample.teacher_scores is not None
+            if feedback and sample.reward:
+                assert not sample.teacher_scores.valid_T.any()
+                continue
             tokens = torch.as_tensor(behind_the_context(sample))[None]
             for said in (model, first):
                 with torch.no_grad():

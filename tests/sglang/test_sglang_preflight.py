@@ -74,6 +74,11 @@ def test_another_chat_template_is_a_warning(llama: Served, connect: Connect, tmp
     assert "is 'b' (id" in warning
 
 
+def test_ids_that_only_the_students_model_has_are_a_warning(qwen: Served, connect: Connect) -> None:
+    (warning,) = warnings(preflight_sglang(connect(qwen), as_student(qwen, vocab_size=qwen.vocab_size + 5)))
+    assert f"knows {qwen.vocab_size} ids, the student's model {qwen.vocab_size + 5}: the other 5" in warning
+
+
 def test_replicas_are_all_asked(qwen: Served, connect: Connect) -> None:
     other_address = qwen.server.url.replace("127.0.0.1", "localhost")
     findings = preflight_sglang(connect(qwen, [qwen.server.url, other_address]), as_student(qwen))

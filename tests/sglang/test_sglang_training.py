@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from opd_megatron.sample import read_samples
 from opd_megatron.teacher.protocol import TeacherError
 from tests.docs.test_run_folder import OF_SGLANG_TEACHER
 from tests.e2e.support import make_model, run_training, write_prompts
+from tests.sglang import faults
 from tests.sglang.conftest import Served
-from tests.sglang.proxy import Answer, Exchange, Fault, FaultProxy, always
+from tests.sglang.proxy import Answer, Exchange, Fault, FaultProxy, Plan, always
 
 
 @pytest.fixture
@@ -163,6 +165,94 @@ def test_more_ids_than_a_server_is_asked_for_meet_the_policy(
     assert np.isfinite(line["train/loss"])
 
 
+def named_teachers(file: Path, **urls: str) -> dict[str, Any]:
+    """Options of teachers by name."""
+    file.write_text(json.dumps({name: {"urls": url} for name, url in urls.items()}), encoding="utf-8")
+    return {"use_opd": True, "opd_type": "sglang", "opd_teachers": file, "opd_teacher_max_in_flight": 16}
+
+
+def route(prompts: Path, *names: str) -> None:
+    """Let the prompts name the teachers in turn."""
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["metadata"] = {"teacher": names[place % len(names)]}
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_named_teachers_that_are_one_server_are_the_single_teacher(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Prompts that choose between them, and a mixture of both, with all diagnostics: three steps with equal numbers."""
+    route(prompts, "math", "code")
+    both = named_teachers(tmp_path / "teachers.json", math=qwen.server.url, code=qwen.server.url)
+    mixed = {"opd_teacher_mixture": "arithmetic", "opd_teacher_weights": [1, 3]}
+    common: dict[str, Any] = {
+        "advantage_estimator": "grpo", "rm_type": None, "custom_rm_path": "tests.e2e.rewards:count_sevens",
+        "metadata_key": "metadata", "opd_diagnostics_interval": 1, "opd_gradient_diagnostics_interval": 1,
+    }  # fmt: skip
+    single, *others = (
+        run_training(student, prompts, tmp_path / f"run_{place}", **teacher, **common)
+        for place, teacher in enumerate((opd(qwen.server.url), both, {**both, **mixed}))
+    )
+    for other in others:
+        assert [line["step"] for line in other] == [1, 2, 3]
+        for one, two in zip(map(measured, single), map(measured, other), strict=True):
+            of_each = {name: two.pop(name) for name in list(two) if name.startswith("opd/teacher/")}
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-4)
+            if of_each:  # where a step has samples of both
+                parts = [of_each[f"opd/teacher/{name}/tokens_frac"] for name in ("math", "code")]
+                kls = [of_each[f"opd/teacher/{name}/reverse_kl"] for name in ("math", "code")]
+                assert np.dot(parts, kls) == pytest.approx(one["opd/reverse_kl"], rel=1e-3)
+            assert {"opd/kl_by_position_q1", "opd/student_entropy", "train/opd_grad_share"} <= one.keys()
+            assert one["opd/reverse_kl"] > 0
+        assert bool(of_each) == (other is others[0])
+
+
+def measured(line: dict[str, Any]) -> dict[str, float]:
+    """What a step saw and did, without clocks and what it had no number for."""
+    kinds = ("train/", "opd/", "rollout/", "reward/")
+    return {name: value for name, value in line.items() if name.startswith(kinds) and value is not None}
+
+
+def quieter(nats: float) -> Plan:
+    """The server of a teacher that gives every token less log-probability by ``nats``."""
+
+    def change(meta: dict[str, Any]) -> None:
+        for entry in meta["input_token_logprobs"][1:]:
+            entry[0] -= nats
+
+    return always(faults.only_for(faults.altered("quieter", change), lambda element: True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift"),
+    [("geometric", -0.75 * 0.5), ("arithmetic", math.log(0.25 + 0.75 * math.exp(-0.5)))],
+)
+def test_a_mixture_of_servers_is_that_of_what_they_say(
+    qwen: Served, student: Path, prompts: Path, tmp_path: Path, kind: str, shift: float
+) -> None:
+    """Of two that differ by half a nat, with weights 1 and 3, in every sample of three steps."""
+    with FaultProxy(qwen.server.url, quieter(0.5)) as proxy:
+        metrics = run_training(
+            student,
+            prompts,
+            tmp_path / "run",
+            **named_teachers(tmp_path / "teachers.json", plain=qwen.server.url, quiet=proxy.url),
+            opd_teacher_mixture=kind,
+            opd_teacher_weights=[1, 3],
+            advantage_estimator="none",
+            save_debug_rollout_data=tmp_path / "rollout_{rollout_id}.jsonl",
+        )
+        assert proxy.asked
+    assert all(line["train/grad_norm"] > 0 for line in metrics)
+    for rollout in range(len(metrics)):
+        for sample in read_samples(tmp_path / f"rollout_{rollout}.jsonl"):
+            assert sample.teacher_scores is not None
+            assert sample.teacher_scores.teacher == "plain + quiet"
+            expected = qwen.log_probs(sample.tokens)[len(sample.prompt_tokens) - 1 :] + shift
+            np.testing.assert_allclose(sample.teacher_scores.log_probs_T, expected, atol=1e-4)
+
+
 async def says_what_it_was_sent(exchange: Exchange) -> web.StreamResponse:
     return exchange.send(Answer.of({"error": f"bad {exchange.request.headers['Authorization']}"}, 401))
 
@@ -172,10 +262,7 @@ def test_the_keys_of_several_teachers_are_nowhere_to_be_found(
 ) -> None:
     """Neither that of a variable nor that of an address, in no file, line or message; also where the run fails."""
     monkeypatch.setenv("OPD_TEST_MATH_KEY", "sk-l34ked")
-    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    for place, row in enumerate(rows):
-        row["metadata"] = {"teacher": ("math", "code")[place % 2]}
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    route(prompts, "math", "code")
     host = qwen.server.url.removeprefix("http://")
     file = tmp_path / "teachers.yaml"
     file.write_text(

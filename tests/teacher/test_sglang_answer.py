@@ -14,7 +14,7 @@ from opd_megatron.sample import Sample
 from opd_megatron.system import free_port
 from opd_megatron.teacher.protocol import FailureKind, Teacher, TeacherError, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
-from opd_megatron.teacher.sglang_answer import AnswerError, read_answer
+from opd_megatron.teacher.sglang_answer import AnswerError, read_answer, read_response
 
 SENT = np.array([7, 3, 5])
 VOCAB = 10
@@ -63,6 +63,46 @@ def test_a_good_answer_is_read_with_its_weight_version() -> None:
 def test_an_answer_about_anything_else_is_refused(bad: Any, reason: str, kind: FailureKind) -> None:
     with pytest.raises(AnswerError, match=reason) as caught:
         read_answer(bad, SENT, VOCAB)
+    assert caught.value.kind == kind
+
+
+def spoken(ids: Any = (3, 5), log_probs: Any = (-1.5, -0.25), **meta: Any) -> dict[str, Any]:
+    entries = [[log_prob, token, None] for token, log_prob in zip(ids, log_probs, strict=False)]
+    known = {"prompt_tokens": 4, "finish_reason": {"type": "length", "length": 2}, "weight_version": "v3"}
+    return {"output_ids": list(ids), "meta_info": {"output_token_logprobs": entries, **known, **meta}}
+
+
+def test_a_response_is_read_with_its_end() -> None:
+    cut = read_response(spoken(), 4, 2, VOCAB)
+    assert cut.response is not None
+    assert (cut.response.tokens_T.tolist(), cut.response.ended, cut.weight_version) == ([3, 5], False, "v3")
+    whole = read_response(spoken(finish_reason={"type": "stop", "matched": 5}), 4, 12, VOCAB)
+    assert whole.response is not None
+    assert whole.response.ended
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "kind"),
+    [
+        (spoken(prompt_tokens=5), "to a prompt of 5 tokens, 4 sent", FailureKind.WRONG_LENGTH),
+        (spoken((3, 5, 5), (-1, -1, -1)), "of 3 tokens, asked for were 1 to 2", FailureKind.WRONG_LENGTH),
+        (spoken((), ()), "of 0 tokens, asked for were 1 to 2", FailureKind.WRONG_LENGTH),
+        (spoken(log_probs=(-1,)), "1 tokens in the answer, 2 expected", FailureKind.WRONG_LENGTH),
+        (spoken((3, VOCAB)), "has id 10, outside the vocabulary of 10", FailureKind.WRONG_IDS),
+        (spoken((-1, 3)), "has id -1, outside", FailureKind.WRONG_IDS),
+        (spoken(output_token_logprobs=[[-1, 3, None], [-1, 4, None]]), "are not those of its", FailureKind.WRONG_IDS),
+        (spoken(finish_reason={"type": "stop", "matched": 7}), "are not those of its", FailureKind.WRONG_IDS),
+        (spoken(log_probs=(-1, None)), "None is not a log-probability", FailureKind.NOT_FINITE),
+        (spoken(log_probs=(-1, 0.5)), "0.5 is not a log-probability", FailureKind.NOT_FINITE),
+        (spoken(("3", 5)), "no list output_ids", FailureKind.MALFORMED),
+        (spoken((True, 5)), "no list output_ids", FailureKind.MALFORMED),
+        (spoken(finish_reason=None), "ended for a reason that is not known .None.", FailureKind.MALFORMED),
+        (spoken(finish_reason={"type": "abort", "message": "full"}), "aborted the request", FailureKind.ABORTED),
+    ],
+)
+def test_a_response_to_anything_else_is_refused(bad: Any, reason: str, kind: FailureKind) -> None:
+    with pytest.raises(AnswerError, match=reason) as caught:
+        read_response(bad, 4, 2, VOCAB)
     assert caught.value.kind == kind
 
 

@@ -13,7 +13,7 @@ import pytest
 from opd_megatron.config.errors import UserError
 from opd_megatron.data.column_arithmetic import build_tokenizer
 from opd_megatron.data.tokenizer import load_tokenizer, train_bpe_tokenizer
-from opd_megatron.teacher.megatron import MegatronTeacher, preflight_megatron
+from opd_megatron.teacher.megatron import MegatronTeacher, check_vocabulary, preflight_megatron
 from opd_megatron.teacher.preflight import (
     Student,
     check_scores,
@@ -136,6 +136,16 @@ def test_a_smaller_vocabulary_is_refused(words: Any) -> None:
         UserError, match=rf"vocabulary of {highest} tokens, the student's tokenizer has ids to {highest}"
     ):
         preflight_megatron(Teacher(), Student(words), words)
+
+
+def test_ids_that_only_the_students_model_has_are_a_warning(words: Any) -> None:
+    """Rows of a padded embedding are in no text, but can be sampled."""
+    size = max(words.get_vocab().values()) + 3
+    for own, count in ((None, 0), (size, 0), (size - 1, 0), (size + 7, 1)):
+        found = check_vocabulary("teacher T", Student(words, vocab_size=own), words, vocab_size=size)
+        warnings = [finding.text for finding in found if finding.warning]
+        assert len(warnings) == count
+    assert f"teacher T knows {size} ids, the student's model {size + 7}: the other 7" in warnings[0]
 
 
 def test_known_tokens_are_a_text_that_the_tokenizer_can_spell(words: Any, characters: Any) -> None:

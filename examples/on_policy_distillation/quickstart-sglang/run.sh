@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The quickstart with real SGLang servers as the teacher and as the rollout engine: 60 steps that bring the reverse KL
-# down at least 2x.
+# The quickstart with real SGLang servers as the teacher and as the rollout engine, and once more with the local engine and
+# the teacher in the trainer: 60 steps of each from the same start, which must bring the reverse KL down at least 2x and
+# end alike.
 # Teacher and weak student come from an earlier quickstart of the same seed if there is one, else they are trained here.
 #
 #   SEED=n               changes every seed (default 1)
@@ -45,3 +46,19 @@ opd_seconds=$((SECONDS - opd_started))
 step "what was learned: pass@1 and reverse KL on held-out problems"
 convert "$RUN_ROOT/opd/checkpoints" "$RUN_ROOT/student_after_hf"
 "$python" "$here/evaluate.py" --root "$RUN_ROOT" --seed "$SEED" --opd-seconds "$opd_seconds"
+
+sglang_root=$RUN_ROOT
+RUN_ROOT=$sglang_root/local
+step "the same steps with the local engine and the teacher in the trainer, in $RUN_ROOT"
+mkdir "$RUN_ROOT"
+for part in data heldout.jsonl teacher_hf student_before_hf; do
+  ln -s "../$part" "$RUN_ROOT/$part"
+done
+set_distil_command --opd-type megatron --opd-teacher-load "$RUN_ROOT/teacher_hf"
+opd_started=$SECONDS
+"${distil_command[@]}"
+opd_seconds=$((SECONDS - opd_started))
+convert "$RUN_ROOT/opd/checkpoints" "$RUN_ROOT/student_after_hf"
+"$python" "$here/evaluate.py" --root "$RUN_ROOT" --seed "$SEED" --opd-seconds "$opd_seconds"
+step "side by side"
+"$python" "$here/../quickstart-sglang/compare.py" --runs "$sglang_root" "$RUN_ROOT"

@@ -13,8 +13,8 @@ class DiagnosticsOptions:
 
     opd_diagnostics_interval: int = option(
         0,
-        "measure divergences, entropies, shared mass and where the KL lies this often, by one more forward pass "
-        "(0: never)",
+        "measure divergences, entropies, shared mass and where the KL lies this often, by a forward pass before the "
+        "step, one more unless old log-probabilities or chosen tokens need it as well (0: never)",
         unit="rollouts",
         minimum=0,
     )

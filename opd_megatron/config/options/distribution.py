@@ -25,12 +25,18 @@ class DistributionOptions:
     opd_divergence_schedule: str | None = option(
         None,
         "rollouts START:END over which the weight of --opd-divergence-to rises from 0 to --opd-divergence-mix "
-        "(default 1)",
+        "(default 1), and beta goes to --opd-jsd-beta-end",
         metavar="START:END",
         check=checks.rollout_range,
     )
     opd_jsd_beta: float = option(
         0.5, "weight of the teacher in the mixture of jsd (0: forward KL, 1: reverse KL)", minimum=0.0, maximum=1.0
+    )
+    opd_jsd_beta_end: float | None = option(
+        None,
+        "beta that --opd-jsd-beta changes to, linearly over --opd-divergence-schedule (with --opd-jsd-scaled)",
+        minimum=0.0,
+        maximum=1.0,
     )
     opd_jsd_scaled: bool = option(False, "divide jsd by beta (1 - beta), continuous to both ends")
     opd_skew: float = option(

@@ -91,7 +91,9 @@ class MismatchOptions:
     """Corrections of samples from another policy"""
 
     use_tis: bool = option(
-        False, "weigh the policy loss by the importance ratio of the trainer's to the engine's probability"
+        False,
+        "weigh the policy loss, and a distillation loss of sampled tokens, by the importance ratio of the trainer's to "
+        "the engine's probability",
     )
     tis_level: str = option(
         "token", "ratio of --use-tis: of each token, or of the response", choices=("token", "sequence")

@@ -19,9 +19,15 @@ class PrefixOptions:
     )
     opd_student_data_fraction: float = option(
         1.0,
-        "share of the prompts that the student answers; the others' responses are those of --opd-data-response-key",
+        "share of the prompts that the student answers; the others' responses come from --opd-data-source",
         minimum=0.0,
         maximum=1.0,
+    )
+    opd_data_source: str = option(
+        "data",
+        "where the responses come from that the student does not make: data, the field --opd-data-response-key of the "
+        "prompts' rows; teacher, sampled by the teacher as the student samples",
+        choices=("data", "teacher"),
     )
     opd_data_response_key: str | None = option(
         None, "field of a prompt's row, or of its metadata, that holds a response", metavar="NAME"

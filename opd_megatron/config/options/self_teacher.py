@@ -33,6 +33,11 @@ class SelfTeacherOptions:
         "not",
         metavar="NAME",
     )
+    opd_self_feedback: bool = option(
+        False,
+        "the text of --opd-self-context-key is feedback: what the sample's metadata holds when it has its reward. "
+        "Samples without any are left out of the distillation term",
+    )
     opd_self_template: str = option(
         "{context}\n{prompt}",
         "prompt of --opd-teacher self; {prompt} is the student's, {context} the text of --opd-self-context-key",

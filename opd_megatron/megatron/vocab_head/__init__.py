@@ -1,10 +1,8 @@
 """Vocabulary-parallel head: from hidden rows and the output weight, in chunks of tokens, without a batch of logits."""
 
-from opd_megatron.megatron.vocab_head.baseline import kl_and_baseline, target_moments
+from opd_megatron.megatron.vocab_head.baseline import target_moments
 from opd_megatron.megatron.vocab_head.divergence import (
-    full_divergence,
     record_divergence,
-    reverse_kl,
     target_divergence,
 )
 from opd_megatron.megatron.vocab_head.selected import selected_log_probs, token_log_probs
@@ -16,10 +14,7 @@ __all__ = [
     "Side",
     "Target",
     "TopK",
-    "full_divergence",
-    "kl_and_baseline",
     "record_divergence",
-    "reverse_kl",
     "selected_log_probs",
     "target_divergence",
     "target_moments",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opd_megatron.megatron.vocab_head.divergence import BothLogits
 from opd_megatron.megatron.vocab_head.shard import VocabShard, blocks, statistics_dtype
-from opd_megatron.megatron.vocab_head.target import Side, Target, aligned
+from opd_megatron.megatron.vocab_head.target import Target, aligned
 
 
 @torch.no_grad()
@@ -38,27 +38,6 @@ def target_moments(
     for part in shard.chunks(tokens, student_hidden_Nh.device):
         moments_2N[:, part] = _moments(*both.of(part, temperature), shard)
     return moments_2N[0], moments_2N[1]
-
-
-def kl_and_baseline(
-    student_hidden_Nh: Tensor,
-    student_weight_Vh: Tensor,
-    teacher_hidden_Nk: Tensor,
-    teacher_weight_Vk: Tensor,
-    *,
-    temperature: float,
-    vocab_size: int,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`target_moments` of a single teacher."""
-    return target_moments(
-        student_hidden_Nh,
-        student_weight_Vh,
-        Side(teacher_hidden_Nk, teacher_weight_Vk),
-        temperature=temperature,
-        vocab_size=vocab_size,
-        group=group,
-    )
 
 
 def _moments(student_CV: Tensor, teacher_CV: Tensor, shard: VocabShard) -> Tensor:

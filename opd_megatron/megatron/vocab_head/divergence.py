@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,7 @@ from opd_megatron.megatron.vocab_head.shard import (
     scaled_logits,
     statistics_dtype,
 )
-from opd_megatron.megatron.vocab_head.target import Logits, Side, Target, aligned, log_normalizers
-from opd_megatron.objectives import divergences
+from opd_megatron.megatron.vocab_head.target import Logits, Target, aligned, log_normalizers
 from opd_megatron.objectives.divergences import Divergence
 
 
@@ -117,15 +116,6 @@ class _ClassDivergence(torch.autograd.Function):
         return torch.where(grad_N1 == 0, 0.0, grad_N1 * slopes_NX), None, None
 
 
-def _on_masked(mask_N: Tensor | None, of_rows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``of_rows`` of the tokens where the mask is true; 0 elsewhere, whatever the tensors hold there."""
-    if mask_N is None:
-        return of_rows(*tensors)
-    places = mask_N.nonzero()[:, 0]
-    values = of_rows(*[tensor.index_select(0, places) for tensor in tensors])
-    return values.new_zeros(mask_N.shape).index_copy(0, places, values)
-
-
 def target_divergence(
     student_hidden_Nh: Tensor,
     student_weight_Vh: Tensor,
@@ -135,52 +125,22 @@ def target_divergence(
     temperature: float,
     vocab_size: int,
     group: dist.ProcessGroup | None,
-    mask_N: Tensor | None = None,
 ) -> Tensor:
     """``divergence`` (see ``objectives.divergences``) per token over the whole vocabulary, ``[N]`` float32.
 
     Differentiable in the student's hidden rows and weight; the target is constant. Hidden sizes, dtypes and paddings
     of the vocabulary may differ; all models are split over ``group``. Where the paddings differ, the rows of another
     model's weight that this rank's student columns need are sent there in each call and kept until backward.
-    Tokens where ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient.
 
     Extra memory: both sides' logits of a chunk in float32. For inputs of fewer bits, and for the gradient of hidden
     rows over several ranks, see :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`. Raises
     ``ValueError`` if one of the weights has too few rows for ``vocab_size``.
     """
     shard = VocabShard.of(student_weight_Vh, vocab_size, group)
-    if mask_N is not None:
-        places_M = mask_N.nonzero()[:, 0]
-        student_hidden_Nh, target = student_hidden_Nh.index_select(0, places_M), target.at(places_M)
-    value_M: Tensor = _FullDivergence.apply(
+    value_N: Tensor = _FullDivergence.apply(
         student_hidden_Nh, student_weight_Vh, aligned(target, shard), divergence, temperature, shard
     )
-    return value_M if mask_N is None else value_M.new_zeros(mask_N.shape).index_copy(0, places_M, value_M)
-
-
-def full_divergence(
-    student_hidden_Nh: Tensor,
-    student_weight_Vh: Tensor,
-    teacher_hidden_Nk: Tensor,
-    teacher_weight_Vk: Tensor,
-    divergence: Divergence,
-    *,
-    temperature: float,
-    vocab_size: int,
-    group: dist.ProcessGroup | None,
-    mask_N: Tensor | None = None,
-) -> Tensor:
-    """:func:`target_divergence` from a single teacher."""
-    return target_divergence(
-        student_hidden_Nh,
-        student_weight_Vh,
-        Side(teacher_hidden_Nk, teacher_weight_Vk),
-        divergence,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        group=group,
-        mask_N=mask_N,
-    )
+    return value_N
 
 
 def record_divergence(
@@ -194,7 +154,6 @@ def record_divergence(
     temperature: float,
     vocab_size: int,
     group: dist.ProcessGroup | None,
-    mask_N: Tensor | None = None,
     renormalized: bool = False,
 ) -> Tensor:
     """``divergence`` per token between the student and a teacher's top-k record, over K+1 classes, ``[N]`` float32.
@@ -204,51 +163,18 @@ def record_divergence(
     token counts with the others, and its id may be anything. Merging classes never raises a divergence, so this is a
     lower bound of the one over the vocabulary. ``renormalized`` leaves the tail out instead and compares the
     distributions given that the token is in the record; it says nothing about what the student does elsewhere.
-    Differentiable in ``hidden_Nh`` and ``weight_Vh``. Tokens where
-    ``mask_N`` (bool) is false cost nothing, have value 0 and give no gradient, whatever their record holds. Memory and
-    the gradient's parts over ranks are those of
+    Differentiable in ``hidden_Nh`` and ``weight_Vh``. Memory and the gradient's parts over ranks are those of
     :func:`~opd_megatron.megatron.vocab_head.selected.selected_log_probs`.
     """
-
-    def of_rows(hidden_Mh: Tensor, ids_MK: Tensor, log_probs_MK: Tensor, tail_M: Tensor) -> Tensor:
-        ids_MK = ids_MK.masked_fill(log_probs_MK == -torch.inf, -1)
-        student_MK, rest_M, _ = selected_log_probs(
-            hidden_Mh, weight_Vh, ids_MK, temperature=temperature, vocab_size=vocab_size, group=group
-        )
-        log_probs_MK = log_probs_MK.to(student_MK.dtype)
-        if renormalized:
-            log_student_MX, log_teacher_MX = student_MK.log_softmax(-1), log_probs_MK.log_softmax(-1)
-        else:
-            log_student_MX = torch.cat([student_MK, rest_M[:, None]], dim=1)
-            log_teacher_MX = torch.cat([log_probs_MK, tail_M[:, None].to(student_MK.dtype)], dim=1)
-        value_M: Tensor = _ClassDivergence.apply(log_student_MX, log_teacher_MX, divergence)
-        return value_M
-
-    return _on_masked(mask_N, of_rows, hidden_Nh, top_ids_NK, top_log_probs_NK, tail_log_mass_N)
-
-
-@torch.no_grad()
-def reverse_kl(
-    student_hidden_Nh: Tensor,
-    student_weight_Vh: Tensor,
-    teacher_hidden_Nk: Tensor,
-    teacher_weight_Vk: Tensor,
-    *,
-    temperature: float,
-    vocab_size: int,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Exact ``KL(student || teacher)`` per token over the whole vocabulary, ``[N]`` float32, without gradient.
-
-    See :func:`full_divergence`.
-    """
-    return full_divergence(
-        student_hidden_Nh,
-        student_weight_Vh,
-        teacher_hidden_Nk,
-        teacher_weight_Vk,
-        divergences.reverse_kl,
-        temperature=temperature,
-        vocab_size=vocab_size,
-        group=group,
+    ids_NK = top_ids_NK.masked_fill(top_log_probs_NK == -torch.inf, -1)
+    student_NK, rest_N, _ = selected_log_probs(
+        hidden_Nh, weight_Vh, ids_NK, temperature=temperature, vocab_size=vocab_size, group=group
     )
+    log_probs_NK = top_log_probs_NK.to(student_NK.dtype)
+    if renormalized:
+        log_student_NX, log_teacher_NX = student_NK.log_softmax(-1), log_probs_NK.log_softmax(-1)
+    else:
+        log_student_NX = torch.cat([student_NK, rest_N[:, None]], dim=1)
+        log_teacher_NX = torch.cat([log_probs_NK, tail_log_mass_N[:, None].to(student_NK.dtype)], dim=1)
+    value_N: Tensor = _ClassDivergence.apply(log_student_NX, log_teacher_NX, divergence)
+    return value_N

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from opd_megatron.megatron.gradient_diagnostics import prompt_halves
-from opd_megatron.questions import LogProbs, TokenDiagnostics
+from opd_megatron.objectives.diagnostics import OF_STUDENT
+from opd_megatron.questions import LogProbs, StudentTokens
 from opd_megatron.sample import TeacherScores
 from tests.megatron.support import (
     load_reference,
@@ -37,7 +38,7 @@ def test_whole_distributions(folders: tuple[Path, Path]) -> None:
     )
     samples = make_samples(0)
     trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
-    found = trainer.ask(TokenDiagnostics(), samples)
+    found = trainer.ask(StudentTokens(diagnostics=True), samples)
     models = [load_reference(folder, torch.float64) for folder in folders]
     for place, sample in enumerate(samples):
         if not sample.response_length:
@@ -65,6 +66,32 @@ def test_whole_distributions(folders: tuple[Path, Path]) -> None:
             np.testing.assert_allclose(found[place][name], values.numpy(), rtol=2e-4, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("prompts", [False, True])
+def test_all_wants_are_met_by_one_pass_as_each_by_its_own(folders: tuple[Path, Path], prompts: bool) -> None:
+    whole = {"opd_loss": "distribution", "opd_include_prompt": prompts, "opd_token_select": "sample"}
+    trainer = make_trainer(folders[0], teacher=folders[1], use_opd=True, opd_token_score="soft_or", **whole)
+    samples = make_samples(0)
+    trainer.ask(LogProbs("teacher", keep_hidden=True), samples)
+    passes: list[int] = []
+    trainer.student.register_forward_hook(lambda *_: passes.append(len(passes)))
+
+    def ask(**wants: bool) -> list[np.ndarray]:
+        passes.clear()
+        found = trainer.ask(StudentTokens(**wants), samples)
+        assert len(passes) == 4  # micro-batches
+        return [found[place] for place in range(len(samples))]
+
+    plain, chosen, measured = ask(), ask(divergence=True), ask(diagnostics=True)
+    for place, both in enumerate(ask(divergence=True, diagnostics=True)):
+        assert set(both.dtype.names or ()) == {*(chosen[place].dtype.names or ()), *(measured[place].dtype.names or ())}
+        for alone in (chosen[place], measured[place]):
+            for name in alone.dtype.names or ():
+                np.testing.assert_array_equal(both[name], alone[name])
+        assert plain[place].dtype.names == OF_STUDENT
+        for name in OF_STUDENT:
+            np.testing.assert_allclose(plain[place][name], both[name], rtol=0, atol=1e-6)
+
+
 def test_a_servers_record(folders: tuple[Path, Path]) -> None:
     """Without the teacher itself: the student's mass on the listed tokens, and how many it finds likeliest, too."""
     trainer = make_trainer(folders[0], use_opd=True)
@@ -74,7 +101,7 @@ def test_a_servers_record(folders: tuple[Path, Path]) -> None:
         length = sample.response_length
         ids = np.array([random.permutation(53)[:4] for _ in range(length)], dtype=np.int32).reshape(length, 4)
         sample.teacher_scores = TeacherScores(log_probs_T=np.zeros(length), top_ids_TK=ids)
-    found = trainer.ask(TokenDiagnostics(), samples)
+    found = trainer.ask(StudentTokens(diagnostics=True), samples)
     model = load_reference(folders[0], torch.float64)
     for place, sample in enumerate(samples):
         assert found[place].dtype.names == ("student_log_prob", "student_entropy", "student_mass", "overlap")
