@@ -202,7 +202,7 @@ OPD_LOSSES.describe(
 )
 OPD_LOSSES.describe(
     "self-distillation",
-    "--opd-teacher self --opd-self-context-key KEY [--opd-self-template TEXT]",
+    "--opd-teacher self --opd-self-context-key KEY [--opd-self-template TEXT] [--opd-self-feedback]",
     formula=r"$T(\cdot \mid s_t) = S_{\mathrm{self}}(\cdot \mid c, s_t)$, $c$ the privileged context",
     source="OPSD, arXiv 2601.18734; SDPO, arXiv 2601.20802",
     proof="test_opd_losses.py::test_self_distillation_moves_the_student_towards_what_it_says_with_the_context",

@@ -39,7 +39,7 @@ NAMED = {
     "--opd-log-ratio-clip", "--opd-loss", "--opd-mask-longer-than", "--opd-mask-special-tokens",
     "--opd-mask-truncated", "--opd-on",
     "--opd-paced-alpha", "--opd-paced-beta", "--opd-pass-rate", "--opd-prefix-len", "--opd-prompt-weight",
-    "--opd-ref-load", "--opd-reward-beta", "--opd-reward-scale", "--opd-self-context-key", "--opd-self-template",
+    "--opd-ref-load", "--opd-reward-beta", "--opd-reward-scale", "--opd-self-context-key", "--opd-self-feedback", "--opd-self-template",
     "--opd-skew", "--opd-student-data-fraction", "--opd-support", "--opd-tail", "--opd-teacher",
     "--opd-teacher-mixture", "--opd-teacher-weights", "--opd-temperature", "--opd-token-ratio", "--opd-token-score",
     "--opd-token-select", "--opd-top-k", "--policy-loss", "--ppo-epochs", "--rm-type", "--tis-level", "--tis-mode",
