@@ -135,7 +135,7 @@ def test_a_run_samples_through_the_server_with_the_weights_of_each_step(
         assert {sample.weight_version for sample in read_samples(tmp_path / f"rollout_{rollout}.jsonl")} == {
             str(rollout)
         }
-    assert metrics[2]["train/grad_norm"] > 0
+    assert max(line["train/grad_norm"] for line in metrics[1:3]) > 0  # so that weights did change on the way
     assert not list((tmp_path / "run").rglob("weights_*"))
 
 
