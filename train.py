@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,8 +28,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    code = run_cli(main)
-    if code == 128 + signal.SIGINT:
+    try:
+        code = run_cli(main)
+    except SystemExit as ended:  # how a run ends that was interrupted and saved
+        if not isinstance(ended.code, int) or ended.code < 128:
+            raise
+        code = ended.code
+    if code >= 128:
         # at once: the interpreter's own way out aborts where a thread of the engine is in the middle of a computation
         sys.stdout.flush()
         sys.stderr.flush()

@@ -48,7 +48,7 @@ def run_step(parts: Parts, rollout_id: int) -> tuple[int, dict[str, float]]:
     """One rollout; returns its trained tokens and the seconds of each phase."""
     metrics: dict[str, float] = {}
     clock = [time.perf_counter()]
-    steps.sync_weights(parts, str(rollout_id))
+    parts.sync_engine(str(rollout_id))
     clock.append(time.perf_counter())
     samples = steps.make_samples(parts, rollout_id, metrics)
     clock.append(time.perf_counter())

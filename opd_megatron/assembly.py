@@ -90,6 +90,11 @@ class Parts:
     exact_kl_possible: bool = False
     """Whether the exact KL can be measured: a Megatron teacher with the student's vocabulary."""
 
+    def sync_engine(self, version: str) -> None:
+        """Give the engine the student's weights unless it has this version already."""
+        if self.engine is not None and self.engine.weight_version != version:
+            self.engine.update_weights(self.trainer.export_weights(), version)
+
 
 @contextmanager
 def assemble(options: Options) -> Iterator[Parts]:

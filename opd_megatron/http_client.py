@@ -110,11 +110,13 @@ class RetryPolicy:
     """How often what may be retried is retried, and after what pauses.
 
     ``max_retries`` counts repetitions after the first attempt; the pause before repetition n is drawn from the upper
-    half of ``backoff * 2**(n - 1)`` seconds, or is what the server asks for, if that is longer.
+    half of ``backoff * 2**(n - 1)`` seconds, or is what the server asks for, if that is longer. Without
+    ``repeat_time_outs`` what was not answered in time is not repeated.
     """
 
     max_retries: int = 4
     backoff: float = 0.5
+    repeat_time_outs: bool = True
 
 
 # Not the module's generator, whose state belongs to the run's seed.
@@ -164,6 +166,8 @@ async def retried(
                         return await attempt()
                     except HttpError as error:
                         last = error
+                        if error.fault is HttpFault.TIMEOUT and not policy.repeat_time_outs:
+                            error.transient = False
                         raise
     except TimeoutError:
         server, subject = ("server", "request") if last is None else (last.server, last.subject)

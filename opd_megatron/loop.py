@@ -18,6 +18,7 @@ from opd_megatron.config.dump import dump_yaml
 from opd_megatron.config.errors import RunError, refuse
 from opd_megatron.config.options import Options
 from opd_megatron.config.validate_paths import earlier_run_faults
+from opd_megatron.evaluation import evaluate_student, goal_reached
 from opd_megatron.flow import scores_later
 from opd_megatron.flow.clock import teacher_wait
 from opd_megatron.interrupt import Interrupt, resume_command, unwinding_at_sigterm
@@ -85,7 +86,7 @@ def train(
     alarms = Alarms(earlier)
     last: dict[str, Any] = earlier[-1] if earlier else {}
     if done == 0 and parts.evaluation_sets and not parts.options.evaluation.skip_eval_before_train:
-        last = metrics.log(0, steps.evaluate_all(parts, 0))
+        last = metrics.log(0, evaluate_student(parts, 0))
     for step in range(done + 1, parts.num_rollouts + 1):
         rollout_id = step - 1
         found: dict[str, float] = {}
@@ -107,9 +108,9 @@ def train(
         is_last = step == parts.num_rollouts
         if parts.evaluation_sets and steps.due(step, parts.options.evaluation.eval_interval, is_last):
             with progress.phase("evaluate"):
-                found |= steps.evaluate_all(parts, step)
+                found |= evaluate_student(parts, step)
         interrupted = interrupt.signal is not None and not is_last
-        reached = steps.goal_reached(parts.options, found)
+        reached = goal_reached(parts.options, found)
         found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
         found |= teacher_wait(found)
         found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30

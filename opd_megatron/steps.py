@@ -13,7 +13,6 @@ import torch
 
 from opd_megatron.assembly import Parts
 from opd_megatron.config.critic import has_critic
-from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
     estimates_advantages,
@@ -37,8 +36,6 @@ from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.mismatch import mismatch_statistics
 from opd_megatron.objectives.opd import future_distances
 from opd_megatron.observe.run_folder import RunFolder
-from opd_megatron.rollout.engine import SamplingParams
-from opd_megatron.rollout.evaluate import evaluate
 from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.given import origin_metrics
 from opd_megatron.rollout.sft import sft_samples
@@ -53,12 +50,6 @@ logger = logging.getLogger(__name__)
 def due(step: int, interval: int | None, is_last: bool) -> bool:
     """Whether something that happens every ``interval`` steps, and at the end, happens at ``step``."""
     return is_last or (interval is not None and step % interval == 0)
-
-
-def sync_weights(parts: Parts, version: str) -> None:
-    """Give the engine the student's weights unless it has this version already."""
-    if parts.engine is not None and parts.engine.weight_version != version:
-        parts.engine.update_weights(parts.trainer.export_weights(), version)
 
 
 def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> list[Sample]:
@@ -76,7 +67,7 @@ def make_samples(parts: Parts, rollout_id: int, metrics: dict[str, float]) -> li
         samples = sft_samples(parts.prompts.next_batch(options.rollout.rollout_batch_size), parts.tokenizer)
     else:
         assert parts.engine is not None
-        sync_weights(parts, str(rollout_id))
+        parts.sync_engine(str(rollout_id))
         rollout = parts.flow.make(rollout_id)
         samples = rollout.samples
         metrics |= rollout.metrics
@@ -284,49 +275,6 @@ def check_engine(options: Options, metrics: dict[str, float]) -> None:
             gap,
             limit,
         )
-
-
-def evaluate_all(parts: Parts, step: int) -> dict[str, float]:
-    """``eval/<set>/*`` of the student after ``step`` rollouts."""
-    options, engine, scorer = parts.options, parts.engine, parts.evaluation_reward
-    assert engine is not None
-    assert scorer is not None
-    sync_weights(parts, str(step))
-    sampling = SamplingParams(
-        temperature=options.evaluation.eval_temperature,
-        top_p=options.evaluation.eval_top_p,
-        max_new_tokens=options.eval_max_response_len,
-        stop=options.rollout.rollout_stop,
-    )
-    metrics: dict[str, float] = {}
-    for evaluation_set in parts.evaluation_sets:
-        found, _ = evaluate(
-            engine,
-            evaluation_set.records,
-            name=evaluation_set.name,
-            reward=scorer,
-            sampling=sampling,
-            n_samples=options.evaluation.n_samples_per_eval_prompt,
-            seed=options.training.seed,
-            rollout_id=step,
-            max_prompt_len=options.rollout.rollout_max_prompt_len,
-        )
-        metrics |= found
-    return metrics | engine.metrics()
-
-
-def goal_reached(options: Options, metrics: dict[str, float]) -> bool:
-    """Whether ``--stop-eval-metric`` was measured in this step and is good enough to end the run.
-
-    Raises ``UserError`` if an evaluation ran and has no such metric.
-    """
-    metric, goal = options.evaluation.stop_eval_metric, options.evaluation.stop_eval_value
-    if metric is None or goal is None or not any(name.startswith("eval/") for name in metrics):
-        return False
-    if metric not in metrics:
-        known = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
-        raise UserError(f"--stop-eval-metric {metric} is not measured; there are {known}")
-    return metrics[metric] >= goal
 
 
 def write_hf(parts: Parts, target: Path) -> None:

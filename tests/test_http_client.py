@@ -6,12 +6,17 @@ import asyncio
 import base64
 import email.utils
 import logging
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
 
 from opd_megatron.config.errors import UserError
 from opd_megatron.http_client import MESSAGE_LENGTH, HttpClient, HttpError, HttpFault, RetryPolicy, blocking, retried
@@ -158,6 +163,32 @@ def test_the_deadline_bounds_attempts_and_pauses(serve: Callable[..., ScriptedSe
         blocking(exchange)
     assert caught.value.fault == HttpFault.DEADLINE
     assert len(server.requests) == 1
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_before_anything_is_sent(tmp_path: Path, key: str) -> None:
+    """The control: who trusts the certificate gets the answer, so it is nothing else that is wrong with the server."""
+    program = shutil.which("openssl")
+    if program is None:
+        pytest.skip("makes its certificate with openssl")
+    secret, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [program, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", secret, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, secret)
+    server = ScriptedServer(OK, tls=context)
+    try:
+        with pytest.raises(HttpError, match=r"connection failed \(.*[Cc]ertificate") as caught:
+            ask(server.url, api_key_env="TEACHER_KEY")
+        assert caught.value.fault == HttpFault.CONNECTION
+        assert not caught.value.transient
+        assert server.requests == []
+        trusted = requests.get(server.url + "/generate", verify=str(certificate), timeout=20)
+        assert trusted.json() == {"fine": True}
+    finally:
+        server.close()
 
 
 def test_user_and_password_are_sent_and_shown_nowhere(

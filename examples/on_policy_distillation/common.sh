@@ -45,6 +45,12 @@ if [[ -z ${PYTHON:-} ]]; then
     fi
 fi
 
+if [[ ${TEACHER_URL:-} == *@* ]]; then
+    echo "error: TEACHER_URL holds a user name or password, which command lines and the list of jobs would show:" \
+        "leave them out, and name the variable of a key with --opd-teacher-api-key-env" >&2
+    exit 2
+fi
+
 # prepare_data: the two GSM8K prompt files, made once
 prepare_data() {
     local split
@@ -139,11 +145,27 @@ train() {
     run "$PYTHON" "$REPOSITORY/train.py" "$@"
 }
 
+# refuse_secrets FLAG...: a key on the server's command line ends the script, also where the flag is abbreviated
+refuse_secrets() {
+    local word flag secret
+    for word in "$@"; do
+        flag=${word%%=*}
+        for secret in --api-key --admin-api-key --ssl-keyfile-password; do
+            if [[ ${#flag} -ge 5 && $flag != --ssl-keyfile && $secret == "$flag"* ]]; then
+                echo "error: SGLANG_FLAGS holds $secret, which teacher.log and the list of processes would show:" \
+                    "leave it out, as the server listens on this machine alone" >&2
+                exit 2
+            fi
+        done
+    done
+}
+
 # beside_teacher FLAGS COMMAND...: the command with a teacher's server for as long as it runs; {url} is the address.
 # FLAGS are those of the server; TEACHER_GPUS are the devices that it sees, if that is set.
 beside_teacher() {
     local flags=${SGLANG_FLAGS:-$1} server
     shift
+    refuse_secrets $flags
     if [[ $DRY_RUN != 1 && ! -x $SGLANG_PYTHON ]]; then
         echo "error: $SGLANG_PYTHON does not exist; name the environment of sglang with SGLANG_VENV," \
             "or a running server with TEACHER_URL" >&2

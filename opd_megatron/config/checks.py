@@ -101,6 +101,7 @@ def mask_url(url: str) -> str:
 
 
 _OWN_SERVER_FLAGS = {
+    "--admin-api-key": "the servers listen on this machine alone",
     "--api-key": "the servers listen on this machine alone",
     "--base-gpu-id": "use --sglang-base-gpu-id",
     "--context-length": "it is the model's",
@@ -113,12 +114,16 @@ _OWN_SERVER_FLAGS = {
     "--model-path": "it is --hf-checkpoint",
     "--port": "a free one is taken",
     "--skip-tokenizer-init": "stop strings need the tokenizer",
+    "--ssl-keyfile-password": "the servers listen on this machine alone, and a command line shows it to everybody",
     "--tensor-parallel-size": "use --rollout-num-gpus-per-engine",
     "--tp": "use --rollout-num-gpus-per-engine",
     "--tp-size": "use --rollout-num-gpus-per-engine",
     "--weight-version": "it names the trainer's step",
 }
 """Flags of SGLang's server that the engine sets, and what a user does instead."""
+_SECRET_SERVER_FLAGS = ("--admin-api-key", "--api-key", "--ssl-keyfile-password")
+_SHORTEST_ABBREVIATION = 5
+"""Characters of a flag from which on it may abbreviate another; SGLang's parser takes every unique beginning."""
 
 
 def server_flags(value: str) -> str | None:
@@ -127,8 +132,20 @@ def server_flags(value: str) -> str | None:
         words = shlex.split(value)
     except ValueError as error:
         return f"cannot be read as flags ({error})"
-    for word in words:
-        flag = word.partition("=")[0]
-        if flag in _OWN_SERVER_FLAGS:
-            return f"{flag} is set already: {_OWN_SERVER_FLAGS[flag]}"
+    own = next(filter(None, map(_own_server_flag, words)), None)
+    if own is not None:
+        return f"{own} is set already: {_OWN_SERVER_FLAGS[own]}"
     return None if not words or words[0].startswith("-") else "must begin with a flag"
+
+
+def mask_server_flags(value: str) -> str:
+    """``value`` unless there is a secret among the flags."""
+    return MASK if {_own_server_flag(word) for word in value.split()} & set(_SECRET_SERVER_FLAGS) else value
+
+
+def _own_server_flag(word: str) -> str | None:
+    """The flag of the engine's that ``word`` writes or abbreviates, if any."""
+    flag = word.partition("=")[0]
+    if flag in _OWN_SERVER_FLAGS or len(flag) < _SHORTEST_ABBREVIATION:
+        return flag if flag in _OWN_SERVER_FLAGS else None
+    return next((own for own in _OWN_SERVER_FLAGS if own.startswith(flag)), None)

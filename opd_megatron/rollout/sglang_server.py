@@ -9,7 +9,8 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from opd_megatron.http_client import HttpClient, HttpError, HttpFault
 from opd_megatron.rollout.sglang_answer import UnusableAnswerError, read_scores, score_body
 from opd_megatron.rollout.weight_check import WeightCheck
 from opd_megatron.servers import LocalServer
+from opd_megatron.system import is_free
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,11 @@ _SHAPES = (
 )
 """Fields of a config that decide which weights a model has and of what shapes."""
 
-Launch = Callable[[], LocalServer]
-"""Starts the server's process and returns at once."""
+
+class Launch(Protocol):
+    """Starts the server's process, on a free port unless one is named, and returns at once."""
+
+    def __call__(self, *, port: int | None = None) -> LocalServer: ...
 
 
 class SGLangServer:
@@ -85,8 +90,8 @@ class SGLangServer:
         else:
             self._client = HttpClient(url, kind="rollout engine", timeout=timeout, api_key_env=api_key_env)
 
-    def _start(self, launch: Launch) -> None:
-        self._process = launch()
+    def _start(self, launch: Launch, port: int | None = None) -> None:
+        self._process = launch(port=port)
         self.address = self._process.url
         self._client = HttpClient(self._process.url, kind="rollout engine", timeout=self._timeout)
 
@@ -143,11 +148,15 @@ class SGLangServer:
         return True
 
     async def restart(self) -> None:
-        """End what is left of our process and start it anew, to health."""
+        """End what is left of our process and start it anew, to health.
+
+        It listens where it did, as whoever asks it to score has that address, unless somebody took the port meanwhile.
+        """
         assert self._launch is not None
         await self.close()
         self._resting = False
-        self._start(self._launch)
+        port = urlsplit(self.address).port
+        self._start(self._launch, port if port is not None and is_free(port) else None)
         try:
             await self.wait_until_healthy()
         except UserError as error:

@@ -1,9 +1,10 @@
 """Whether an engine speaks with the weights that the trainer has: both score one fixed text.
 
-A server may report success for an update that changed nothing, a part, or something else. Two questions are asked after
-each update. Do the log-probabilities agree? And where the trainer's have moved since the last update that moved them:
-have the engine's moved, too? The second one finds updates that were lost although their steps were smaller than the
-tolerance.
+A server may report success for an update that changed nothing, a part, or something else. Three questions are asked
+after each update. Do the log-probabilities agree? Where the trainer's have moved since the last update that moved them:
+have the engine's moved, too? And where they have moved by more than rounding does: have they at each token by as much?
+The second one finds updates that were lost although their steps were smaller than the tolerance, the third one those of
+which a part was.
 """
 
 from __future__ import annotations
@@ -21,17 +22,25 @@ PROBE_TOKENS = 96
 _PROBE_SEED = 20261121
 _STANDS_STILL = 0.1
 """An engine that moved less than this part of what the trainer moved has not been updated."""
+_PART_MISSING = 0.5
+"""An engine whose movement differs from the trainer's by more than this part of it has been updated in part."""
+_ABOVE_ROUNDING = 8.0
+"""A movement this many times as large as what the two differed by before is not rounding."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """``gap``: largest mean difference of two models with the same weights; ``movement``: smallest one to judge by."""
+    """``gap``: largest mean difference of two models with the same weights; ``movement``: smallest one to judge by.
+
+    ``by_token``: smallest movement that is compared token by token.
+    """
 
     gap: float
     movement: float
+    by_token: float
 
 
-TOLERANCES = {"float32": Tolerance(1e-3, 1e-5), "bfloat16": Tolerance(0.1, 1e-3)}
+TOLERANCES = {"float32": Tolerance(1e-3, 1e-5, 5e-5), "bfloat16": Tolerance(0.1, 1e-3, float("inf"))}
 """By data type of the weights, in nats per token of the probe."""
 
 
@@ -72,14 +81,25 @@ class WeightCheck:
                 "partial or of another model"
             )
         if self._before is not None:
-            moved = float(np.abs(engine.astype(np.float64) - self._before[0]).mean())
-            expected = float(np.abs(trainer.astype(np.float64) - self._before[1]).mean())
+            engine_before, trainer_before = self._before
+            engine_moved = engine.astype(np.float64) - engine_before
+            trainer_moved = trainer.astype(np.float64) - trainer_before
+            moved, expected = float(np.abs(engine_moved).mean()), float(np.abs(trainer_moved).mean())
             if expected > wanted.movement and moved < _STANDS_STILL * expected:
                 raise RunError(
                     f"{server}: after the update to weights {version} it still speaks with weights "
                     f"{self._version_before}: its log-probabilities of the probe moved by {moved:.3g} in the mean, the "
                     f"trainer's by {expected:.3g}"
                 )
-            if expected <= wanted.movement:
+            rounding = float(np.abs(engine_before.astype(np.float64) - trainer_before).mean())
+            apart = float(np.abs(engine_moved - trainer_moved).mean())
+            compared = expected > max(wanted.by_token, _ABOVE_ROUNDING * rounding)
+            if compared and apart > _PART_MISSING * expected:
+                raise RunError(
+                    f"{server}: after the update to weights {version} a part of it is missing: token by token, the "
+                    f"movement of its log-probabilities of the probe since weights {self._version_before} is "
+                    f"{apart:.3g} from the trainer's, which is {expected:.3g} in the mean"
+                )
+            if expected <= wanted.movement or (not compared and np.isfinite(wanted.by_token)):
                 return  # many small steps are judged together: each alone would be within the tolerance
         self._before, self._version_before = (engine, trainer), version

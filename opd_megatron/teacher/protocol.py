@@ -47,19 +47,23 @@ class TeacherError(RunError):
 
 
 class TeacherFailure(TeacherError):
-    """A :class:`TeacherError` about one sample, or one exchange, whose ``kind`` says what a policy can go by."""
+    """A :class:`TeacherError` about one sample, or one exchange, whose ``kind`` says what a policy can go by.
 
-    def __init__(self, message: str, kind: FailureKind) -> None:
+    ``status`` is that of a server's answer, if there was one.
+    """
+
+    def __init__(self, message: str, kind: FailureKind, status: int | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.status = status
 
-    def __reduce__(self) -> tuple[type[TeacherFailure], tuple[str, FailureKind]]:
-        return type(self), (str(self), self.kind)
+    def __reduce__(self) -> tuple[type[TeacherFailure], tuple[str, FailureKind, int | None]]:
+        return type(self), (str(self), self.kind, self.status)
 
 
 def failure_of(error: HttpError) -> TeacherFailure:
     """What an exchange that failed is to whoever asked for scores."""
-    return TeacherFailure(str(error), FailureKind(error.fault.value))
+    return TeacherFailure(str(error), FailureKind(error.fault.value), error.status)
 
 
 class Teacher(Protocol):

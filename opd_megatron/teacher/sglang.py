@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 import weakref
 from collections import Counter
@@ -70,6 +71,7 @@ class SGLangTeacher:
         self.max_union_ids = max_union_ids
         self._max_in_flight = max_in_flight
         self._policy = RetryPolicy(max_retries, backoff)
+        self._server_vocab_size: int | None = None
         self._known: KnownText | None = None
         self._version: str | None = None
         self._deadline: float | None = None
@@ -78,8 +80,14 @@ class SGLangTeacher:
         self._gatherers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Gatherer] = weakref.WeakKeyDictionary()
         self.restrict()
 
-    def restrict(self, *, vocab_size: int | None = None, max_tokens: int | None = None) -> None:
-        """Refuse, from this call on, what is known to be too much for the servers."""
+    def restrict(
+        self, *, vocab_size: int | None = None, server_vocab_size: int | None = None, max_tokens: int | None = None
+    ) -> None:
+        """Refuse, from this call on, what is known to be too much for the servers.
+
+        ``vocab_size`` bounds what may be sent, ``server_vocab_size`` is the number of ids that the servers' model has.
+        """
+        self._server_vocab_size = server_vocab_size or self._server_vocab_size
         if vocab_size is not None:
             self.vocab_size = min(self.vocab_size, vocab_size)
         if max_tokens is not None:
@@ -89,6 +97,16 @@ class SGLangTeacher:
                 f"--opd-top-k {self.top_k} is more than the {self.vocab_size} tokens of teacher {self.name}, "
                 "which would end its server: lower it"
             )
+
+    @contextlib.contextmanager
+    def impatient(self) -> Iterator[None]:
+        """In the block nothing is asked again that was not answered in time."""
+        before = self._policy
+        self._policy = dataclasses.replace(before, repeat_time_outs=False)
+        try:
+            yield
+        finally:
+            self._policy = before
 
     def ask(self, path: str, payload: Any = None, *, replica: int = 0) -> Any:
         """The JSON answer of one server to ``GET path``, or to ``POST path`` where there is a ``payload``.
@@ -189,7 +207,7 @@ class SGLangTeacher:
         self.check(Sample(0, 0, "", prompt_tokens=tokens[:1], response_tokens=tokens[1:]))
 
         self._known = None
-        known = KnownText(tokens, lambda answer, sent: read_answer(answer, sent, self.vocab_size))
+        known = KnownText(tokens, self._read_answer)
         first: Identity = self._blocking(lambda: known.open(self.clients, self._policy))
         self._known, self._version = known, first.weight_version
         return first.log_probs_N
@@ -312,13 +330,17 @@ class SGLangTeacher:
         else:
             top_k = self.top_k if question.union is None else 0
             sent = question.tokens[question.start :]
-            reading = read_answer(answer, sent, self.vocab_size, top_k=top_k, union=question.union)
+            reading = self._read_answer(answer, sent, top_k=top_k, union=question.union)
         if self._version is None:
             self._version = reading.weight_version
         if reading.weight_version != self._version:
             reason = f"its weight version is {reading.weight_version!r}, not {self._version!r}"
             raise AnswerError(FailureKind.CHANGED_MODEL, reason)
         return reading
+
+    def _read_answer(self, answer: Any, sent: np.ndarray, **wanted: Any) -> Reading:
+        last_id = (self._server_vocab_size or self.vocab_size) - 1
+        return read_answer(answer, sent, self.vocab_size, last_id=last_id, **wanted)
 
     async def _prove(self, replica: Replica) -> None:
         """Raise :class:`TeacherFailure` unless ``replica`` serves what was pinned, :class:`HttpError` if it is gone."""

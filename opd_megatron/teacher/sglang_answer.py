@@ -78,18 +78,26 @@ class Reading:
 
 
 def read_answer(
-    answer: Any, sent_ids: np.ndarray, vocab_size: int, *, top_k: int = 0, union: np.ndarray | None = None
+    answer: Any,
+    sent_ids: np.ndarray,
+    vocab_size: int,
+    *,
+    last_id: int | None = None,
+    top_k: int = 0,
+    union: np.ndarray | None = None,
 ) -> Reading:
     """Read the answer about ``sent_ids``, those from ``logprob_start_len`` on.
 
+    ``last_id`` is the last id of the server's vocabulary, which can have more ids than ``vocab_size``, those in use.
     ``top_k`` and ``union`` (ids) are what was asked for beside the tokens' own log-probabilities. Raises
     :class:`AnswerError` if the answer is about other tokens or holds anything but log-probabilities.
     """
     meta = _meta(answer)
     entries = _rows(meta, "input_token_logprobs", len(sent_ids))
     ids = entries[:, 1]
+    last = vocab_size - 1 if last_id is None else last_id
     with np.errstate(all="ignore"):
-        different = np.flatnonzero((ids != sent_ids) & ~((sent_ids == vocab_size - 1) & (ids == 0)))
+        different = np.flatnonzero((ids != sent_ids) & ~((sent_ids == last) & (ids == 0)))
     if different.size:
         place = int(different[0])
         raise AnswerError(

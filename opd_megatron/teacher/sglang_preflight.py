@@ -22,7 +22,7 @@ from opd_megatron.teacher.preflight import (
     text_samples,
     unknown_ids,
 )
-from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
+from opd_megatron.teacher.protocol import TeacherError, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.throughput import RunSizes, measure
 from opd_megatron.teacher.tokenizer_checks import (
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 COMPARED_IDS = 16384
 """A larger vocabulary is compared at this many ids, evenly spread, and at its last ids, where special tokens are."""
+
+_NO_SUCH_QUESTION = (400, 404, 405, 500, 501)
+"""Statuses of a server that lacks a tokenizer, a chat template or their endpoint; another may answer next time."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,13 @@ def preflight_sglang(
     findings = [_temperature(rollout_temperature, allow_sampling_mismatch)]
     infos = []
     try:
-        for replica in range(len(teacher.clients)):
-            infos.append(_reach(teacher, replica))
-            findings += _check_server(teacher, replica, infos[-1], student, longest_sample, overlong)
-        findings += _check_scores(teacher, infos, student)
-        if sizes is not None:
-            findings.append(Finding("throughput", measure(teacher, sizes, _ordinary_ids(student)).describe()))
+        with teacher.impatient():
+            for replica in range(len(teacher.clients)):
+                infos.append(_reach(teacher, replica))
+                findings += _check_server(teacher, replica, infos[-1], student, longest_sample, overlong)
+            findings += _check_scores(teacher, infos, student)
+            if sizes is not None:
+                findings.append(Finding("throughput", measure(teacher, sizes, _ordinary_ids(student)).describe()))
     except TeacherError as error:
         raise UserError(f"{error}; see the server's log") from error
     return findings
@@ -216,7 +220,7 @@ def _restrict(teacher: SGLangTeacher, student: Student, info: ServerInfo, name: 
             "choose a teacher with the student's tokenizer"
         )
     known = highest + 1 if info.vocab_size is None else info.vocab_size
-    teacher.restrict(vocab_size=known, max_tokens=info.max_tokens)
+    teacher.restrict(vocab_size=known, server_vocab_size=info.vocab_size, max_tokens=info.max_tokens)
     size = "of unknown size" if info.vocab_size is None else f"of {info.vocab_size} ids"
     return [
         Finding("vocabulary", f"{size}; the student's tokenizer uses ids up to {highest}"),
@@ -232,7 +236,7 @@ def _check_tokenizer(teacher: SGLangTeacher, replica: int, student: Student) -> 
         compare_encodings(texts, tokenizer, asked.encode(texts), asked.name, asked.decode)
         compared = _compare_vocabulary(asked, tokenizer)
     except TeacherFailure as error:
-        if error.kind is not FailureKind.STATUS:
+        if error.status not in _NO_SUCH_QUESTION:
             raise
         return [Finding("tokenizer", f"{error}; its tokenizer could not be compared with the student's", warning=True)]
     special = len(set(tokenizer.all_special_ids))
@@ -247,7 +251,7 @@ def _check_chat_template(asked: _Tokenizer, student: Student) -> Finding:
     try:
         theirs = [asked.encode_chat(chat) for chat in chat_questions(settings)]
     except TeacherFailure as error:
-        if error.kind is not FailureKind.STATUS:
+        if error.status not in _NO_SUCH_QUESTION:
             raise
         return Finding(check, f"{error}; its chat template could not be compared with the student's", warning=True)
     fault = compare_chat_templates(student.tokenizer, settings, theirs, asked.name, asked.decode)

@@ -96,6 +96,14 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--rollout-engine sglang --sglang-server-args=--port=1",
         ("--sglang-server-args --port=1: --port is set already: a free one is taken",),
     ),
+    "a key among server flags": (
+        BASE + "--rollout-engine sglang --sglang-server-args=--admin-api-key=s3cret",
+        ("--sglang-server-args ***: --admin-api-key is set already: the servers listen", "!s3cret"),
+    ),
+    "abbreviated server flags": (
+        BASE + "--rollout-engine sglang --sglang-server-args=--tensor-parallel=2",
+        ("--sglang-server-args --tensor-parallel=2: --tensor-parallel-size is set already: use --rollout-num-gpus",),
+    ),
     "server flags that are none": (BASE + "--sglang-server-args=x", ("must begin with a flag",)),
     "unknown flag of the server": (
         BASE + "--sglang-mem-fraction-statik 0.5",

@@ -144,7 +144,8 @@ def test_reference_terms_are_trained_and_reported(student: Path, prompts: Path, 
         use_kl_loss=True,
         kl_loss_coef=0.1,
         kl_loss_type="k2",
-        rm_type="column_arithmetic",
+        rm_type=None,
+        custom_rm_path="tests.e2e.rewards:count_sevens",  # moves the student away from the reference
         lr=1e-2,
     )
     assert metrics[0]["train/kl_loss"] == pytest.approx(0.0, abs=1e-6)

@@ -208,6 +208,23 @@ def test_bad_options_end_before_a_server_is_started(inputs: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"TEACHER_URL": "http://ann:s3cret@h:1"}, "--opd-teacher-api-key-env"),
+        ({"SGLANG_FLAGS": "--tp 2 --api-key s3cret"}, "SGLANG_FLAGS holds --api-key"),
+        ({"SGLANG_FLAGS": "--admin-api=s3cret"}, "SGLANG_FLAGS holds --admin-api-key"),
+    ],
+)
+def test_a_secret_that_would_stand_on_a_command_line_ends_the_script_unshown(
+    inputs: Path, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    done = run_script(SGLANG, inputs, tmp_path / "run", DRY_RUN="1", **changes)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "s3cret" not in done.stdout + done.stderr
+
+
 def test_a_missing_environment_says_what_to_set(inputs: Path, tmp_path: Path) -> None:
     done = run_script(SGLANG, inputs, tmp_path / "run", SGLANG_VENV=str(tmp_path / "none"))
     assert done.returncode == 2

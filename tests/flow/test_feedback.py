@@ -117,6 +117,8 @@ def test_servers_are_not_asked_for_the_student_s_tokens_of_those_left_out() -> N
 
         def begin_step(self, deadline: float | None) -> None: ...
 
+        async def end_step(self, deadline: float | None) -> None: ...
+
         def statistics(self) -> dict[str, float]:
             return dict.fromkeys(("requests", "retries", "samples", "wait_seconds", "in_flight_limit"), 0.0)
 

@@ -67,3 +67,35 @@ def test_a_gap_is_an_error_with_its_numbers(value: float) -> None:
     pattern = "most at token 8" if np.isfinite(value) else "differ by nan"
     with pytest.raises(RunError, match=pattern):
         WeightCheck(TOLERANCES["float32"]).compare(engine, FIRST, "1", "server")
+
+
+@pytest.mark.parametrize("step", [1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-5])
+def test_honest_updates_of_any_size_pass_whatever_the_rounding(step: float, noise: float) -> None:
+    """In each update every token moves its own way, and each scoring rounds in its own."""
+    generator = np.random.default_rng(7)
+    for _ in range(20):
+        check, trainer = WeightCheck(TOLERANCES["float32"]), FIRST.copy()
+        for version in range(12):
+            trainer = trainer + step * generator.standard_normal(len(trainer))
+            engine = trainer + noise * generator.standard_normal(len(trainer))
+            check.compare(engine.astype(np.float32), trainer.astype(np.float32), str(version), "server")
+
+
+@pytest.mark.parametrize("step", [1e-5, 1e-4, 5e-4])
+def test_an_update_of_which_most_is_missing_is_found_though_the_engine_moved(step: float) -> None:
+    """The log-probabilities agree within their tolerance all the while; what is missing adds up."""
+    generator = np.random.default_rng(8)
+    check, trainer, engine = WeightCheck(TOLERANCES["float32"]), FIRST.copy(), FIRST.copy()
+
+    def update(versions: int, arrives: float) -> None:
+        nonlocal trainer, engine
+        for version in range(versions):
+            change = step * generator.standard_normal(len(trainer))
+            trainer, engine = trainer + change, engine + arrives * change
+            rounded = engine + 1e-6 * generator.standard_normal(len(engine))
+            check.compare(rounded, trainer, str(version), "server")
+
+    update(3, arrives=1.0)
+    with pytest.raises(RunError, match="a part of it is missing: token by token"):
+        update(60, arrives=0.3)

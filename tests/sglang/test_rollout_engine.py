@@ -19,6 +19,7 @@ from opd_megatron.rollout.engine import GenerateRequest, Generation, SamplingPar
 from opd_megatron.rollout.generate import fill_sample
 from opd_megatron.rollout.sglang_engine import SGLangEngine
 from opd_megatron.sample import Sample, Status
+from tests.sglang.proxy import FaultProxy
 from tests.sglang.speakers import POSITIONS, Speaker, write_weights
 
 pytestmark = pytest.mark.sglang
@@ -41,6 +42,24 @@ def gap(speaker: Speaker, request: GenerateRequest, generation: Generation) -> f
     tokens = np.concatenate([request.prompt_tokens, generation.tokens])
     expected = speaker.log_probs(tokens, request.sampling.temperature or 1.0)[len(request.prompt_tokens) - 1 :]
     return float(np.abs(expected - generation.log_probs).max())
+
+
+def test_every_request_has_a_seed_that_two_runs_share(speaker: Speaker, spoken: str, tmp_path: Path) -> None:
+    """As the server gets it: one on GPUs draws by it."""
+    speaker.reset()
+    runs = []
+    for name in ("one", "two"):
+        with FaultProxy(spoken) as proxy:
+            engine = speaker.engine(tmp_path / name, [proxy.url])
+            try:
+                engine.update_weights(speaker.weights(), name)
+                engine.generate(speaker.requests(6, SamplingParams(max_new_tokens=2)))
+            finally:
+                engine.close()
+        settings = [asked.payload["sampling_params"] for asked in proxy.asked]
+        runs.append(sorted(asked["sampling_seed"] for asked in settings if asked["max_new_tokens"]))
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 6
 
 
 def test_greedy_generations_are_those_of_the_local_engine(speaker: Speaker, engine: SGLangEngine) -> None:

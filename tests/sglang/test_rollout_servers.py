@@ -74,7 +74,7 @@ def test_a_server_that_is_killed_comes_back_and_no_response_is_lost(speaker: Spe
         engine.update_weights(speaker.weights(), "1")
         greedy = speaker.requests(8, SamplingParams(temperature=0.0, max_new_tokens=40))
         before = engine.generate(greedy)
-        leader = own_server()
+        leader, addresses = own_server(), engine.addresses()
         long = [
             GenerateRequest(np.array([3]), SamplingParams(max_new_tokens=90, ignore_eos=True), (i,)) for i in range(60)
         ]
@@ -94,6 +94,7 @@ def test_a_server_that_is_killed_comes_back_and_no_response_is_lost(speaker: Spe
         assert engine.metrics()["rollout/engine_restarts"] == 1
         again = own_server()
         assert again != leader
+        assert engine.addresses() == addresses, "who asked it to score finds it where it was"
     finally:
         engine.close()
     wait_until_gone(again)

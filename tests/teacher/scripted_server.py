@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,9 +41,12 @@ def drop(handler: Handler) -> None:
 
 
 class ScriptedServer:
-    """Runs from construction to :meth:`close`; after the last step of ``script`` it repeats that step."""
+    """Runs from construction to :meth:`close`; after the last step of ``script`` it repeats that step.
 
-    def __init__(self, *script: Step) -> None:
+    With ``tls`` it speaks HTTPS.
+    """
+
+    def __init__(self, *script: Step, tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[tuple[str, str, Any]] = []
         """Method, path and headers of what has been asked."""
         remaining, lock, requests = list(script), threading.Lock(), self.requests
@@ -62,7 +66,9 @@ class ScriptedServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
 

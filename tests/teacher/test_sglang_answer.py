@@ -66,6 +66,20 @@ def test_an_answer_about_anything_else_is_refused(bad: Any, reason: str, kind: F
     assert caught.value.kind == kind
 
 
+def test_only_the_last_id_of_the_server_may_be_called_0() -> None:
+    """The student's last id is no exception where the server has more."""
+    sent, said = np.array([7, 9]), answer([None, 7, None], [-1.0, 0, None])
+    assert read_answer(said, sent, VOCAB, last_id=9).log_probs_N.tolist() == [-1.0]
+    with pytest.raises(AnswerError, match="id 0 where 9 was sent"):
+        read_answer(said, sent, VOCAB, last_id=11)
+    teacher = SGLangTeacher("http://127.0.0.1:9", vocab_size=VOCAB)
+    teacher.restrict(vocab_size=12, server_vocab_size=12)
+    with pytest.raises(AnswerError, match="id 0 where 9 was sent"):
+        teacher._read_answer(said, sent)
+    teacher.restrict(vocab_size=10, server_vocab_size=10)
+    assert teacher._read_answer(said, sent).log_probs_N.tolist() == [-1.0]
+
+
 def spoken(ids: Any = (3, 5), log_probs: Any = (-1.5, -0.25), **meta: Any) -> dict[str, Any]:
     entries = [[log_prob, token, None] for token, log_prob in zip(ids, log_probs, strict=False)]
     known = {"prompt_tokens": 4, "finish_reason": {"type": "length", "length": 2}, "weight_version": "v3"}

@@ -73,4 +73,5 @@ class EngineOptions:
         "more flags of SGLang's server, in one argument: --sglang-server-args='--max-running-requests 128'",
         metavar="FLAGS",
         check=checks.server_flags,
+        show=checks.mask_server_flags,
     )
