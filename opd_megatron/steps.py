@@ -199,6 +199,8 @@ def _add_advantages(parts: Parts, samples: Sequence[Sample]) -> None:
     score_references(parts.options, parts.trainer, samples)
     for sample in samples:
         sample.advantages = np.zeros(sample.response_length, dtype=np.float32)
+        if parts.options.opd.use_opd and parts.options.opd.opd_kl_discount > 0:
+            sample.opd_future = np.zeros(sample.response_length, dtype=np.float32)
     samples = sampled_by_student(samples)
     if not samples:
         return

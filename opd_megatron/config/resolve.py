@@ -128,7 +128,15 @@ def sampled_tokens_learn(options: Options) -> bool:
     Pure distillation by whole distributions has none: its task advantages are 0.
     """
     objective = options.objective
-    return learns_from_samples(options) or objective.use_kl_loss or objective.entropy_coef > 0
+    regularised = objective.use_kl_loss or objective.entropy_coef > 0
+    return learns_from_samples(options) or regularised or learns_given_tokens(options)
+
+
+def learns_given_tokens(options: Options) -> bool:
+    """Whether responses that the student did not make teach by their tokens, not by distributions at their prefixes."""
+    opd = options.opd
+    compared = (opd.opd_data_loss or opd.opd_loss) == "distribution"
+    return opd.use_opd and not compared
 
 
 def needs_student_ids(options: Options) -> bool:

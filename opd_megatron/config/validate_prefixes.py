@@ -48,7 +48,7 @@ def _data_faults(options: Options) -> Iterator[str]:
                 yield f"{flag} has no effect with --load-debug-rollout-data, whose responses are made: leave it out"
         return
     if opd.opd_student_data_fraction == 1.0:
-        for name in ("opd_data_source", "opd_data_response_key"):
+        for name in ("opd_data_source", "opd_data_response_key", "opd_data_loss"):
             if name in given:
                 yield f"{flag_of(name)} has no effect: give --opd-student-data-fraction below 1"
         return
@@ -59,6 +59,8 @@ def _data_faults(options: Options) -> Iterator[str]:
             "--opd-student-data-fraction below 1 needs --opd-data-response-key: name the field of the prompt rows "
             "that holds a response, or let the teacher answer with --opd-data-source teacher"
         )
+    if opd.opd_data_loss == "distribution" and opd.opd_loss != "distribution":
+        yield f"--opd-data-loss distribution needs --opd-loss distribution, not {opd.opd_loss}: use supervised"
     for flag in student_only(options):
         yield f"--opd-student-data-fraction below 1 does not go with {flag}, which needs the student's own samples"
 
@@ -95,7 +97,6 @@ def student_only(options: Options) -> list[str]:
     opd, objective = options.opd, options.objective
     rated = opd.opd_prompt_weight == "paced" and opd.opd_pass_rate != "metadata"
     chosen = {
-        f"--opd-loss {opd.opd_loss}": opd.opd_loss != "distribution",
         f"--advantage-estimator {objective.advantage_estimator}": has_critic(options),
         "--use-kl-loss": objective.use_kl_loss,
         "--use-tis": objective.use_tis,

@@ -20,7 +20,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from opd_megatron.config.options import OpdOptions, Options
-from opd_megatron.config.resolve import learns_from_chosen_tokens, measures_exact_kl, sampled_tokens_learn
+from opd_megatron.config.resolve import (
+    learns_from_chosen_tokens,
+    learns_given_tokens,
+    measures_exact_kl,
+    sampled_tokens_learn,
+)
 from opd_megatron.config.targets import more_teachers, opd_reference_name, teacher_weights
 from opd_megatron.megatron.distribution import DistributionTerm, Record
 from opd_megatron.megatron.forward import head_log_probs
@@ -183,6 +188,14 @@ class LossInputs:
         return self._of_samples(lambda sample: sample.opd_future)
 
     @cached_property
+    def opd_given_N(self) -> Tensor | None:
+        """Bool: tokens of responses that the student did not make, where they teach by themselves; None without any."""
+        samples = self._step.samples
+        if not learns_given_tokens(self.options) or not any(sample.from_data for sample in samples):
+            return None
+        return self.batch.join([np.full(sample.response_length, sample.from_data) for sample in samples])
+
+    @cached_property
     def prompt_weights_N(self) -> Tensor | None:
         """Weights of the distillation term at the prompt's tokens, 0 at all others; None where it has none there."""
         if self._step.term_weights is None:
@@ -196,6 +209,8 @@ class LossInputs:
         if not opd.use_opd or opd.opd_loss != "distribution":
             return None
         compared_N = self._scored_N if self.opd_weights_N is None else self._scored_N & (self.opd_weights_N != 0)
+        if self.opd_given_N is not None:
+            compared_N = compared_N & ~self.opd_given_N
         if self.prompt_weights_N is not None:
             compared_N = compared_N | (self.prompt_weights_N > 0)
         return self._compared(opd, chosen_divergence(opd, self.rollout_id), self._target(), compared_N)

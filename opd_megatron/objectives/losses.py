@@ -22,7 +22,7 @@ from opd_megatron.config.options import ObjectiveOptions, OpdOptions
 from opd_megatron.objectives.corrections import importance_weights, off_policy_mask
 from opd_megatron.objectives.kl import kl_loss
 from opd_megatron.objectives.log_probs import importance_ratio
-from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdEffect, OpdTerms
+from opd_megatron.objectives.opd_losses import OPD_LOSSES, OpdEffect, OpdTerms, with_given
 from opd_megatron.objectives.policy_loss import PolicyTerms, chosen_policy_loss
 from opd_megatron.objectives.sequences import Sequences
 from opd_megatron.objectives.statistics import weighted_statistic
@@ -38,8 +38,9 @@ class PolicyInputs:
     distillation term. Teacher scores count where ``teacher_valid_N`` (None: everywhere); ``opd_baseline_N`` is
     subtracted from their distance and ``opd_future_N`` added to it (see
     :func:`~opd_megatron.objectives.opd.sampled_term`); ``opd_divergence_N`` carries the gradient of ``--opd-loss
-    distribution``. ``opd_weights_N`` (None: 1) multiply the whole distillation term. ``entropy_N`` needs a gradient
-    only where there is an entropy bonus. Raises ``ValueError`` on unequal shapes.
+    distribution``. Where ``opd_given_N`` (bool; None: nowhere) the student did not sample the token, which has its
+    cross-entropy in place of the term. ``opd_weights_N`` (None: 1) multiply the whole distillation term. ``entropy_N``
+    needs a gradient only where there is an entropy bonus. Raises ``ValueError`` on unequal shapes.
     """
 
     log_probs_N: Tensor
@@ -55,6 +56,7 @@ class PolicyInputs:
     opd_weights_N: Tensor | None = None
     opd_future_N: Tensor | None = None
     opd_divergence_N: Tensor | None = None
+    opd_given_N: Tensor | None = None
     ref_log_probs_N: Tensor | None = None
     entropy_N: Tensor | None = None
 
@@ -152,6 +154,8 @@ def _distillation(
         divergence_N=inputs.opd_divergence_N,
     )
     effect = OPD_LOSSES[opd.opd_loss](terms)
+    if inputs.opd_given_N is not None:
+        effect = with_given(effect, log_probs_N, mask_N & inputs.opd_given_N)
     if inputs.opd_weights_N is None:
         return effect
     opd_weights_N = _keep(inputs.opd_weights_N, mask_N)
@@ -162,7 +166,9 @@ def _distillation(
 
 
 def _scored(inputs: PolicyInputs, mask_N: Tensor) -> Tensor:
-    """Bool ``[N]``: tokens that are trained on and that the teacher scored."""
+    """Bool ``[N]``: tokens that are trained on by what the teacher scored."""
+    if inputs.opd_given_N is not None:
+        mask_N = mask_N & ~inputs.opd_given_N
     return mask_N if inputs.teacher_valid_N is None else mask_N & inputs.teacher_valid_N.bool()
 
 

@@ -8,7 +8,7 @@ mean the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -114,6 +114,20 @@ def kl_estimator(terms: OpdTerms) -> OpdEffect:
     return OpdEffect(loss_N=kl_loss(terms.options.opd_kl_loss_type, kept_N, teacher_N, old_N), of_samples=True)
 
 
+def with_given(effect: OpdEffect, log_probs_N: Tensor, given_N: Tensor) -> OpdEffect:
+    """The term with ``-log p_S`` of the tokens ``[N]`` where ``given_N`` (bool): those that the student did not sample.
+
+    The term itself must be 0 there. The coefficient and the weights of tokens act on both alike. In expectation over
+    responses of ``p`` the gradient is that of KL(p||S): of the data, or of the teacher that sampled them.
+    """
+    supervised_N = torch.where(given_N, -log_probs_N, 0.0)
+    return replace(
+        effect,
+        loss_N=supervised_N if effect.loss_N is None else effect.loss_N + supervised_N,
+        weighted_metrics=effect.weighted_metrics | {"train/opd_supervised_loss": supervised_N},
+    )
+
+
 OPD_LOSSES.register(
     "sampled",
     sampled,
@@ -199,6 +213,13 @@ OPD_LOSSES.describe(
     formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from $T$ with probability $1 - F$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_at_the_teachers_samples_forward_kl_is_the_likelihood_of_its_responses",
+)
+OPD_LOSSES.describe(
+    "given responses by their tokens",
+    "--opd-student-data-fraction F --opd-data-loss supervised",
+    formula=r"$-c\, \log S(a_t)$, $a$ of the data or of the teacher with probability $1 - F$",
+    source="GKD, arXiv 2306.13649",
+    proof="test_opd_losses.py::test_given_tokens_have_the_gradient_of_the_kl_from_their_law",
 )
 OPD_LOSSES.describe(
     "self-distillation",

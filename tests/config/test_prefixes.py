@@ -51,9 +51,11 @@ CASES: dict[str, tuple[str, str]] = {
         WHOLE + TAUGHT + "--custom-generate-function-path tests.rollout.records:two_turns",
         "--opd-data-source teacher does not go with --custom-generate-function-path",
     ),
-    "sampled form at the teacher's samples": (ZERO + TAUGHT, "does not go with --opd-loss sampled"),
-    "sampled": (ZERO + GIVEN, "does not go with --opd-loss sampled"),
-    "estimator loss": (ZERO + GIVEN + "--opd-loss kl_loss", "does not go with --opd-loss kl_loss"),
+    "distributions that nobody compares": (
+        ZERO + GIVEN + "--opd-data-loss distribution",
+        "--opd-data-loss distribution needs --opd-loss distribution, not sampled",
+    ),
+    "a form that nobody asks for": (WHOLE + "--opd-data-loss supervised", "--opd-data-loss has no effect: give"),
     "critic": (
         OPD + GIVEN + "--opd-loss distribution --rm-type exact --advantage-estimator ppo",
         "does not go with --advantage-estimator ppo",
@@ -76,6 +78,9 @@ ACCEPTED = {
     "no task": ZERO + "--opd-prefix-len 8",
     "responses of the data": WHOLE + GIVEN,
     "responses of the teacher": WHOLE + TAUGHT,
+    "tokens of the teacher": ZERO + TAUGHT,
+    "tokens beside an estimator": ZERO + GIVEN + "--opd-loss kl_loss",
+    "tokens beside distributions": WHOLE + GIVEN + "--opd-data-loss supervised",
     "a reward to look at": OPD + "--opd-prefix-len 8 --rm-type exact --advantage-estimator none",
 }
 

@@ -49,6 +49,7 @@ OF_OTHER_TERMS = {
     "train/opd_loss",
     "train/opd_divergence",
     "train/opd_prompt_divergence",
+    "train/opd_supervised_loss",
     "opd/implicit_reward",
     "opd/jsd_beta",
     "opd/student_data_frac",

@@ -17,7 +17,14 @@ from opd_megatron.data.column_arithmetic import sample_problems
 from opd_megatron.sample import Sample, read_samples
 from tests.e2e import rewards
 from tests.e2e.support import run_training
-from tests.megatron.support import GRADIENT_FLAGS, LINEAR_STEP, assert_same_tensors, load_reference, reference_logits
+from tests.megatron.support import (
+    GRADIENT_FLAGS,
+    LINEAR_STEP,
+    assert_same_tensors,
+    load_reference,
+    reference_log_probs,
+    reference_logits,
+)
 
 TASK = {"rm_type": None, "custom_rm_path": f"{rewards.__name__}:count_sevens", "normalize_advantages": True}
 
@@ -99,8 +106,10 @@ def test_a_recording_knows_where_its_responses_come_from(
     run_training(student, answered, tmp_path / "one", **given, save_debug_rollout_data=pattern)
     assert all(sample.from_data for sample in recorded(pattern, 0))
     replay = {"use_opd": True, "opd_type": "megatron", "prompt_data": None, "load_debug_rollout_data": pattern}
-    with pytest.raises(UserError, match="its response is one of the data, and --opd-loss sampled needs the student's"):
-        run_training(student, answered, tmp_path / "two", **replay, num_rollout=1)
+    replayed = run_training(student, answered, tmp_path / "two", **replay, num_rollout=1)
+    assert replayed[0]["train/opd_supervised_loss"] > 0
+    with pytest.raises(UserError, match="its response is one of the data, and --use-tis needs the student's"):
+        run_training(student, answered, tmp_path / "three", **replay, num_rollout=1, use_tis=True)
 
 
 def test_the_step_is_that_of_the_divergence_at_the_data_s_prefixes(
@@ -154,3 +163,44 @@ def test_task_advantages_are_made_of_the_student_s_samples_alone(
         assert not others.any()
         assert own.mean() == pytest.approx(0, abs=1e-6)
         assert own.std(ddof=1) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"opd_loss": "sampled", "opd_kl_discount": 0.5},
+        {"opd_loss": "kl_loss", "global_batch_size": 4, "opd_data_source": "teacher", "opd_data_response_key": None},
+        {"opd_loss": "distribution", "opd_data_loss": "supervised"},
+    ],
+    ids=["sampled", "kl_loss and the teacher's samples", "distribution"],
+)
+def test_given_responses_teach_by_their_tokens(
+    student: Path, answered: Path, tmp_path: Path, given: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    pattern = tmp_path / "{rollout_id}.jsonl"
+    settings = {**given, **TASK, "opd_student_data_fraction": 0.4, **changes, "save_debug_rollout_data": pattern}
+    metrics = run_training(student, answered, tmp_path / "run", **settings)
+    assert all(line["train/grad_norm"] > 0 for line in metrics)
+    for rollout_id, line in enumerate(metrics):
+        some = any(sample.from_data for sample in recorded(pattern, rollout_id))
+        assert line.get("train/opd_supervised_loss", 0.0) > 0 if some else "train/opd_supervised_loss" not in line
+
+
+def test_the_step_at_given_responses_is_that_of_their_cross_entropy(
+    student: Path, answered: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    pattern, folder = tmp_path / "{rollout_id}.jsonl", tmp_path / "hf"
+    given |= {**GRADIENT_FLAGS, "opd_loss": "sampled", "opd_kl_coef": 0.7, "opd_student_data_fraction": 0}
+    given |= {"num_rollout": 1, "lr_decay_style": "constant", "save_debug_rollout_data": pattern, "save_hf": folder}
+    (line,) = run_training(student, answered, tmp_path / "run", **given)
+    model, total = load_reference(student, torch.float64), torch.zeros((), dtype=torch.float64)
+    samples = recorded(pattern, 0)
+    for sample in samples:
+        total = total - 0.7 * reference_log_probs(model, sample).mean() / len(samples)
+    assert line["train/loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert 0.7 * line["train/opd_supervised_loss"] == pytest.approx(total.item(), rel=1e-5)
+    total.backward()
+    before, after = load_file(student / "model.safetensors"), load_file(folder / "model.safetensors")
+    expected = {name: value.grad.float() for name, value in model.named_parameters() if value.grad is not None}
+    found = {name: (before[name] - after[name]) / LINEAR_STEP for name in expected}
+    assert_same_tensors(found, expected, 2e-5)

@@ -141,6 +141,34 @@ def test_at_the_teachers_samples_forward_kl_is_the_likelihood_of_its_responses()
     assert relative_error(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize("form", ["sampled", "kl_loss", "distribution"])
+def test_given_tokens_have_the_gradient_of_the_kl_from_their_law(
+    logits_PV: Tensor, teacher_PV: Tensor, form: str
+) -> None:
+    """In expectation over tokens of the teacher: its forward KL, times coefficient and weight, and nothing else."""
+    log_PV = logits_PV.log_softmax(-1)
+    ones_N = torch.ones(PREFIXES * V, dtype=torch.float64)
+    inputs = PolicyInputs(
+        log_probs_N=log_PV.flatten(),
+        advantages_N=0 * ones_N,
+        loss_weights_N=teacher_PV.exp().flatten(),
+        loss_mask_N=ones_N,
+        sequences=Sequences(torch.zeros(PREFIXES * V, dtype=torch.long), 1),
+        teacher_log_probs_N=teacher_PV.flatten(),
+        opd_weights_N=0.5 * ones_N,
+        opd_divergence_N=(log_PV.exp() * (log_PV - teacher_PV)).flatten(),
+        opd_given_N=ones_N.bool(),
+    )
+    loss, statistics = policy_objective(inputs, ObjectiveOptions(), 0.6, OpdOptions(opd_loss=form))
+    (found,) = torch.autograd.grad(loss, logits_PV, retain_graph=True)
+    forward = (teacher_PV.exp() * (teacher_PV - log_PV)).sum()
+    (exact,) = torch.autograd.grad(0.3 * forward, logits_PV)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+    total, weight = statistics["train/opd_supervised_loss"].tolist()
+    assert 0.6 * total == pytest.approx(loss.item())
+    assert weight == pytest.approx(PREFIXES)
+
+
 def test_unscored_positions_of_a_distribution_are_nothing_even_where_they_are_nan() -> None:
     divergence_N = torch.tensor([1.0, math.nan], requires_grad=True)
     zeros_N = torch.zeros(2)

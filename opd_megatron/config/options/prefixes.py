@@ -32,3 +32,10 @@ class PrefixOptions:
     opd_data_response_key: str | None = option(
         None, "field of a prompt's row, or of its metadata, that holds a response", metavar="NAME"
     )
+    opd_data_loss: str | None = option(
+        None,
+        "what the responses teach that the student does not make: distribution, the divergence of --opd-loss "
+        "distribution at their prefixes; supervised, the cross-entropy of their tokens (default: distribution with "
+        "--opd-loss distribution, else supervised)",
+        choices=("distribution", "supervised"),
+    )
