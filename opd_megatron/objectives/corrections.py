@@ -67,7 +67,7 @@ CORRECTIONS: Catalogue[None] = Catalogue("Corrections of samples from another po
 CORRECTIONS.describe(
     "truncated importance sampling",
     "--use-tis --tis-level token",
-    formula=r"$L_t \leftarrow \mathrm{clip}(w_t, c_{\mathrm{low}}, c)\, L_t$, "
+    formula=r"$L_t \leftarrow \mathrm{clip}(w_t, c_{\mathrm{low}}, c)\thinspace L_t$, "
     r"$w_t = S_{\mathrm{old}}(a_t) / S_{\mathrm{engine}}(a_t)$",
     source="Yao et al., *Your Efficient RL Framework Secretly Brings You Off-Policy RL Training*, 2025",
     proof="test_expected_losses.py::test_token_weights_correct_the_token_and_leave_the_prefix",
@@ -82,7 +82,7 @@ CORRECTIONS.describe(
 CORRECTIONS.describe(
     "importance sampling of a distillation loss",
     "--use-tis --opd-loss kl_loss, --use-tis --opd-importance",
-    formula=r"$w\, c\, \rho\, k_1$ and the like: the loss of sampled tokens has the weights above",
+    formula=r"$w c \rho k_1$ and the like: the loss of sampled tokens has the weights above",
     source="the same",
     proof="test_expected_losses.py::test_importance_weights_bring_every_term_of_sampled_tokens_to_the_students_law",
 )

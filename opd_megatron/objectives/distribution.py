@@ -46,8 +46,9 @@ DIVERGENCES.register(
     "jsd",
     lambda opd: jensen_shannon(opd.opd_jsd_beta, scaled=opd.opd_jsd_scaled),
     title="generalised Jensen-Shannon",
-    formula=r"$\beta\, \mathrm{KL}(T \Vert m) + (1-\beta)\, \mathrm{KL}(S \Vert m),\ m = \beta T + (1-\beta) S$; "
-    r"scaled: over $\beta(1-\beta)$; $\beta = 0$: $\mathrm{KL}(T \Vert S)$, $\beta = 1$: $\mathrm{KL}(S \Vert T)$",
+    formula=r"$\beta\thinspace \mathrm{KL}(T \Vert m) + (1-\beta)\thinspace \mathrm{KL}(S \Vert m)$, "
+    r"$m = \beta T + (1-\beta) S$; scaled: over $\beta(1-\beta)$; "
+    r"$\beta = 0$: $\mathrm{KL}(T \Vert S)$, $\beta = 1$: $\mathrm{KL}(S \Vert T)$",
     source="GKD, arXiv 2306.13649",
     proof=_PROOF,
     more_flags="--opd-jsd-beta B [--opd-jsd-scaled]",
@@ -127,7 +128,7 @@ DIVERGENCES.describe(
 DIVERGENCES.describe(
     "entropy-aware",
     "--opd-entropy-aware W",
-    formula=r"$D + w\, \frac{H(T)}{\ln V}\, \mathrm{KL}(T \Vert S)$",
+    formula=r"$D + w\thinspace \frac{H(T)}{\ln V}\thinspace \mathrm{KL}(T \Vert S)$",
     source="cf. arXiv 2603.07079",
     proof="test_divergences.py::test_entropy_aware_distillation_is_its_formula",
 )

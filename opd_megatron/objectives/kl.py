@@ -55,11 +55,11 @@ KL_LOSSES: Catalogue[KlLoss] = Catalogue("KL to a reference as a loss", "--use-k
 _IS_THE_KLS = "test_exact_gradients.py::test_kl_loss_has_the_gradient_of_the_reverse_kl"
 _SHOWS_THE_KL = "test_exact_gradients.py::test_straight_through_forms_show_the_kl"
 for _kind, _loss, _formula, _proof in (
-    ("k1", _times_ratio("k1"), r"$\rho\, x$", _IS_THE_KLS),
-    ("k2", _times_fixed_ratio("k2"), r"$\mathrm{sg}(\rho)\, x^2 / 2$", _IS_THE_KLS),
-    ("k3", _times_ratio("k3"), r"$\rho\, (e^{-x} + x - 1)$", _IS_THE_KLS),
-    ("k1+", _straight_through("k1"), r"value $\rho\, x$, gradient of k2", _SHOWS_THE_KL),
-    ("k3+", _straight_through("k3"), r"value $\rho\, (e^{-x} + x - 1)$, gradient of k2", _SHOWS_THE_KL),
+    ("k1", _times_ratio("k1"), r"$\rho\thinspace x$", _IS_THE_KLS),
+    ("k2", _times_fixed_ratio("k2"), r"$\mathrm{sg}(\rho)\thinspace x^2 / 2$", _IS_THE_KLS),
+    ("k3", _times_ratio("k3"), r"$\rho\thinspace (e^{-x} + x - 1)$", _IS_THE_KLS),
+    ("k1+", _straight_through("k1"), r"value $\rho\thinspace x$, gradient of k2", _SHOWS_THE_KL),
+    ("k3+", _straight_through("k3"), r"value $\rho\thinspace (e^{-x} + x - 1)$, gradient of k2", _SHOWS_THE_KL),
 ):
     KL_LOSSES.register(
         _kind,

@@ -132,14 +132,14 @@ OPD_LOSSES.register(
     "sampled",
     sampled,
     title="OPD, sampled",
-    formula=r"$A \leftarrow A - c\,(d_t - b_t + \sum_{u>t} \gamma^{u-t} d_u)$",
+    formula=r"$A \leftarrow A - c\thinspace (d_t - b_t + \sum_{u>t} \gamma^{u-t} d_u)$",
     source="arXiv 2306.13649; on-policy distillation, Thinking Machines Lab 2025",
     proof="test_exact_gradients.py::test_opd_gradient_is_that_of_the_per_token_reverse_kl",
 )
 OPD_LOSSES.describe(
     "OPD, discounted",
     "--opd-kl-discount G",
-    formula=r"$\gamma = 1:\ \nabla\, \mathrm{KL}(S \Vert T) \text{ of whole responses}$",
+    formula=r"$\gamma = 1:\ \nabla\thinspace \mathrm{KL}(S \Vert T) \text{ of whole responses}$",
     source="policy gradient theorem",
     proof="test_exact_gradients.py::test_future_distances_lead_from_the_per_token_kl_to_that_of_whole_responses",
 )
@@ -167,14 +167,14 @@ OPD_LOSSES.describe(
 OPD_LOSSES.describe(
     "coefficient along a line",
     "--opd-kl-coef C --opd-kl-coef-end E --opd-kl-coef-rollouts N",
-    formula=r"$c = C + \min(i / N, 1)\, (E - C)$ in rollout $i$",
+    formula=r"$c = C + \min(i / N, 1)\thinspace (E - C)$ in rollout $i$",
     source="",
     proof="test_opd_losses.py::test_the_coefficient_moves_along_a_line",
 )
 OPD_LOSSES.describe(
     "OPD, importance-weighted",
     "--opd-importance",
-    formula=r"$\frac{S}{S_{\mathrm{old}}}\, \mathrm{sg}(\log S - \log T)$",
+    formula=r"$\frac{S}{S_{\mathrm{old}}}\thinspace \mathrm{sg}(\log S - \log T)$",
     source="score-function estimator",
     proof="test_exact_gradients.py::test_the_importance_weighted_term_has_the_gradient_of_the_current_students_kl",
 )
@@ -182,14 +182,14 @@ OPD_LOSSES.register(
     "distribution",
     distribution,
     title="OPD, whole distributions",
-    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$",
+    formula=r"$c\thinspace D(S(\cdot \mid s_t), T(\cdot \mid s_t))$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_the_distribution_form_has_the_expected_gradient_of_the_sampled_one",
 )
 OPD_LOSSES.describe(
     "prompts beside responses",
     "--opd-include-prompt --opd-loss distribution",
-    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$ at the tokens of the prompt, too",
+    formula=r"$c\thinspace D(S(\cdot \mid s_t), T(\cdot \mid s_t))$ at the tokens of the prompt, too",
     source="",
     proof="megatron/test_distribution.py::test_prompts_are_compared_like_responses",
 )
@@ -203,21 +203,21 @@ OPD_LOSSES.describe(
 OPD_LOSSES.describe(
     "responses of the data",
     "--opd-student-data-fraction F --opd-data-response-key KEY --opd-loss distribution",
-    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from the data with probability $1 - F$",
+    formula=r"$c\thinspace D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from the data with probability $1 - F$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_given_tokens_say_nothing_but_where_distributions_are_compared",
 )
 OPD_LOSSES.describe(
     "responses of the teacher",
     "--opd-student-data-fraction F --opd-data-source teacher --opd-loss distribution",
-    formula=r"$c\, D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from $T$ with probability $1 - F$",
+    formula=r"$c\thinspace D(S(\cdot \mid s_t), T(\cdot \mid s_t))$, $s_t$ from $T$ with probability $1 - F$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_at_the_teachers_samples_forward_kl_is_the_likelihood_of_its_responses",
 )
 OPD_LOSSES.describe(
     "given responses by their tokens",
     "--opd-student-data-fraction F --opd-data-loss supervised",
-    formula=r"$-c\, \log S(a_t)$, $a$ of the data or of the teacher with probability $1 - F$",
+    formula=r"$-c\thinspace \log S(a_t)$, $a$ of the data or of the teacher with probability $1 - F$",
     source="GKD, arXiv 2306.13649",
     proof="test_opd_losses.py::test_given_tokens_have_the_gradient_of_the_kl_from_their_law",
 )
@@ -232,7 +232,7 @@ OPD_LOSSES.register(
     "kl_loss",
     kl_estimator,
     title="OPD, estimator as a loss",
-    formula=r"$c\, \rho\, k_1,\quad c\, \mathrm{sg}(\rho)\, k_2,\quad c\, \rho\, k_3$",
+    formula=r"$c \rho k_1,\quad c\thinspace \mathrm{sg}(\rho) k_2,\quad c \rho k_3$",
     source="Schulman, Approximating KL divergence, 2020",
     proof="test_opd_losses.py::test_the_estimators_have_the_gradient_of_the_reverse_kl",
     more_flags="--opd-kl-loss-type K",

@@ -146,7 +146,7 @@ POLICY_LOSSES.register(
     "cispo",
     cispo,
     title="CISPO",
-    formula=r"$-\mathrm{sg}(\mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{\mathrm{high}}))\, A \log S$",
+    formula=r"$-\mathrm{sg}(\mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{\mathrm{high}}))\thinspace A \log S$",
     source="arXiv 2506.13585",
     proof="test_expected_losses.py::test_cispo_has_the_gradient_of_the_surrogate_with_truncated_weights",
 )
@@ -160,7 +160,7 @@ POLICY_LOSSES.describe(
 POLICY_LOSSES.describe(
     "entropy bonus",
     "--entropy-coef H",
-    formula=r"$-h\, H(S(\cdot \mid s_t))$ in the loss, over the whole vocabulary",
+    formula=r"$-h\thinspace H(S(\cdot \mid s_t))$ in the loss, over the whole vocabulary",
     source="Williams and Peng, 1991",
     proof="test_losses.py::test_entropy_bonus_raises_the_entropy",
 )

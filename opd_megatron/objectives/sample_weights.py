@@ -102,7 +102,7 @@ PROMPT_WEIGHTS.register(
 PROMPT_WEIGHTS.describe(
     "PACED, pass rate of the group",
     "--opd-prompt-weight paced --opd-pass-rate group",
-    formula=r"$p^\alpha (1-p)^\beta\, (\frac{n}{n-1})^{\min(\alpha, \beta)}$ of the passes among $n$ samples",
+    formula=r"$p^\alpha (1-p)^\beta\thinspace (\frac{n}{n-1})^{\min(\alpha, \beta)}$ of the passes among $n$ samples",
     source="unbiased variance",
     proof="test_sample_weights.py::test_the_corrected_estimate_of_the_variance_of_a_pass_is_unbiased",
 )
@@ -123,7 +123,7 @@ PROMPT_WEIGHTS.describe(
 PROMPT_WEIGHTS.describe(
     "softmax of rewards",
     "--opd-reward-beta B",
-    formula=r"$w_i = n\, e^{r_i / B} / \sum_j e^{r_j / B}$ over the prompt's $n$ responses",
+    formula=r"$w_i = n\thinspace e^{r_i / B} / \sum_j e^{r_j / B}$ over the prompt's $n$ responses",
     source="reward-weighted regression, Peters and Schaal, 2007",
     proof="test_sample_weights.py::test_reward_weights_are_a_softmax_of_mean_one",
 )

@@ -97,14 +97,14 @@ TARGETS.register(
 TARGETS.describe(
     "reward extrapolation, sampled",
     "--opd-reward-scale L [--opd-ref-load DIR]",
-    formula=r"$A \leftarrow A + c\,[(\lambda - 1)(\log T - \log R) - d_t]$",
+    formula=r"$A \leftarrow A + c\thinspace [(\lambda - 1)(\log T - \log R) - d_t]$",
     source="G-OPD, arXiv 2602.12125",
     proof="test_targets.py::test_extrapolation_maximises_the_scaled_reward",
 )
 TARGETS.describe(
     "reward extrapolation, whole distributions",
     "--opd-loss distribution --opd-reward-scale L [--opd-ref-load DIR]",
-    formula=r"$c\, D(S, q),\ q \propto T^{\lambda} R^{1-\lambda}$",
+    formula=r"$c\thinspace D(S, q),\ q \propto T^{\lambda} R^{1-\lambda}$",
     source="G-OPD, arXiv 2602.12125",
     proof="test_targets.py::test_both_forms_of_extrapolation_have_one_expected_gradient",
 )

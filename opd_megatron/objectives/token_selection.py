@@ -44,8 +44,8 @@ TOKEN_SCORES.register(
 TOKEN_SCORES.register(
     "low_entropy_high_divergence",
     lambda entropy, divergence: (1 - entropy) * divergence,
-    title="certain and wrong",
-    formula=r"$(1 - h)\, d$",
+    title="low entropy with high divergence",
+    formula=r"$(1 - h)\thinspace d$",
     source=_TIP,
     proof=_PROOF,
 )
@@ -70,7 +70,7 @@ TOKEN_SELECTIONS.describe(
 TOKEN_SELECTIONS.describe(
     "sampled by score",
     "--opd-token-select sample --opd-token-ratio R",
-    formula=r"$w_t = 1 / \pi_t$ with probability $\pi_t = \min(1, c\, s_t + \epsilon)$, else 0; "
+    formula=r"$w_t = 1 / \pi_t$ with probability $\pi_t = \min(1, c\thinspace s_t + \epsilon)$, else 0; "
     r"$\sum_t \pi_t = \rho N$",
     source="Horvitz and Thompson, 1952; scores of arXiv 2604.14084",
     proof="test_token_selection.py::test_the_expected_loss_of_sampled_tokens_is_that_of_all_tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from opd_megatron.config.dump import dump_yaml
 from opd_megatron.config.errors import UserError
-from opd_megatron.config.options import Options
+from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.parse import parse_options
 from opd_megatron.config.resolve import starting_point
 from opd_megatron.config.validate import validate
@@ -137,6 +138,12 @@ def test_bad_options_are_refused_before_torch_is_imported(folders: dict[str, Pat
             check=True,
         )
         assert done.stdout.splitlines()[-1] == expected
+
+
+def test_a_group_begins_with_what_it_is_about() -> None:
+    names = [item.name for item in dataclasses.fields(OpdOptions)]
+    assert names[:3] == ["use_opd", "opd_type", "opd_kl_coef"]
+    assert names.index("opd_loss") < names.index("opd_teacher_load") < names.index("opd_divergence")
 
 
 def test_help_shows_groups_defaults_and_units(tmp_path: Path) -> None:

@@ -191,6 +191,27 @@ def test_every_mutation_has_a_test_that_notices_it() -> None:
     assert all(re.search(r"\| `(?:\w+/)?test_\w+\.py`: `test_\w+` \|$", row) for row in rows)
 
 
+def formulas(text: str) -> list[str]:
+    """Inline and display formulas of a page; code is none."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "`code`", text, flags=re.DOTALL)
+    display = re.findall(r"\$\$(.*?)\$\$", text, re.DOTALL)
+    inline = re.findall(r"\$([^$]+)\$", re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL))
+    return [*display, *inline]
+
+
+@EACH_PAGE
+def test_formulas_survive_githubs_markdown(page: Path) -> None:
+    """It takes a backslash before punctuation for an escape, ``\\,`` for a comma, before it looks at the formula."""
+    found = formulas(page.read_text(encoding="utf-8"))
+    assert [formula for formula in found if re.search(r"\\[!-/:-@\[-`{-~]", formula)] == []
+    assert [formula for formula in found if "\n" in formula.strip() and formula[0] != "\n"] == []
+
+
+def test_formulas_are_found_between_code() -> None:
+    text = "a $x$, `$no$` and\n\n$$\ny\\,z\n$$\n\n```text\n$neither\n```\n$u$\n"
+    assert formulas(text) == ["\ny\\,z\n", "x", "u"]
+
+
 @EACH_PAGE
 def test_no_number_is_left_out(page: Path) -> None:
     assert "@@" not in page.read_text(encoding="utf-8")

@@ -15,6 +15,51 @@ from opd_megatron.config.options.weights import SampleWeightOptions, TokenSelect
 
 
 @dataclass(frozen=True)
+class TermOptions:
+    """The distillation term"""
+
+    use_opd: bool = option(False, "add the per-token distillation term to the advantage")
+    opd_type: str | None = option(None, "where teacher log-probabilities come from", choices=("sglang", "megatron"))
+    opd_kl_coef: float = option(1.0, "coefficient of log p_student - log p_teacher", minimum=0.0)
+    opd_kl_coef_end: float | None = option(
+        None, "coefficient that --opd-kl-coef changes to, linearly over --opd-kl-coef-rollouts", minimum=0.0
+    )
+    opd_kl_coef_rollouts: int | None = option(
+        None, "length of the way to --opd-kl-coef-end", unit="rollouts", minimum=1
+    )
+    opd_loss: str = option(
+        "sampled",
+        "form of the term: sampled, the sampled token's log-ratio in the advantage; distribution, a divergence of "
+        "whole distributions as a loss; kl_loss, an estimator as a loss",
+        choices=("sampled", "distribution", "kl_loss"),
+    )
+    opd_kl_discount: float = option(
+        0.0, "weight of later tokens' log-ratios in a token's term (1: KL of whole responses)", minimum=0.0, maximum=1.0
+    )
+    opd_log_ratio_clip: float | None = option(None, "clip log p_student - log p_teacher to this size", above=0.0)
+    opd_importance: bool = option(
+        False,
+        "with several optimizer steps per rollout: importance ratio times the current log-ratio as a loss, unclipped",
+    )
+    opd_kl_loss_type: str = option("k2", "estimator of --opd-loss kl_loss", choices=("k1", "k2", "k3"))
+    opd_exact_kl_interval: int = option(
+        1,
+        "measure opd/reverse_kl_exact this often (Megatron teacher; 0: only where --opd-baseline needs it)",
+        unit="rollouts",
+        minimum=0,
+    )
+    opd_baseline: str = option(
+        "none",
+        "subtracted from the term at each position, which leaves its expected gradient: kl, the exact reverse KL; "
+        "optimal, the baseline of least variance (Megatron teacher)",
+        choices=("none", "kl", "optimal"),
+    )
+    opd_allow_sampling_mismatch: bool = option(
+        False, "accept a sampling law whose expectation is not over the student's distribution at temperature 1"
+    )
+
+
+@dataclass(frozen=True)
 class ServerTeacherOptions:
     """A teacher behind an SGLang server"""
 
@@ -134,55 +179,19 @@ class MegatronTeacherOptions:
 
 @dataclass(frozen=True)
 class OpdOptions(
-    ServerTeacherOptions,
-    TeacherFailureOptions,
-    MegatronTeacherOptions,
-    SelfTeacherOptions,
-    PrefixOptions,
-    DistributionOptions,
-    TokenSelectionOptions,
-    SampleWeightOptions,
     DiagnosticsOptions,
+    PrefixOptions,
+    SampleWeightOptions,
+    TokenSelectionOptions,
     TargetOptions,
+    DistributionOptions,
+    SelfTeacherOptions,
+    TeacherFailureOptions,
+    ServerTeacherOptions,
+    MegatronTeacherOptions,
+    TermOptions,
 ):
-    """On-policy distillation"""
+    """On-policy distillation
 
-    use_opd: bool = option(False, "add the per-token distillation term to the advantage")
-    opd_type: str | None = option(None, "where teacher log-probabilities come from", choices=("sglang", "megatron"))
-    opd_kl_coef: float = option(1.0, "coefficient of log p_student - log p_teacher", minimum=0.0)
-    opd_kl_coef_end: float | None = option(
-        None, "coefficient that --opd-kl-coef changes to, linearly over --opd-kl-coef-rollouts", minimum=0.0
-    )
-    opd_kl_coef_rollouts: int | None = option(
-        None, "length of the way to --opd-kl-coef-end", unit="rollouts", minimum=1
-    )
-    opd_loss: str = option(
-        "sampled",
-        "form of the term: sampled, the sampled token's log-ratio in the advantage; distribution, a divergence of "
-        "whole distributions as a loss; kl_loss, an estimator as a loss",
-        choices=("sampled", "distribution", "kl_loss"),
-    )
-    opd_kl_discount: float = option(
-        0.0, "weight of later tokens' log-ratios in a token's term (1: KL of whole responses)", minimum=0.0, maximum=1.0
-    )
-    opd_log_ratio_clip: float | None = option(None, "clip log p_student - log p_teacher to this size", above=0.0)
-    opd_importance: bool = option(
-        False,
-        "with several optimizer steps per rollout: importance ratio times the current log-ratio as a loss, unclipped",
-    )
-    opd_kl_loss_type: str = option("k2", "estimator of --opd-loss kl_loss", choices=("k1", "k2", "k3"))
-    opd_exact_kl_interval: int = option(
-        1,
-        "measure opd/reverse_kl_exact this often (Megatron teacher; 0: only where --opd-baseline needs it)",
-        unit="rollouts",
-        minimum=0,
-    )
-    opd_baseline: str = option(
-        "none",
-        "subtracted from the term at each position, which leaves its expected gradient: kl, the exact reverse KL; "
-        "optimal, the baseline of least variance (Megatron teacher)",
-        choices=("none", "kl", "optimal"),
-    )
-    opd_allow_sampling_mismatch: bool = option(
-        False, "accept a sampling law whose expectation is not over the student's distribution at temperature 1"
-    )
+    Help and dumps show the fields of the last class first.
+    """
