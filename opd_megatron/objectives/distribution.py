@@ -105,14 +105,14 @@ DIVERGENCES.describe(
 )
 for _side in ("teacher", "student"):
     DIVERGENCES.describe(
-        f"likeliest tokens of the {_side} and a tail",
+        f"most probable tokens of the {_side} and a tail",
         f"--opd-support {_side}_topk --opd-top-k K --opd-tail bucket",
         formula="$D$ of $K + 1$ classes: the tokens, and all others as one",
         source="log-sum inequality",
         proof=_OF_A_STEP,
     )
 DIVERGENCES.describe(
-    "likeliest tokens alone",
+    "most probable tokens alone",
     "--opd-support teacher_topk --opd-top-k K --opd-tail renormalized",
     formula=r"$D$ of $S(a) / \sum_K S$ and $T(a) / \sum_K T$",
     source="",

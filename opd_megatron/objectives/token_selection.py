@@ -52,7 +52,7 @@ TOKEN_SCORES.register(
 TOKEN_SCORES.register(
     "soft_or",
     lambda entropy, divergence: entropy + divergence - entropy * divergence,
-    title="uncertain or wrong",
+    title="soft-or of entropy and divergence",
     formula=r"$h + d - h d$",
     source=_TIP,
     proof=_PROOF,

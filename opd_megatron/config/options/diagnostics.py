@@ -19,7 +19,7 @@ class DiagnosticsOptions:
         minimum=0,
     )
     opd_diagnostics_top_k: int = option(
-        8, "likeliest tokens of student and teacher that are compared", minimum=1, maximum=65536
+        8, "most probable tokens of student and teacher that are compared", minimum=1, maximum=65536
     )
     opd_gradient_diagnostics_interval: int = option(
         0,

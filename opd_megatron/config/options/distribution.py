@@ -45,7 +45,7 @@ class DistributionOptions:
     opd_alpha: float = option(0.5, "order of alpha (0: reverse KL, 1: forward KL)", minimum=0.0, maximum=1.0)
     opd_support: str = option(
         "full",
-        "tokens that are compared one by one: the vocabulary, or the --opd-top-k likeliest of teacher or student",
+        "tokens that are compared one by one: the vocabulary, or the --opd-top-k most probable of teacher or student",
         choices=("full", "teacher_topk", "student_topk"),
     )
     opd_top_k: int | None = option(None, "tokens of the support", minimum=1, maximum=65536)
