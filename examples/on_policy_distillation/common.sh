@@ -6,9 +6,18 @@
 #   TEACHER       folder of the teacher               (default: the script's teacher in $MODELS)
 #   RUN_DIR       the run folder                      (default runs/NAME of the repository)
 #   NUM_ROLLOUT   length of the run                   (default 200)
-#   PYTHON        interpreter with this project       (default: the active environment's, else that of .venv)
+#   PYTHON        interpreter with this project       (default: the active environment's, else that of .venv-gpu or
+#                 .venv of the repository)
+#   PROMPT_DATA   prompt file to train on             (default gsm8k_train.jsonl in $DATA, made if it is not there);
+#                 give the reward that goes with it, --rm-type
+#   EVAL_DATA     "NAME PATH" of the evaluation       (default: 256 of gsm8k_test.jsonl in $DATA, made if it is not
+#                 there; with PROMPT_DATA none)
 #   DRY_RUN=1     print the commands, as comments, and the resolved configuration; nothing is downloaded, started or
-#                 written, so the prompt files must be there (tools/prepare_gsm8k.py)
+#                 written, so models and prompt files must be there
+#
+# Scripts that sample with SGLang:
+#   ENGINE_URLS     addresses of SGLang servers that run already, for this run alone, with spaces between them; without
+#                   it rollout engines are started on this machine, on the GPUs after the trainer's
 #
 # Scripts that start SGLang:
 #   TEACHER_URL     address of a server that runs already; without it one is started for the length of the run
@@ -21,6 +30,7 @@
 #
 # Scripts that submit a job:
 #   RAY_DASHBOARD   address of the Ray cluster's job server    (default http://127.0.0.1:8265)
+#   --actor-num-nodes N, as an argument, takes N machines of the cluster: docs/teachers.md, Several nodes
 #
 # Keys are read from the environment by name, never written on a command line: for a job, set them where the cluster is
 # started. Arguments of a script are passed on to train.py and win over what the script says. A script that sources this
@@ -38,33 +48,83 @@ DRY_RUN=${DRY_RUN:-0}
 SGLANG_PYTHON=${SGLANG_VENV:-$REPOSITORY/.venv-sglang}/bin/python
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 
+# fail WORD...: the words as an error, and the end of the script
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
-    if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $REPOSITORY/.venv/bin/python ]]; then
-        PYTHON=$REPOSITORY/.venv/bin/python
+    if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+        for environment in .venv .venv-gpu; do
+            if [[ -x $REPOSITORY/$environment/bin/python ]]; then
+                PYTHON=$REPOSITORY/$environment/bin/python
+            fi
+        done
     fi
+fi
+# whole, because a job has the cluster's PATH and not this one
+PYTHON=$(type -P "$PYTHON") || fail "PYTHON names no program: give the interpreter of the project's environment"
+if [[ $PYTHON != /* ]]; then
+    PYTHON=$PWD/$PYTHON
 fi
 
 if [[ ${TEACHER_URL:-} == *@* ]]; then
-    echo "error: TEACHER_URL holds a user name or password, which command lines and the list of jobs would show:" \
-        "leave them out, and name the variable of a key with --opd-teacher-api-key-env" >&2
-    exit 2
+    fail "TEACHER_URL holds a user name or password, which command lines and the list of jobs would show:" \
+        "leave them out, and name the variable of a key with --opd-teacher-api-key-env"
+fi
+if [[ ${ENGINE_URLS:-} == *@* ]]; then
+    fail "ENGINE_URLS holds a user name or password, which command lines and the list of jobs would show:" \
+        "leave them out, and name the variable of a key with --rollout-engine-api-key-env"
 fi
 
-# prepare_data: the two GSM8K prompt files, made once
+# last_value FLAG DEFAULT ARGUMENT...: prints what train.py would take for a flag of one value
+last_value() {
+    local flag=$1 value=$2
+    shift 2
+    while (($#)); do
+        case $1 in
+            "$flag") value=${2:-} ;;
+            "$flag"=*) value=${1#*=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$value"
+}
+
+# prepare_data ARGUMENT...: the GSM8K prompt files that the run reads, made once
 prepare_data() {
-    local split
+    local split path
     for split in train test; do
-        if [[ ! -e $DATA/gsm8k_$split.jsonl ]]; then
-            "$PYTHON" "$REPOSITORY/tools/prepare_gsm8k.py" --split "$split" --output "$DATA/gsm8k_$split.jsonl"
+        path=$DATA/gsm8k_$split.jsonl
+        case $split in
+            train) [[ $(last_value --prompt-data "$PROMPT_FILE" "$@") == "$path" ]] || continue ;;
+            test) [[ ${EVALUATION[*]} == *"$path"* ]] || continue ;;
+        esac
+        if [[ ! -e $path ]]; then
+            "$PYTHON" "$REPOSITORY/tools/prepare_gsm8k.py" --split "$split" --output "$path"
         fi
     done
+}
+
+# choose_data: PROMPT_FILE, and EVALUATION as arguments
+choose_data() {
+    PROMPT_FILE=${PROMPT_DATA:-$DATA/gsm8k_train.jsonl}
+    EVALUATION=()
+    if [[ -n ${EVAL_DATA:-} ]]; then
+        [[ $EVAL_DATA == ?*' '?* ]] || fail "EVAL_DATA='$EVAL_DATA': give a name and a path, with a space between them"
+        EVALUATION=(--eval-prompt-data "${EVAL_DATA%% *}" "${EVAL_DATA#* }" --eval-interval 20)
+    elif [[ -z ${PROMPT_DATA:-} ]]; then
+        EVALUATION=(--eval-prompt-data gsm8k "$DATA/gsm8k_test.jsonl@[0:256]" --eval-interval 20)
+    fi
 }
 
 # common_arguments NAME: fills ARGUMENTS with what both teacher modes share; sizes are an estimate for one GPU with 80 GB
 common_arguments() {
     RUN_DIR=${RUN_DIR:-$REPOSITORY/runs/$1}
     source "$REPOSITORY/scripts/models/${STUDENT_MODEL/#Qwen/qwen}.sh"
+    choose_data
     ARGUMENTS=(
         "${MODEL_ARGS[@]}"
         --hf-checkpoint "$STUDENT"
@@ -73,7 +133,7 @@ common_arguments() {
         --load "$RUN_DIR/checkpoints"
         --save-interval 50
 
-        --prompt-data "$DATA/gsm8k_train.jsonl"
+        --prompt-data "$PROMPT_FILE"
         --rollout-shuffle
         --apply-chat-template
         --apply-chat-template-kwargs '{"enable_thinking": false}'
@@ -86,8 +146,7 @@ common_arguments() {
         --rollout-max-response-len 1024
         --micro-batch-size 4
 
-        --eval-prompt-data gsm8k "$DATA/gsm8k_test.jsonl@[0:256]"
-        --eval-interval 20
+        "${EVALUATION[@]}"
 
         --advantage-estimator grpo
         --use-opd
@@ -104,7 +163,25 @@ common_arguments() {
     )
 }
 
-# four_gpu_arguments: adds what the scripts of the 8B student share, a trainer on four GPUs and SGLang on those after them
+# engine_arguments GPU ENGINES: adds rollouts by SGLang, of the servers at ENGINE_URLS or of ENGINES that begin at GPU
+engine_arguments() {
+    local urls
+    ARGUMENTS+=(--rollout-engine sglang)
+    if [[ -n ${ENGINE_URLS:-} ]]; then
+        read -ra urls <<<"$ENGINE_URLS"
+        ARGUMENTS+=(--rollout-engine-url "${urls[@]}")
+        return
+    fi
+    ARGUMENTS+=(
+        --rollout-num-engines "$2"
+        --sglang-python "$SGLANG_PYTHON"
+        --sglang-base-gpu-id "$1"
+        --sglang-mem-fraction-static 0.8
+    )
+}
+
+# four_gpu_arguments ENGINES: adds what the scripts of the 8B student share, a trainer on four GPUs of each node and
+# SGLang on those after them
 four_gpu_arguments() {
     ARGUMENTS+=(
         --actor-num-gpus-per-node 4
@@ -112,30 +189,55 @@ four_gpu_arguments() {
         --sequence-parallel
         --micro-batch-size 1
         --rollout-batch-size 64
-
-        --rollout-engine sglang
-        --sglang-python "$SGLANG_PYTHON"
-        --sglang-base-gpu-id 4
-        --sglang-mem-fraction-static 0.8
+        # more nodes are more data-parallel ranks, which share the optimizer's state out
+        --use-distributed-optimizer
     )
+    engine_arguments 4 "$1"
 }
 
-# run COMMAND...: the command in place of the script; a dry run shows it as a comment
+# show COMMAND...: the command as a comment
+show() {
+    printf '# %s\n' "$(printf '%q ' "$@")"
+}
+
+# run COMMAND...: the command in place of the script; a dry run shows it
 run() {
     if [[ $DRY_RUN != 1 ]]; then
         exec "$@"
     fi
-    printf '# %s\n' "$(printf '%q ' "$@")"
+    show "$@"
     exit 0
 }
 
-# check ARGUMENT...: bad options of train.py end the script here, before anybody waits for a server; a dry run shows the
-# configuration
+# hints: on standard error, how to get what the script reads and does not find
+hints() {
+    if [[ ! -e $STUDENT ]]; then
+        echo "hint: hf download Qwen/$STUDENT_MODEL --local-dir $(printf %q "$STUDENT") (or set STUDENT)" >&2
+    fi
+    if [[ -z ${TEACHER_URL:-} && $TEACHER == [./]* && ! -e $TEACHER ]]; then
+        echo "hint: hf download Qwen/$TEACHER_MODEL --local-dir $(printf %q "$TEACHER") (or set TEACHER)" >&2
+    fi
+    local split
+    for split in train test; do
+        if [[ "$PROMPT_FILE ${EVALUATION[*]}" == *"$DATA/gsm8k_$split.jsonl"* && ! -e $DATA/gsm8k_$split.jsonl ]]; then
+            echo "hint: $PYTHON tools/prepare_gsm8k.py --split $split --output" \
+                "$(printf %q "$DATA/gsm8k_$split.jsonl") (or set PROMPT_DATA and EVAL_DATA)" >&2
+        fi
+    done
+}
+
+# check ARGUMENT...: bad options of train.py end the script here, before anybody waits for a server, with hints on what
+# is missing; a dry run shows the configuration
 check() {
+    local status=0
     if [[ $DRY_RUN == 1 ]]; then
-        "$PYTHON" "$REPOSITORY/train.py" "$@" --dry-run
+        "$PYTHON" "$REPOSITORY/train.py" "$@" --dry-run || status=$?
     else
-        "$PYTHON" "$REPOSITORY/train.py" "$@" --dry-run >/dev/null
+        "$PYTHON" "$REPOSITORY/train.py" "$@" --dry-run >/dev/null || status=$?
+    fi
+    if ((status)); then
+        hints
+        exit "$status"
     fi
 }
 
@@ -152,11 +254,37 @@ refuse_secrets() {
         flag=${word%%=*}
         for secret in --api-key --admin-api-key --ssl-keyfile-password; do
             if [[ ${#flag} -ge 5 && $flag != --ssl-keyfile && $secret == "$flag"* ]]; then
-                echo "error: SGLANG_FLAGS holds $secret, which teacher.log and the list of processes would show:" \
-                    "leave it out, as the server listens on this machine alone" >&2
-                exit 2
+                fail "SGLANG_FLAGS holds $secret, which teacher.log and the list of processes would show:" \
+                    "leave it out, as the server listens on this machine alone"
             fi
         done
+    done
+}
+
+# refuse_shared_gpus ARGUMENT...: a teacher's server on GPUs of this machine that the trainer or the engines have ends
+# the script
+refuse_shared_gpus() {
+    local ranks first engines each device owner
+    ranks=$(last_value --actor-num-gpus-per-node 1 "$@")
+    first=$(last_value --sglang-base-gpu-id 0 "$@")
+    engines=$(last_value --rollout-num-engines 1 "$@")
+    each=$(last_value --rollout-num-gpus-per-engine 1 "$@")
+    if [[ ! $ranks$first$engines$each =~ ^[0-9]+$ ]]; then
+        return # train.py says what is wrong
+    fi
+    for device in ${TEACHER_GPUS//,/ }; do
+        owner=
+        if [[ ! $device =~ ^[0-9]+$ ]]; then
+            continue
+        elif ((device < ranks)); then
+            owner="the trainer has the GPUs 0 to $((ranks - 1))"
+        elif [[ -z ${ENGINE_URLS:-} ]] && ((device >= first && device < first + engines * each)); then
+            owner="the rollout engines have the GPUs $first to $((first + engines * each - 1))"
+        fi
+        if [[ -n $owner ]]; then
+            fail "TEACHER_GPUS=$TEACHER_GPUS: $owner of this machine: choose others, or name a server elsewhere with" \
+                "TEACHER_URL"
+        fi
     done
 }
 
@@ -167,9 +295,12 @@ beside_teacher() {
     shift
     refuse_secrets $flags
     if [[ $DRY_RUN != 1 && ! -x $SGLANG_PYTHON ]]; then
-        echo "error: $SGLANG_PYTHON does not exist; name the environment of sglang with SGLANG_VENV," \
-            "or a running server with TEACHER_URL" >&2
-        exit 2
+        fail "$SGLANG_PYTHON does not exist; name the environment of sglang with SGLANG_VENV," \
+            "or a running server with TEACHER_URL"
+    fi
+    if [[ $TEACHER == [./]* && ! -e $TEACHER ]]; then
+        hints
+        fail "the teacher $TEACHER does not exist; name its folder with TEACHER, or a running server with TEACHER_URL"
     fi
     # the flags stay as they are, everything else is quoted
     printf -v server '%q ' ${TEACHER_GPUS:+env "CUDA_VISIBLE_DEVICES=$TEACHER_GPUS"} \
@@ -181,21 +312,29 @@ beside_teacher() {
         -- "$@"
 }
 
-# submit ARGUMENT...: train.py as a job of a Ray cluster. The script ends with the job, and the job with the script.
-submit() {
-    local ray=("$PYTHON" -m ray.scripts.scripts job) address=${RAY_DASHBOARD:-http://127.0.0.1:8265} id client status=0
-    id=opd-$(date +%Y%m%d-%H%M%S)-$$
-    local command=(
-        "${ray[@]}" submit --address "$address" --submission-id "$id"
+# job_command ARGUMENT...: fills JOB with the command that submits train.py, of which RAY_JOB, DASHBOARD and JOB_ID are
+# parts
+job_command() {
+    RAY_JOB=("$PYTHON" -m ray.scripts.scripts job)
+    DASHBOARD=${RAY_DASHBOARD:-http://127.0.0.1:8265}
+    JOB_ID=opd-$(date +%Y%m%d-%H%M%S)-$$
+    JOB=(
+        "${RAY_JOB[@]}" submit --address "$DASHBOARD" --submission-id "$JOB_ID"
         # a job begins in a folder of Ray's, and the arguments may name files from here
         -- env -C "$PWD" "PYTHONPATH=$PYTHONPATH" "$PYTHON" "$REPOSITORY/train.py" "$@" --ray-address auto
     )
+}
+
+# submit ARGUMENT...: train.py as a job of a Ray cluster. The script ends with the job, and the job with the script.
+submit() {
+    local client status=0
+    job_command "$@"
     check "$@"
     if [[ $DRY_RUN == 1 ]]; then
-        run "${command[@]}"
+        run "${JOB[@]}"
     fi
-    trap '"${ray[@]}" stop --address "$address" --no-wait "$id"' INT TERM
-    "${command[@]}" &
+    trap '"${RAY_JOB[@]}" stop --address "$DASHBOARD" --no-wait "$JOB_ID"' INT TERM
+    "${JOB[@]}" &
     client=$!
     wait "$client" || status=$?
     # a signal ends the wait, not the client, which goes on to show the job's last lines

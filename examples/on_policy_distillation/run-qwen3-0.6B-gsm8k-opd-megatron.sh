@@ -10,6 +10,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 common_arguments qwen3-0.6B-gsm8k-opd-megatron
 if [[ $DRY_RUN != 1 ]]; then
-    prepare_data
+    prepare_data "$@"
 fi
 train "${ARGUMENTS[@]}" --rollout-engine-batch-size 128 --opd-type megatron --opd-teacher-load "$TEACHER" "$@"

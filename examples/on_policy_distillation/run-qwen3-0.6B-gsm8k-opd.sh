@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 common_arguments qwen3-0.6B-gsm8k-opd
 ARGUMENTS+=(--opd-type sglang --rollout-engine-batch-size 128)
 if [[ $DRY_RUN != 1 ]]; then
-    prepare_data
+    prepare_data "$@"
 fi
 if [[ -n ${TEACHER_URL:-} ]]; then
     train "${ARGUMENTS[@]}" --opd-teacher-url "$TEACHER_URL" "$@"

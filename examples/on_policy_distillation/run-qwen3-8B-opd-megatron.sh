@@ -9,21 +9,21 @@
 #
 #   TEACHER may be a Hugging Face folder or one that tools/convert_hf_to_torch_dist.py made of it, which loads faster.
 #
-# See common.sh for the other environment variables.
+# With ENGINE_URLS the rollout engines are servers that run already; PROMPT_DATA and EVAL_DATA name data of your own.
+# More machines: docs/teachers.md, Several nodes. See common.sh for these and the other environment variables.
 set -euo pipefail
 STUDENT_MODEL=Qwen3-8B
 TEACHER_MODEL=Qwen3-32B
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 common_arguments qwen3-8B-opd-megatron
-four_gpu_arguments
+four_gpu_arguments 4
 ARGUMENTS+=(
     --opd-type megatron
     --opd-teacher-load "$TEACHER"
     --opd-exact-kl-interval 10
-    --rollout-num-engines 4
 )
 if [[ $DRY_RUN != 1 ]]; then
-    prepare_data
+    prepare_data "$@"
 fi
 submit "${ARGUMENTS[@]}" "$@"

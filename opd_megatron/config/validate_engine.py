@@ -43,6 +43,7 @@ def engine_faults(options: Options) -> Iterator[str]:
             "--rollout-engine-api-key-env goes with --rollout-engine-url only: servers that the run starts are reached "
             "from this machine alone"
         )
+    yield from _shared_gpu_faults(options)
     if options.engine.rollout_weight_transfer == "distributed" and options.engine.rollout_weights_dir is not None:
         yield "--rollout-weights-dir has no effect with --rollout-weight-transfer distributed: leave one of them out"
     if options.rollout.load_debug_rollout_data is not None:
@@ -51,3 +52,21 @@ def engine_faults(options: Options) -> Iterator[str]:
         yield "--rollout-engine sglang has nothing to sample with --loss-type sft_loss and no evaluation: leave it out"
     if len(options.rollout.rollout_stop) > MAX_STOP_STRINGS:
         yield f"--rollout-stop takes at most {MAX_STOP_STRINGS} strings with --rollout-engine sglang"
+
+
+def _shared_gpu_faults(options: Options) -> Iterator[str]:
+    """Servers that are put beside the trainer, and would begin among its GPUs.
+
+    Sharing all of them (base 0) is a layout of its own, and which GPUs a Ray cluster has is known to it alone.
+    """
+    engine, ranks = options.engine, options.cluster.actor_num_gpus_per_node
+    first = engine.sglang_base_gpu_id
+    if engine.rollout_engine_url or engine.sglang_free_memory or options.cluster.ray_address is not None:
+        return
+    if 0 < first < ranks:
+        last = first + engine.rollout_num_engines * engine.rollout_num_gpus_per_engine - 1
+        yield (
+            f"--sglang-base-gpu-id {first}: the rollout engines would have GPUs {first} to {last} of this machine and "
+            f"the trainer 0 to {ranks - 1} (--actor-num-gpus-per-node): begin at {ranks}, name servers elsewhere with "
+            "--rollout-engine-url, or let them take turns with --sglang-free-memory"
+        )

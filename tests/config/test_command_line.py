@@ -81,6 +81,7 @@ LEGAL = {
         "--rollout-engine sglang --rollout-num-engines 2 --sglang-mem-fraction-static 0.7 --sglang-free-memory "
         "--sglang-server-args=--enable-deterministic-inference --rollout-weights-dir $root/weights"
     ),
+    "engines after the trainer's GPUs": "--rollout-engine sglang --sglang-base-gpu-id 1",
     "given engines": "--rollout-engine sglang --rollout-engine-url http://h:1 --rollout-engine-url http://h:2",
     "recompute": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }

@@ -109,6 +109,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         BASE + "--sglang-mem-fraction-statik 0.5",
         ("--sglang-mem-fraction-statik: unknown flag (did you mean --sglang-mem-fraction-static?)",),
     ),
+    "engines on the trainer's GPUs": (
+        BASE + "--rollout-engine sglang --sglang-base-gpu-id 4 --rollout-num-engines 2 --actor-num-gpus-per-node 8",
+        ("--sglang-base-gpu-id 4: the rollout engines would have GPUs 4 to 5 of this machine and the trainer 0 to 7",),
+    ),
     "servers without their engine": (
         BASE + "--rollout-num-engines 2 --sglang-free-memory",
         ("--rollout-num-engines goes with --rollout-engine sglang only", "--sglang-free-memory goes with"),

@@ -23,6 +23,7 @@ from tests.docs.declared import (
 from tests.docs.messages import VARIES, messages, says
 
 FOREIGN = {
+    "--address": "ray",
     "--admin-api-key": "sglang",
     "--api-key": "sglang",
     "--context-length": "sglang",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,7 @@ LARGE = EXAMPLES / "run-qwen3-8B-opd.sh"
 LARGE_MEGATRON = EXAMPLES / "run-qwen3-8B-opd-megatron.sh"
 SETTINGS = (
     "TEACHER_URL", "TEACHER", "STUDENT", "NUM_ROLLOUT", "SGLANG_VENV", "SGLANG_FLAGS", "TEACHER_GPUS", "RAY_DASHBOARD",
-    "SERVER_TIMEOUT",
+    "SERVER_TIMEOUT", "ENGINE_URLS", "PROMPT_DATA", "EVAL_DATA",
 )  # fmt: skip
 PUBLISHED = json.loads((ROOT / "tests" / "scripts" / "fixtures" / "published_configs.json").read_text())["rows"]
 
@@ -145,6 +146,134 @@ def test_the_first_call_of_the_large_script_starts_the_teacher_for_a_second(inpu
     done = run_script(LARGE, inputs, tmp_path / "run", "--lr", "2e-6", DRY_RUN="1")
     words = shown_command(done.stdout)
     assert words[words.index("--") + 1 :] == ["env", "TEACHER_URL={url}", str(LARGE), "--lr", "2e-6"]
+    job = shlex.split(done.stdout.splitlines()[-2][2:])
+    assert job[1:5] == ["-m", "ray.scripts.scripts", "job", "submit"]
+    assert value(job, "--opd-teacher-url") == "{url}"
+    assert job[-4:] == ["--lr", "2e-6", "--ray-address", "auto"]
+
+
+def test_nodes_share_the_optimizer_and_leave_engines_and_teacher_elsewhere(inputs: Path, tmp_path: Path) -> None:
+    """The estimate of a rank's part of the optimizer is halved with twice the nodes."""
+    outputs = [
+        run_script(
+            LARGE, inputs, tmp_path / "run", "--actor-num-nodes", nodes, "--actor-num-gpus-per-node", "8",
+            DRY_RUN="1", TEACHER_URL="http://h:1", ENGINE_URLS="http://a:1 http://b:2",
+        ).stdout
+        for nodes in ("1", "2")
+    ]  # fmt: skip
+    printed = yaml.safe_load(outputs[1])
+    assert printed["engine"]["rollout_engine_url"] == ["http://a:1", "http://b:2"]
+    assert printed["derived"]["world_size"] == 16
+    one, two = (float(re.findall(r"optimizer (\d+\.\d+)", output)[-1]) for output in outputs)
+    assert one == pytest.approx(2 * two, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "changes", "message"),
+    [
+        (LARGE, "--actor-num-gpus-per-node 8", {}, "TEACHER_GPUS=6,7: the trainer has the GPUs 0 to 7"),
+        (LARGE, "--rollout-num-engines=4", {}, "TEACHER_GPUS=6,7: the rollout engines have the GPUs 4 to 7"),
+        (
+            LARGE, "--actor-num-nodes 2 --actor-num-gpus-per-node 8", {"TEACHER_URL": "http://h:1"},
+            "--sglang-base-gpu-id 4: the rollout engines would have GPUs 4 to 5 of this machine and the trainer 0 to 7",
+        ),
+        (LARGE, "", {"ENGINE_URLS": "http://ann:s3cret@a:1"}, "ENGINE_URLS holds a user name or password"),
+        (MEGATRON, "", {"EVAL_DATA": "mine"}, "EVAL_DATA='mine': give a name and a path"),
+        (MEGATRON, "", {"PYTHON": "no-such-python"}, "PYTHON names no program"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_ends_the_script(
+    script: Path, arguments: str, changes: dict[str, str], message: str, inputs: Path, tmp_path: Path
+) -> None:
+    done = run_script(script, inputs, tmp_path / "run", *arguments.split(), DRY_RUN="1", **changes)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "s3cret" not in done.stdout + done.stderr
+
+
+def test_an_interpreter_is_named_whole(inputs: Path, tmp_path: Path) -> None:
+    """A job has the cluster's PATH."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    changes = {"PYTHON": Path(sys.executable).name, "PATH": path, "TEACHER_URL": "http://h:1"}
+    done = run_script(LARGE, inputs, tmp_path / "run", DRY_RUN="1", **changes)
+    words = shown_command(done.stdout)
+    assert words[0] == words[words.index(str(ROOT / "train.py")) - 1] == sys.executable
+
+
+def test_without_an_active_environment_the_one_with_cuda_comes_first(tmp_path: Path) -> None:
+    common = tmp_path / "examples" / "scripts" / "common.sh"
+    common.parent.mkdir(parents=True)
+    common.write_text((EXAMPLES / "common.sh").read_text())
+    environment = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME")}
+    for name in (".venv", ".venv-gpu"):
+        python = tmp_path / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.symlink_to(sys.executable)
+        command = ["bash", "-c", 'source "$0" && echo "$PYTHON"', str(common)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(python)
+
+
+def test_data_of_ones_own_is_not_joined_by_gsm8k(inputs: Path, tmp_path: Path) -> None:
+    mine = inputs / "mine.jsonl"
+    mine.write_text((inputs / "data" / "gsm8k_train.jsonl").read_text())
+    changes = {"DRY_RUN": "1", "DATA": str(tmp_path / "none"), "PROMPT_DATA": str(mine)}
+    alone = run_script(MEGATRON, inputs, tmp_path / "run", **changes)
+    assert (alone.returncode, alone.stderr) == (0, "")
+    assert yaml.safe_load(alone.stdout)["evaluation"]["eval_prompt_data"] == []
+    both = run_script(MEGATRON, inputs, tmp_path / "run", **changes, EVAL_DATA=f"mine {mine}")
+    printed = yaml.safe_load(both.stdout)
+    assert printed["data"]["prompt_data"] == str(mine)
+    assert printed["evaluation"]["eval_prompt_data"] == [["mine", str(mine)]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "made"),
+    [({}, "", "train test"), ({"PROMPT_DATA": "x"}, "", ""), ({"EVAL_DATA": "m x"}, "", "train"),
+     ({}, "--prompt-data x", "test")],
+)  # fmt: skip
+def test_gsm8k_is_made_where_it_is_read(
+    changes: dict[str, str], arguments: str, made: str, inputs: Path, tmp_path: Path
+) -> None:
+    """The interpreter writes down what is made, in place of making it."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $1 != */prepare_gsm8k.py ]] || printf "%s " "$3" >>"{tmp_path}/made"\n')
+    python.chmod(0o755)
+    changes = {"DATA": str(tmp_path / "data"), "PYTHON": str(python)} | changes
+    run_script(MEGATRON, inputs, tmp_path / "run", *arguments.split(), **changes)
+    found = (tmp_path / "made").read_text() if (tmp_path / "made").exists() else ""
+    assert found.split() == made.split()
+
+
+@pytest.mark.parametrize("script", [SGLANG, LARGE_MEGATRON], ids=["sglang", "megatron"])
+def test_what_is_not_there_is_named_with_the_command_that_gets_it(script: Path, inputs: Path, tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    done = run_script(script, inputs, tmp_path / "run", DRY_RUN="1", MODELS=str(none), DATA=str(none))
+    assert done.returncode == 2
+    assert f"--hf-checkpoint {none}" in done.stderr
+    student, teacher = ("Qwen3-0.6B", "Qwen3-1.7B") if script == SGLANG else ("Qwen3-8B", "Qwen3-32B")
+    for model in (student, teacher):
+        assert f"hint: hf download Qwen/{model} --local-dir {none}/{model}" in done.stderr
+    for split in ("train", "test"):
+        assert f"tools/prepare_gsm8k.py --split {split} --output {none}/gsm8k_{split}.jsonl" in done.stderr
+
+
+def test_a_missing_teacher_ends_the_script_before_a_server(inputs: Path, tmp_path: Path) -> None:
+    done = run_script(SGLANG, inputs, tmp_path / "run", DRY_RUN="1", TEACHER=str(tmp_path / "none"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: the teacher {tmp_path / 'none'} does not exist")
+
+
+def test_every_variable_is_described() -> None:
+    """Those that the scripts read with a default, in the comment that begins them and on the page."""
+    head, page = (EXAMPLES / "common.sh").read_text().split("\n\n", 1)[0], (ROOT / "docs" / "teachers.md").read_text()
+    not_settings = {"VIRTUAL_ENV", "CONDA_PREFIX", "STUDENT_MODEL", "TEACHER_MODEL"}
+    for script in EXAMPLES.glob("*.sh"):
+        text = script.read_text()
+        comment = text.partition("\nset -euo")[0]
+        for name in set(re.findall(r"\$\{([A-Z_]+):-", text)) - not_settings:
+            assert re.search(rf"^#   {name}\b", head + "\n" + comment, re.MULTILINE), (script, name)
+            assert f"`{name}`" in page, name
 
 
 def test_a_script_that_is_told_to_end_stops_its_job_by_its_id(inputs: Path, tmp_path: Path) -> None:
