@@ -347,18 +347,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     colors = colormaps["tab20"]
-    for place, (name, found) in enumerate(rows.items()):
+    for place, found in enumerate(rows.values()):
         steps = [step for step, _ in found[0]["curve"]]
         rates_RS = np.array([[rate for _, rate in one["curve"]] for one in found])
-        left.plot(steps, rates_RS.mean(axis=0), color=colors(place % 20), label=ROWS[name].title)
+        left.plot(steps, rates_RS.mean(axis=0), color=colors(place % 20))
         height = len(rows) - 1 - place
         right.barh(height, np.mean([one["sampled"] for one in found]), color=colors(place % 20), alpha=0.6)
         right.plot([one["sampled"] for one in found], [height] * len(found), "k.", markersize=5)
     teacher = result["ends"][TEACHER].values()
     left.axhline(float(np.mean([one["greedy"] for one in teacher])), color="grey", linestyle="--", linewidth=1)
     right.axvline(float(np.mean([one["sampled"] for one in teacher])), color="grey", linestyle="--", linewidth=1)
-    left.set(xlabel="step", ylabel="pass@1, greedy, development problems", ylim=(-0.02, 1.03))
-    left.legend(fontsize=8)
+    left.set(xlabel="step (colours as on the right)", ylabel="pass@1, greedy, development problems", ylim=(-0.02, 1.03))
     right.set(xlabel="pass@1 at temperature 1, held-out problems (dashed: teacher)", xlim=(0, 1.03))
     right.set_yticks(range(len(rows)), [ROWS[name].title for name in reversed(rows)])
     with replacing(path, "wb") as stream:

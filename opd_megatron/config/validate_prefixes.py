@@ -101,6 +101,7 @@ def student_only(options: Options) -> list[str]:
         "--use-kl-loss": objective.use_kl_loss,
         "--use-tis": objective.use_tis,
         "--custom-loss-path": objective.custom_loss_path is not None,
+        f"--dynamic-filter {options.rollout.dynamic_filter}": options.rollout.dynamic_filter != "none",
         "--dynamic-filter-path": options.rollout.dynamic_filter_path is not None,
         f"--opd-on {opd.opd_on}": opd.opd_on != "all",
         "--opd-reward-beta": opd.opd_reward_beta is not None,

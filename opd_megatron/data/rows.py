@@ -77,11 +77,23 @@ def _read_jsonl(path: str, part: slice) -> tuple[list[Row], list[str], int]:
         except ValueError as error:
             faults.append(f"{where}: not JSON ({str(error).splitlines()[0]})")
             continue
+        if b"\\u" in line and not _is_unicode(fields):
+            faults.append(f"{where}: has half of a character (a \\ud800 to \\udfff alone), which no tokenizer reads")
+            continue
         if isinstance(fields, dict):
             rows.append(Row(where, fields))
         else:
             faults.append(f"{where}: not a JSON object")
     return rows, faults, len(lines)
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether all strings of a JSON value can be written as UTF-8: JSON's escapes can spell half of a character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_parquet(path: str, part: slice) -> tuple[list[Row], list[str], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opd_megatron.config.errors import UserError
 from opd_megatron.config.options import Options
 from opd_megatron.config.resolve import hears_feedback
 from opd_megatron.data.privileged import PrivilegedPrompts
@@ -25,7 +26,7 @@ class FeedbackPrompts:
     def __call__(self, sample: Sample) -> None:
         """Put the feedback in the sample's metadata before its prompt, or leave a sample without any out of the term.
 
-        Raises :class:`RewardError` where the feedback is no text.
+        Raises :class:`RewardError` where the feedback is no text, or none that the template and the tokenizer take.
         """
         feedback = sample.metadata.get(self._key)
         if feedback is None or feedback == "":
@@ -37,8 +38,14 @@ class FeedbackPrompts:
                 f"{type(feedback).__name__}, not a text"
             )
         where = f"the feedback of {name_sample(sample)}"
-        text = self._prompts.text(sample.prompt, feedback, where)
-        (sample.teacher_prompt_tokens,) = self._prompts.ids([text], [where])
+        try:
+            text = self._prompts.text(sample.prompt, feedback, where)
+            text.encode("utf-8")
+            (sample.teacher_prompt_tokens,) = self._prompts.ids([text], [where])
+        except UnicodeEncodeError as error:
+            raise RewardError(f"{where} has half of a character, which no tokenizer reads") from error
+        except UserError as error:  # a fault of the run by now: what was learned is saved
+            raise RewardError(str(error)) from error
 
 
 def feedback_prompts(options: Options, tokenizer: PreTrainedTokenizerBase) -> FeedbackPrompts | None:

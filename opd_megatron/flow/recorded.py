@@ -51,7 +51,7 @@ def _recorded_fault(sample: Sample, options: Options) -> str | None:
         return f"it has {len(sample.tokens)} tokens, the student {student.max_position_embeddings} positions"
     excluding = student_only(options) if sample.from_data else []
     if excluding:
-        return f"its response is one of the data, and {excluding[0]} needs the student's own samples"
+        return f"its response is not the student's, and {excluding[0]} needs the student's own samples"
     objective = options.objective
     if objective.loss_type == "policy_loss":
         if objective.use_tis and sample.rollout_log_probs is None:

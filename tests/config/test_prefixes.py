@@ -64,6 +64,12 @@ CASES: dict[str, tuple[str, str]] = {
     "importance sampling": (WHOLE + GIVEN + "--use-tis", "does not go with --use-tis"),
     "weights by reward": (WHOLE + GIVEN + "--opd-reward-beta 1", "does not go with --opd-reward-beta"),
     "outcomes": (WHOLE + GIVEN + "--opd-on correct", "does not go with --opd-on correct"),
+    "a filter by rewards": (
+        OPD
+        + "--opd-loss distribution --rm-type exact --n-samples-per-prompt 4 --dynamic-filter unequal_rewards "
+        + GIVEN,
+        "does not go with --dynamic-filter unequal_rewards",
+    ),
     "SFT": (WHOLE + GIVEN + "--loss-type sft_loss", "--use-opd does not go with --loss-type sft_loss"),
     "recorded": (
         "--hf-checkpoint $hf --load-debug-rollout-data $root/r_{rollout_id}.jsonl --rollout-batch-size 4 "

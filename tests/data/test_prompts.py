@@ -143,6 +143,7 @@ def test_without_a_label_key_only_rows_with_a_label_have_one(tmp_path: Path, tok
     [
         ('{"prompt": "a"', "not JSON"),
         ('["a"]', "not a JSON object"),
+        (r'{"prompt": "a", "label": "1\udfff2"}', "has half of a character"),
         ('{"question": "a", "answer": 1}', "no field 'prompt' for --input-key (fields: question, answer)"),
         ('{"prompt": 3}', "neither text nor a list of messages"),
         ('{"prompt": []}', "neither text nor a list of messages"),

@@ -108,7 +108,7 @@ def test_a_recording_knows_where_its_responses_come_from(
     replay = {"use_opd": True, "opd_type": "megatron", "prompt_data": None, "load_debug_rollout_data": pattern}
     replayed = run_training(student, answered, tmp_path / "two", **replay, num_rollout=1)
     assert replayed[0]["train/opd_supervised_loss"] > 0
-    with pytest.raises(UserError, match="its response is one of the data, and --use-tis needs the student's"):
+    with pytest.raises(UserError, match="its response is not the student's, and --use-tis needs the student's"):
         run_training(student, answered, tmp_path / "three", **replay, num_rollout=1, use_tis=True)
 
 

@@ -69,6 +69,8 @@ def test_without_feedback_a_sample_is_left_out_and_has_not_failed(tokenizer: Any
 def test_feedback_that_is_no_text_ends_the_run(tokenizer: Any) -> None:
     with pytest.raises(RewardError, match=r"feedback of sample 3 \(prompt '12'\), 'said' of its metadata, is a int"):
         FeedbackPrompts(parse_options(list(TOLD)), tokenizer)(judged("12", said=46))
+    with pytest.raises(RewardError, match=r"feedback of sample 3 \(prompt '12'\) has half of a character"):
+        FeedbackPrompts(parse_options(list(TOLD)), tokenizer)(judged("12", said="4\ud800"))
 
 
 @pytest.mark.parametrize("takes_groups", [False, True])

@@ -206,7 +206,7 @@ def test_a_critic_is_counted_besides_the_student(sized: dict[str, Path], family:
     trainer = make_trainer(sized[family], **WORK, **flags)
     samples = full_samples(trainer.options, trainer.spec.architecture.vocab_size)
     for sample in samples:
-        sample.values, sample.returns = np.zeros((2, sample.response_length))
+        sample.values, sample.returns = np.zeros(sample.response_length), np.ones(sample.response_length)
     trainer.train(samples)
     predicted = estimate(trainer.options, Models.of(trainer.options, trainer.spec.architecture, None), "cpu")
     assert trainer.critic is not None
