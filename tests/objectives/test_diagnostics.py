@@ -120,10 +120,10 @@ def test_repetition() -> None:
     assert math.isnan(of([1, 2, 3]))
 
 
-@pytest.mark.parametrize("radix", [2, 50_000, 2**31 - 1])
+@pytest.mark.parametrize("radix", [2, 2**16, 2**31])
 def test_repetition_counts_grams_however_large_the_vocabulary(radix: int) -> None:
     random = np.random.default_rng(radix)
-    words = random.integers(0, radix, size=5)
+    words = np.array([*random.integers(0, radix, size=4), radix - 1])
     responses = [random.choice(words, size=length) for length in (5, 40, 200)]
     for size in (1, 2, 4, 6):
         shares = []
