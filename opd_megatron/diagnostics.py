@@ -48,7 +48,7 @@ def look_at_samples(options: Options, samples: Sequence[Sample], student: Sequen
     """
     if not samples:
         return {}
-    metrics = {"rollout/repetition": repetition([sample.response_tokens.tolist() for sample in samples])}
+    metrics = {"rollout/repetition": repetition([sample.response_tokens for sample in samples])}
     if not options.opd.use_opd:
         return metrics
     measured = [{"student_log_prob": log_probs_T} for log_probs_T in student]

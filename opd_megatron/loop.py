@@ -63,8 +63,10 @@ def run(options: Options) -> None:
         ):
             last: dict[str, Any] = train(parts, done, folder, metrics, progress, interrupt)
         folder.write_summary(steps.summary(parts, last, time.perf_counter() - started, interrupt.signal))
-        plot_run(folder.metrics_file, folder.plots)
+        plots = plot_run(folder.metrics_file, folder.plots)
+        closing = steps.closing_line(options, folder, plots)
     interrupt.exit_if_set(options)
+    print(closing, flush=True)
 
 
 def restore(parts: Parts, state: dict[str, Any] | None) -> int:
@@ -86,7 +88,10 @@ def train(
     alarms = Alarms(earlier)
     last: dict[str, Any] = earlier[-1] if earlier else {}
     if done == 0 and parts.evaluation_sets and not parts.options.evaluation.skip_eval_before_train:
-        last = metrics.log(0, evaluate_student(parts, 0))
+        first = evaluate_student(parts, 0)
+        last = metrics.log(0, first)
+        for name, value in steps.passed(first).items():
+            logger.info("before training: %s %.4g", name, value)
     for step in range(done + 1, parts.num_rollouts + 1):
         rollout_id = step - 1
         found: dict[str, float] = {}
@@ -111,7 +116,8 @@ def train(
                 found |= evaluate_student(parts, step)
         interrupted = interrupt.signal is not None and not is_last
         reached = goal_reached(parts.options, found)
-        found |= progress.finish_step(tokens=trained_tokens(samples), shown=steps.shown(found))
+        shown, passed = steps.shown(found), steps.passed(found)
+        found |= progress.finish_step(tokens=trained_tokens(samples), shown=shown, always=bool(passed))
         found |= teacher_wait(found)
         found["perf/trainer_peak_memory_gib"] = parts.trainer.peak_memory_bytes() / 2**30
         # The line comes before the checkpoint: a resumed run forgets lines that have no checkpoint, but could not make

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from opd_megatron.assembly import Parts
+from opd_megatron.config.checkpoint_paths import inspect_checkpoint, step_folder_name
 from opd_megatron.config.critic import has_critic
 from opd_megatron.config.options import OpdOptions, Options
 from opd_megatron.config.resolve import (
@@ -35,6 +36,7 @@ from opd_megatron.objectives.distribution import divergence_metrics
 from opd_megatron.objectives.log_probs import log_ratio
 from opd_megatron.objectives.mismatch import mismatch_statistics
 from opd_megatron.objectives.opd import future_distances
+from opd_megatron.observe.plots import PASS_AT_1
 from opd_megatron.observe.run_folder import RunFolder
 from opd_megatron.rollout.generate import rollout_metrics
 from opd_megatron.rollout.given import origin_metrics
@@ -291,7 +293,21 @@ def shown(metrics: dict[str, float]) -> dict[str, float]:
         "reverse KL": "opd/reverse_kl",
         "length": "rollout/response_length_mean",
     }
-    return {label: metrics[name] for label, name in names.items() if name in metrics}
+    return {label: metrics[name] for label, name in names.items() if name in metrics} | passed(metrics)
+
+
+def passed(metrics: Mapping[str, float]) -> dict[str, float]:
+    """``eval/<set>/pass@1`` as ``<set> pass@1``."""
+    found = {name: PASS_AT_1.fullmatch(name) for name in metrics}
+    return {f"{match['set']} pass@1": metrics[name] for name, match in found.items() if match}
+
+
+def closing_line(options: Options, folder: RunFolder, plots: Sequence[Path]) -> str:
+    """Where the reader of a run's output finds what the run has left."""
+    files = [folder.metrics_file.name, folder.summary_file.name, *([f"{folder.plots.name}/"] if plots else [])]
+    latest = inspect_checkpoint(options.save_folder).latest
+    checkpoint = "none" if latest is None else options.save_folder / step_folder_name(latest)
+    return f"finished: {folder.path} ({', '.join(files)}), last checkpoint: {checkpoint}"
 
 
 def logging_arguments(options: Options) -> dict[str, Any]:

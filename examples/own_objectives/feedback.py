@@ -11,13 +11,13 @@ from opd_megatron.sample import Sample
 
 
 def right_sibling(samples: list[Sample]) -> list[float]:
-    """1 for a response that ends with the label, else 0.
+    """1 for a response whose last word is the label, else 0.
 
     The parameter's name asks for all samples of a prompt together. What stands in a sample's metadata when this
     returns is what the teacher sees; a sample without it (a right one, or one of a prompt that nobody solved) is left
     out of the distillation term.
     """
-    rewards = [float(sample.response.strip().endswith(str(sample.label))) for sample in samples]
+    rewards = [float(sample.response.split()[-1:] == [str(sample.label)]) for sample in samples]
     right = [sample.response for sample, reward in zip(samples, rewards, strict=True) if reward]
     for sample, reward in zip(samples, rewards, strict=True):
         if right and not reward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from opd_megatron.config.errors import refuse
 from opd_megatron.config.options import Options
+from opd_megatron.config.validate_functions import function_faults
 from opd_megatron.config.validate_opd import opd_faults
 from opd_megatron.config.validate_paths import PromptCheck, path_faults
 from opd_megatron.config.validate_run import run_faults
@@ -12,13 +13,14 @@ from opd_megatron.config.validate_run import run_faults
 def validate(options: Options, check_prompts: PromptCheck | None = None) -> None:
     """Raise :class:`UserError` with all faults of the first stage that has any.
 
-    The stages after parsing: distillation options, paths, everything else, and options that are missing. Nothing is
-    created. ``check_prompts`` reads prompt files; without it they are not looked at.
+    The stages after parsing: distillation options, paths, everything else, options that are missing, and functions of
+    the user's own. Nothing is created. ``check_prompts`` reads prompt files; without it they are not looked at.
     """
     refuse(opd_faults(options))
     refuse(path_faults(options, check_prompts))
     refuse(run_faults(options))
     refuse(missing_faults(options))
+    refuse(list(function_faults(options)))
 
 
 def missing_faults(options: Options) -> list[str]:

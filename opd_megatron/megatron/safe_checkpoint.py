@@ -96,7 +96,7 @@ class _SavePlanner(DefaultSavePlanner):
     twice."""
 
     def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_replicated_tensors=False)
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return piece(self.state_dict, index)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd_megatron.objectives.log_probs import LOG_RATIO_LIMIT, log_ratio
@@ -185,15 +188,26 @@ def rank_quarters(values_U: Tensor) -> Tensor:
     return ranks_U * QUARTERS // max(1, len(values_U))
 
 
-def repetition(responses: Sequence[Sequence[int]], size: int = 4) -> float:
-    """Mean over the responses of the share of their ``size``-grams that occurred before in the same response.
+def repetition(responses: Sequence[NDArray[np.integer[Any]]], size: int = 4) -> float:
+    """Mean over the responses ``[T]`` of the share of their ``size``-grams that occurred before in the same response.
 
     0 where all differ; near 1 in a loop. Responses of fewer than ``size + 1`` tokens do not count; NaN without others.
     """
     shares = []
-    for response in responses:
-        count = len(response) - size + 1
+    for response_T in responses:
+        count = len(response_T) - size + 1
         if count > 1:
-            grams = {tuple(response[start : start + size]) for start in range(count)}
-            shares.append(1.0 - len(grams) / count)
+            shares.append(1.0 - _distinct_grams(response_T.astype(np.int64), size) / count)
     return sum(shares) / len(shares) if shares else math.nan
+
+
+def _distinct_grams(tokens_T: NDArray[np.int64], size: int) -> int:
+    """How many ``size``-grams differ; each is packed into one integer, of the places in a sorted list where needed."""
+    radix = kinds = int(tokens_T.max()) + 1
+    grams = tokens_T
+    for start in range(1, size):
+        if kinds > np.iinfo(np.int64).max // radix:
+            found, grams = np.unique(grams, return_inverse=True)
+            kinds = len(found)
+        grams, kinds = grams[:-1] * radix + tokens_T[start:], kinds * radix
+    return len(np.unique(grams))

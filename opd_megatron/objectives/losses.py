@@ -83,9 +83,9 @@ def policy_objective(
     ``--policy-loss`` and ``w`` of :mod:`~opd_megatron.objectives.corrections` (1 unless asked for); ``opd_coef`` None
     means no distillation. ``d`` uses the old log-probabilities, so it stays fixed over the optimizer steps of a
     rollout. A distillation loss of sampled tokens is a mean over them, as the surrogate is, and has the importance
-    weights of ``w``, but not its mask: that goes by the sign of an advantage, which a loss has not, and by the sign of
-    its own log-ratio what is left would be no KL. Raises ``ValueError`` where a term is asked for and its input is
-    missing.
+    weights of ``w``, with what ``--tis-mode mask`` leaves out, but not the mask of ``--use-opsm``: that goes by the
+    sign of an advantage, which a loss has not, and by the sign of its own log-ratio what is left would be no KL. Raises
+    ``ValueError`` where a term is asked for and its input is missing.
     """
     mask_N = inputs.loss_mask_N.bool()
     weights_N = _keep(inputs.loss_weights_N, mask_N)

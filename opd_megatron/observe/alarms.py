@@ -42,6 +42,8 @@ WINDOW = 10
 FEW = 3
 """The same of what is measured at an interval."""
 RISING_STEPS = 50
+PATIENCE = 100
+"""Steps in which a student should have come closer to its teacher."""
 
 
 def entropy_collapse(history: History) -> str | None:
@@ -80,6 +82,24 @@ def rising_kl(history: History) -> str | None:
     if not grew or means[-1] < 1.25 * means[0] or means[-1] - means[0] < 0.005:
         return None
     return f"the reverse KL has been rising for {RISING_STEPS} steps, from {means[0]:.3g} to {means[-1]:.3g} nats"
+
+
+def no_closer(history: History) -> str | None:
+    """After 100 steps the reverse KL is not below that of the first 10 by two standard errors.
+
+    Silent where the student began close to its teacher (below 0.01 nats), where the target is not the teacher, and
+    where the distillation term is 0 because its coefficient is.
+    """
+    values, sizes = history["opd/k3"], history[PARTS[0]]
+    if len(values) < PATIENCE or history["opd/implicit_reward"] or (sizes and not any(sizes[-WINDOW:])):
+        return None
+    before, now = _ends(values)
+    if before < 0.01 or _rose([-value for value in values]):
+        return None
+    return (
+        f"the student does not come closer to the teacher: {before:.3g} nats in the first {WINDOW} steps, {now:.3g} in "
+        "the last"
+    )
 
 
 def lost_reward(history: History) -> str | None:
@@ -142,6 +162,7 @@ def repetitive(history: History) -> str | None:
 ALARMS: tuple[Alarm, ...] = (
     entropy_collapse,
     rising_kl,
+    no_closer,
     lost_reward,
     teacher_against_task,
     coefficient_without_effect,

@@ -119,11 +119,14 @@ class Progress:
         with self._timer.phase(name):
             yield
 
-    def finish_step(self, *, tokens: int | None = None, shown: Mapping[str, float] | None = None) -> dict[str, float]:
+    def finish_step(
+        self, *, tokens: int | None = None, shown: Mapping[str, float] | None = None, always: bool = False
+    ) -> dict[str, float]:
         """Count one step and return its metrics.
 
         These are ``perf/<phase>_seconds``, ``perf/step_seconds``, ``perf/peak_memory_gib`` and, where ``tokens`` says
-        how many the step trained on or made, ``perf/tokens_per_second``. ``shown`` are numbers for the eye only.
+        how many the step trained on or made, ``perf/tokens_per_second``. ``shown`` are numbers for the eye only,
+        and ``always`` makes a line of them that comes soon after another.
         """
         metrics = self._timer.collect()
         seconds = metrics["perf/step_seconds"]
@@ -142,16 +145,16 @@ class Progress:
         if phases:
             # last, because a narrow terminal cuts the line
             parts.append(", ".join(f"{name} {value:.2f} s" for name, value in phases.items()))
-        self._show(" | ".join(parts))
+        self._show(" | ".join(parts), always)
         return metrics
 
-    def _show(self, text: str) -> None:
+    def _show(self, text: str, always: bool) -> None:
         if self._bar is not None:
             self._bar.advance(text)
             return
         now = self._clock()
         edge = self._done in (self._first + 1, self._total)
-        if edge or self._last_line is None or now - self._last_line >= self._line_interval:
+        if always or edge or self._last_line is None or now - self._last_line >= self._line_interval:
             self._last_line = now
             stream = self._stream or sys.stdout
             print(f"{self._description} {self._done}/{self._total} | {text}", file=stream, flush=True)

@@ -109,7 +109,7 @@ class RolloutGenerator:
         counted from 0. Where it is chosen (``--opd-student-data-fraction``) all samples of a prompt have the response
         of its row, or one each of the teacher. What is sampled is a function of the run's seed, ``rollout_id``, the
         index and the weights.
-        Errors of a custom generate function propagate; a sample that it leaves inconsistent is a ``ValueError``.
+        Errors of a custom generate function propagate; a sample that it leaves inconsistent is a ``RunError``.
         """
         samples, of_teacher = [], []
         for group, record in enumerate(records, start=first_group):

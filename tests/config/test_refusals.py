@@ -744,6 +744,18 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "two warm-ups": (BASE + "--lr-warmup-iters 1 --lr-warmup-fraction 0.1", ("--lr-warmup-fraction and",)),
     "distributed sgd": (BASE + "--optimizer sgd --use-distributed-optimizer", ("--use-distributed-optimizer",)),
     "two lengths": (BASE + "--num-epoch 1", ("--num-rollout and --num-epoch",)),
+    "misspelt functions": (
+        BASE.replace("--rm-type exact", "--custom-rm-path json:juge --dry-run")
+        + "--custom-advantage-path no_such_module:f --dynamic-filter-path json:dumps.not --custom-loss-path json:dumps "
+        "--custom-generate-function-path json:__name__",
+        (
+            "--custom-rm-path json:juge: json has no juge",
+            "--custom-advantage-path no_such_module:f: cannot import no_such_module",
+            "--dynamic-filter-path json:dumps.not: json has no dumps.not",
+            "--custom-generate-function-path json:__name__: __name__ is not a function",
+            "!--custom-loss-path",
+        ),
+    ),
     "two rewards": (BASE + "--custom-rm-path pkg:function", ("--rm-type and --custom-rm-path",)),
     "reward of an error": (BASE + "--rm-error-value -1", ("--rm-error-value has no effect",)),
     "evaluation of nothing": (BASE + "--eval-interval 5", ("--eval-interval", "--eval-prompt-data")),

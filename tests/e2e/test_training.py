@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -250,9 +251,18 @@ def test_a_run_is_never_written_over(student: Path, prompts: Path, tmp_path: Pat
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_run_folder_holds_what_it_promises(student: Path, teacher: Path, prompts: Path, tmp_path: Path) -> None:
+def test_run_folder_holds_what_it_promises(
+    student: Path,
+    teacher: Path,
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)
     run = tmp_path / "run"
-    run_training(
+    first, _, second = run_training(
         student,
         prompts,
         run,
@@ -271,6 +281,13 @@ def test_run_folder_holds_what_it_promises(student: Path, teacher: Path, prompts
     assert list((run / "samples").iterdir())
     again = parse_options(["--config", str(run / "config.yaml")])
     assert (again.opd.opd_type, again.opd.opd_teacher_load) == ("megatron", str(teacher))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(f"before training: held pass@1 {first['eval/held/pass@1']:.4g}") for line in lines)
+    (step,) = [line for line in lines if line.startswith("train 2/2 | ")]
+    assert f"held pass@1 {second['eval/held/pass@1']:.4g} | " in step
+    files = "metrics.jsonl, summary.json, plots/"
+    assert lines[-1] == f"finished: {run} ({files}), last checkpoint: {run}/checkpoints/iter_0000002"
+    assert "being deprecated" not in caplog.text
 
 
 def test_empty_and_long_prompts_are_counted(student: Path, tmp_path: Path) -> None:

@@ -166,9 +166,11 @@ def test_a_rollout_in_which_nobody_is_told_has_distributions_that_nobody_reads()
 
 
 def test_the_example_tells_wrong_responses_of_a_right_one() -> None:
-    samples = [Sample(i, 0, "", np.array([5]), label="46", response=text) for i, text in enumerate(["4", "so 46", "?"])]
-    assert right_sibling(samples) == [0.0, 1.0, 0.0]
-    assert [sample.metadata for sample in samples] == [{"feedback": "so 46"}, {}, {"feedback": "so 46"}]
+    texts = ["146", "so 46 ", "?", ""]
+    samples = [Sample(i, 0, "", np.array([5]), label="46", response=text) for i, text in enumerate(texts)]
+    assert right_sibling(samples) == [0.0, 1.0, 0.0, 0.0]
+    told = {"feedback": "so 46 "}
+    assert [sample.metadata for sample in samples] == [told, {}, told, told]
     unsolved = samples[::2]
     for sample in unsolved:
         sample.metadata.clear()

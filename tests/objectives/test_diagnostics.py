@@ -111,10 +111,27 @@ def test_quarters() -> None:
 
 
 def test_repetition() -> None:
-    assert repetition([[1, 2, 3, 4, 5, 6]]) == 0.0
-    assert repetition([[7] * 13]) == pytest.approx(0.9)
-    assert repetition([[7] * 13, [1, 2, 3, 4, 5, 6], [1, 2]]) == pytest.approx(0.45)
-    assert math.isnan(repetition([[1, 2, 3]]))
+    def of(*responses: list[int]) -> float:
+        return repetition([np.array(response, dtype=np.int32) for response in responses])
+
+    assert of([1, 2, 3, 4, 5, 6]) == 0.0
+    assert of([7] * 13) == pytest.approx(0.9)
+    assert of([7] * 13, [1, 2, 3, 4, 5, 6], [1, 2], []) == pytest.approx(0.45)
+    assert math.isnan(of([1, 2, 3]))
+
+
+@pytest.mark.parametrize("radix", [2, 2**16, 2**31])
+def test_repetition_counts_grams_however_large_the_vocabulary(radix: int) -> None:
+    random = np.random.default_rng(radix)
+    words = np.array([*random.integers(0, radix, size=4), radix - 1])
+    responses = [random.choice(words, size=length) for length in (5, 40, 200)]
+    for size in (1, 2, 4, 6):
+        shares = []
+        for response in responses:
+            grams = [tuple(response[start : start + size]) for start in range(len(response) - size + 1)]
+            if len(grams) > 1:
+                shares.append(1.0 - len(set(grams)) / len(grams))
+        assert repetition(responses, size) == sum(shares) / len(shares)
 
 
 def test_the_error_of_one_sample_is_unknown() -> None:

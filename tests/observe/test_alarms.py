@@ -133,6 +133,30 @@ def test_a_resumed_run_does_not_repeat_itself() -> None:
     assert len([message for line in lines[at[0] - 5 :] for message in early.see(line)]) == 1
 
 
+def distilled(first: float, last: float, seed: int = 0, steps: int = 130, more: Line | None = None) -> list[str]:
+    """What is said of a run whose reverse KL goes from ``first`` to ``last`` nats."""
+    random = np.random.default_rng(seed)
+    kls = first + (last - first) * np.minimum(np.arange(steps) / 60, 1.0) + 0.05 * first * random.normal(size=steps)
+    line = {"train/opd_advantage_abs_mean": 0.5, "train/task_advantage_abs_mean": 0.0, **(more or {})}
+    alarms = Alarms()
+    return [message for kl in kls for message in alarms.see({**line, "opd/k3": kl})]
+
+
+@pytest.mark.parametrize("last", [0.4, 0.6])
+def test_a_student_that_comes_no_closer_is_told_once(last: float) -> None:
+    (message,) = [text for text in distilled(0.4, last) if "closer" in text]
+    assert message.startswith("the student does not come closer to the teacher: 0.4")
+    assert distilled(0.4, 0.4, steps=99) == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_student_that_comes_closer_or_was_close_is_not(seed: int) -> None:
+    assert distilled(0.4, 0.3, seed) == []
+    assert distilled(0.005, 0.005, seed) == []
+    assert distilled(0.4, 0.4, seed, more={"train/opd_advantage_abs_mean": 0.0}) == []
+    assert distilled(0.4, 0.4, seed, more={"opd/implicit_reward": 0.1}) == []
+
+
 def test_a_coefficient_of_zero_is_meant() -> None:
     alarms = Alarms()
     lines = [line | {"train/opd_advantage_abs_mean": 0.0, "train/opd_grad_share": None} for line in run(None)]

@@ -74,6 +74,14 @@ def test_plain_lines_are_limited_in_rate_and_show_first_and_last_step():
     assert lines[-1].split(" | ")[2] == "ETA 0:00"
 
 
+def test_a_step_that_asks_for_a_line_has_one():
+    stream = io.StringIO()
+    with Progress("train", total=5, stream=stream, clock=Clock()) as progress:
+        for step in range(5):
+            progress.finish_step(shown={"dev pass@1": 0.25}, always=step == 2)
+    assert [line.split(" | ")[0] for line in stream.getvalue().splitlines()] == ["train 1/5", "train 3/5", "train 5/5"]
+
+
 def test_a_terminal_gets_a_bar_with_the_phase_and_prints_stay_readable():
     leader, follower = os.openpty()
     received: list[bytes] = []
