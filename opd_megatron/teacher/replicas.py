@@ -206,18 +206,23 @@ class Replicas:
         if count < 0:
             self._wake()
 
-    async def ask(self, replica: Replica, count: int, tokens: int, payload: Any, subject: str) -> Any:
+    async def ask(
+        self, replica: Replica, count: int, tokens: int, payload: Any, subject: str, timeout: float | None = None
+    ) -> Any:
         """The answer to one attempt, whose reservation of ``count`` samples ends with it.
 
-        Raises :class:`HttpError`; it is transient where another server may do better.
+        ``timeout`` replaces the client's, in seconds, for what takes longer than scores: when it has passed, nothing is
+        held against the server. Raises :class:`HttpError`; it is transient where another server may do better.
         """
         sent_at = time.monotonic()
         try:
             if not replica.proven:
                 await self._prove(replica, subject)
             sent_at = time.monotonic()
-            answer = await replica.client.attempt("POST", "/generate", payload, subject)
+            answer = await replica.client.attempt("POST", "/generate", payload, subject, timeout=timeout)
         except HttpError as error:
+            if timeout is not None and error.delivered and error.fault is HttpFault.TIMEOUT:
+                raise  # it says how long the answer is, and nothing of who gives it
             if error.busy or error.fault is HttpFault.TIMEOUT:
                 replica.limit.overloaded(sent_at)
             if error.fault in (HttpFault.CONNECTION, HttpFault.TIMEOUT):
