@@ -124,6 +124,8 @@ def read_response(answer: Any, prompt_tokens: int, limit: int, vocab_size: int) 
     kind, matched = (finish.get("type"), finish.get("matched")) if isinstance(finish, dict) else (None, None)
     if kind not in ("stop", "length"):
         raise AnswerError(FailureKind.MALFORMED, f"a response ended for a reason that is not known ({finish})")
+    if matched == "NaN happened":
+        raise AnswerError(FailureKind.NOT_FINITE, "a response ended because the model's logits are NaN")
     if meta.get("prompt_tokens") != prompt_tokens:
         said = meta.get("prompt_tokens")
         raise AnswerError(FailureKind.WRONG_LENGTH, f"a response to a prompt of {said} tokens, {prompt_tokens} sent")

@@ -107,6 +107,11 @@ def test_a_response_is_read_with_its_end() -> None:
         (spoken(output_token_logprobs=[[-1, 3, None], [-1, 4, None]]), "are not those of its", FailureKind.WRONG_IDS),
         (spoken(finish_reason={"type": "stop", "matched": 7}), "are not those of its", FailureKind.WRONG_IDS),
         (spoken(log_probs=(-1, None)), "None is not a log-probability", FailureKind.NOT_FINITE),
+        (
+            spoken(finish_reason={"type": "stop", "matched": "NaN happened"}),
+            "ended because the model's logits are NaN",
+            FailureKind.NOT_FINITE,
+        ),
         (spoken(log_probs=(-1, 0.5)), "0.5 is not a log-probability", FailureKind.NOT_FINITE),
         (spoken(("3", 5)), "no list output_ids", FailureKind.MALFORMED),
         (spoken((True, 5)), "no list output_ids", FailureKind.MALFORMED),
