@@ -258,7 +258,7 @@ def test_a_known_text_that_is_not_believed_ends_the_step_only_where_it_is_so_eve
         asyncio.run(step(teacher, first))
         assert "weights could not be looked at again as the step ended" in caplog.text
         first.log_prob = -1.0
-        with pytest.raises(TeacherFailure, match="nan is not a log-probability .*; no other server is left") as caught:
+        with pytest.raises(TeacherFailure, match=r"nan is not a log-probability .*; no other server is left") as caught:
             asyncio.run(step(teacher, first, second))
         assert caught.value.kind == FailureKind.NOT_FINITE
 
