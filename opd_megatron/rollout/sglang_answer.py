@@ -74,8 +74,8 @@ def read_response(answer: Any, *, limit: int, vocab_size: int, server: str) -> t
 
     The log-probabilities are those of ``Generation.log_probs``: SGLang takes them at the sampling temperature before
     top-k and top-p, and at temperature 1 for greedy decoding. Raises :class:`UnusableAnswerError` where the request
-    was aborted, :class:`BrokenWeightsError` where the logits were NaN, :class:`RunError` on an answer that is none to the
-    request.
+    was aborted, :class:`BrokenWeightsError` where the logits were NaN, :class:`RunError` on an answer that is none to
+    the request.
     """
     meta = _meta(answer, server)
     finish = meta.get("finish_reason") or {}

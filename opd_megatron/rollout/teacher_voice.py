@@ -54,8 +54,8 @@ class TeacherVoice:
     ) -> AsyncGenerator[Sample, None]:
         """Each sample with its response as soon as that is finished; sample ``i`` draws from ``(*stream, i)``.
 
-        A prompt that leaves no room gives an empty response with ``PROMPT_TOO_LONG``. Raises :class:`RunError` where the
-        teacher's weights give no probabilities, which says nothing against the student's.
+        A prompt that leaves no room gives an empty response with ``PROMPT_TOO_LONG``. Raises :class:`RunError` where
+        the teacher's weights give no probabilities, which says nothing against the student's.
         """
         asked, requests = [], []
         for sample in samples:

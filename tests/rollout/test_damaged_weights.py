@@ -40,7 +40,7 @@ def test_the_student_s_server_that_met_nan_speaks_of_its_weights() -> None:
 
 
 def test_a_teacher_s_damaged_weights_are_no_word_against_the_student(damaged: LocalEngine, tokenizer: Any) -> None:
-    with pytest.raises(BrokenWeightsError, match="^the model's log-probabilities are NaN"):
+    with pytest.raises(BrokenWeightsError, match=r"^the model's log-probabilities are NaN"):
         damaged.generate([GenerateRequest(PROMPT, SAMPLING, (1,))])
     voice = TeacherVoice(damaged, tokenizer, positions=64, vocab_size=VOCAB_SIZE)
 
