@@ -185,7 +185,8 @@ class SGLangTeacher:
         """A response to the prompt of ``sample``, which is left unchanged: ids int64 ``[T]``, and whether it ended.
 
         ``sampling`` are SGLang's sampling parameters; ``max_new_tokens`` among them, at which what did not end is cut,
-        is lowered to what the servers can score behind the prompt. Raises :class:`TeacherFailure`.
+        is lowered to what the servers can score behind the prompt. It is also cut, down to nothing, before the first
+        token outside ``vocab_size``. Raises :class:`TeacherFailure`.
         """
         prompt, limit = sample.prompt_tokens, int(sampling["max_new_tokens"])
         with self._counted():
@@ -330,7 +331,7 @@ class SGLangTeacher:
     def _believe(self, question: Question, answer: Any, replica: Replica) -> Reading:
         if question.sampling is not None:
             limit = int(question.sampling["max_new_tokens"])
-            reading = read_response(answer, len(question.tokens), limit, self.vocab_size)
+            reading = read_response(answer, len(question.tokens), limit, self.vocab_size, self._server_vocab_size)
         else:
             top_k = self.top_k if question.union is None else 0
             sent = question.tokens[question.start :]

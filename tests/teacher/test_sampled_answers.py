@@ -85,3 +85,12 @@ def test_responses_that_take_too_long_leave_the_scores_alone(servers: int, caplo
     assert [found.kind for found in answers] == [FailureKind.TIMEOUT] * 4
     assert [type(found) for found in scores] == [TeacherScores] * 20
     assert "left out" not in caplog.text
+
+
+def test_a_token_that_the_student_lacks_costs_no_further_attempt() -> None:
+    with serving(*[beside_scores(speaking([3, 12, 5]))] * 2) as servers:
+        teacher = SGLangTeacher([server.url for server in servers], vocab_size=10)
+        teacher.restrict(server_vocab_size=16)
+        found, _ = asyncio.run(ask(teacher, 3, 0))
+        assert sum(len(server.requests) for server in servers) == 3
+    assert [(tokens.tolist(), ended) for tokens, ended in found] == [([3], False)] * 3

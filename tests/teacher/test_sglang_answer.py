@@ -121,8 +121,22 @@ def test_a_response_is_read_with_its_end() -> None:
 )
 def test_a_response_to_anything_else_is_refused(bad: Any, reason: str, kind: FailureKind) -> None:
     with pytest.raises(AnswerError, match=reason) as caught:
-        read_response(bad, 4, 2, VOCAB)
+        read_response(bad, 4, 2, VOCAB, VOCAB)
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("known", [None, VOCAB + 3])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_response_is_cut_before_a_token_that_the_student_lacks(known: int | None, place: int) -> None:
+    """As a Megatron teacher's: the end of the whole is no end of what is left."""
+    ids = [3, 5]
+    ids[place] = VOCAB + 2
+    said = spoken(ids, finish_reason={"type": "stop", "matched": ids[-1]})
+    reading = read_response(said, 4, 2, VOCAB, known)
+    assert reading.response is not None
+    assert reading.response.tokens_T.tolist() == ids[:place]
+    assert len(reading.log_probs_N) == place
+    assert not reading.response.ended
 
 
 def test_only_the_last_id_of_the_vocabulary_may_come_back_as_0() -> None:
