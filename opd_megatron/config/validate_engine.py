@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from opd_megatron.config.flags import flag_of
 from opd_megatron.config.options import EngineOptions, Options
+from opd_megatron.config.resolve import teacher_answers
 
 _STARTED_ONLY = (
     "rollout_num_engines",
@@ -26,8 +27,11 @@ def engine_faults(options: Options) -> Iterator[str]:
     """Every fault of the engine's options among themselves and with those of the rollout."""
     given = options.given
     if options.engine.rollout_engine == "local":
-        names = [item.name for item in dataclasses.fields(EngineOptions) if item.name != "rollout_engine"]
-        for name in (name for name in names if name in given):
+        has_effect = {"rollout_engine"}
+        if teacher_answers(options) and options.opd.opd_type == "sglang":
+            has_effect.add("rollout_engine_timeout")
+        names = [item.name for item in dataclasses.fields(EngineOptions)]
+        for name in (name for name in names if name in given and name not in has_effect):
             yield f"{flag_of(name)} goes with --rollout-engine sglang only"
         return
     if "rollout_engine_batch_size" in given:

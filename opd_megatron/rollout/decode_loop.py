@@ -112,7 +112,7 @@ def _responses(tokens_TU: Tensor, log_probs_TU: Tensor, rows_U: Tensor, ended_U:
     tokens_UT = tokens_TU.t().contiguous().cpu().numpy()
     log_probs_UT = log_probs_TU.t().contiguous().cpu().numpy()
     if np.isnan(log_probs_UT).any():
-        raise BrokenWeightsError("the student's log-probabilities are NaN: its weights are too large, or damaged")
+        raise BrokenWeightsError("the model's log-probabilities are NaN: its weights are too large, or damaged")
     return [
         Response(*fields) for fields in zip(rows_U.tolist(), tokens_UT, log_probs_UT, ended_U.tolist(), strict=True)
     ]

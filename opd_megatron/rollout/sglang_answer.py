@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from opd_megatron.config.errors import RunError
-from opd_megatron.rollout.engine import GenerateRequest, SamplingParams
+from opd_megatron.rollout.engine import BrokenWeightsError, GenerateRequest, SamplingParams
 from opd_megatron.rollout.stop import StopStrings
 from opd_megatron.sample import Status
 
@@ -74,7 +74,8 @@ def read_response(answer: Any, *, limit: int, vocab_size: int, server: str) -> t
 
     The log-probabilities are those of ``Generation.log_probs``: SGLang takes them at the sampling temperature before
     top-k and top-p, and at temperature 1 for greedy decoding. Raises :class:`UnusableAnswerError` where the request
-    was aborted, :class:`RunError` on an answer that is none to the request.
+    was aborted, :class:`BrokenWeightsError` where the logits were NaN, :class:`RunError` on an answer that is none to
+    the request.
     """
     meta = _meta(answer, server)
     finish = meta.get("finish_reason") or {}
@@ -85,7 +86,7 @@ def read_response(answer: Any, *, limit: int, vocab_size: int, server: str) -> t
     if kind not in ("stop", "length"):
         raise RunError(f"{server}: a response ended for a reason that is not known: {finish}")
     if finish.get("matched") == "NaN happened":
-        raise RunError(f"{server}: the model's logits are NaN: its weights are damaged")
+        raise BrokenWeightsError(f"{server}: the model's logits are NaN: its weights are damaged")
     if tokens.tolist() != answer.get("output_ids", []):
         raise RunError(f"{server}: the tokens of a response are not those of its log-probabilities")
     if not 1 <= len(tokens) <= limit:

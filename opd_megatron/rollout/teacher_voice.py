@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from opd_megatron.rollout.engine import GenerateRequest, RolloutEngine, SamplingParams
+from opd_megatron.config.errors import RunError
+from opd_megatron.rollout.engine import BrokenWeightsError, GenerateRequest, RolloutEngine, SamplingParams
 from opd_megatron.sample import Sample, Status
 
 
@@ -53,7 +54,8 @@ class TeacherVoice:
     ) -> AsyncGenerator[Sample, None]:
         """Each sample with its response as soon as that is finished; sample ``i`` draws from ``(*stream, i)``.
 
-        A prompt that leaves no room gives an empty response with ``PROMPT_TOO_LONG``.
+        A prompt that leaves no room gives an empty response with ``PROMPT_TOO_LONG``. Raises :class:`RunError` where
+        the teacher's weights give no probabilities, which says nothing against the student's.
         """
         asked, requests = [], []
         for sample in samples:
@@ -66,14 +68,17 @@ class TeacherVoice:
                 requests.append(GenerateRequest(sample.prompt_tokens, fitting, (*stream, sample.index)))
         if not requests:
             return
-        async with contextlib.aclosing(self._engine.stream(requests)) as generations:
-            async for place, generation in generations:
-                unknown = np.flatnonzero(generation.tokens >= self._vocab_size)
-                tokens, finish = generation.tokens, generation.finish
-                if unknown.size:
-                    tokens, finish = tokens[: unknown[0]], Status.TRUNCATED
-                give_answer(asked[place], tokens, finish, self._tokenizer)
-                yield asked[place]
+        try:
+            async with contextlib.aclosing(self._engine.stream(requests)) as generations:
+                async for place, generation in generations:
+                    unknown = np.flatnonzero(generation.tokens >= self._vocab_size)
+                    tokens, finish = generation.tokens, generation.finish
+                    if unknown.size:
+                        tokens, finish = tokens[: unknown[0]], Status.TRUNCATED
+                    give_answer(asked[place], tokens, finish, self._tokenizer)
+                    yield asked[place]
+        except BrokenWeightsError as error:
+            raise RunError(f"the teacher that answers in the student's place has damaged weights: {error}") from error
 
     def close(self) -> None:
         """Release the engine."""

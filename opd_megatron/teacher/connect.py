@@ -47,6 +47,7 @@ def connect_server(
         vocab_size=vocab_size,
         max_in_flight=opd.opd_teacher_max_in_flight,
         timeout=opd.opd_teacher_timeout,
+        answer_timeout=options.engine.rollout_engine_timeout,
         max_retries=opd.opd_teacher_max_retries,
         top_k=0 if needs_student_ids(options) else opd.opd_top_k or 0,
         max_union_ids=opd.opd_max_union_ids,

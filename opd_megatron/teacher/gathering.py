@@ -34,6 +34,8 @@ class Question:
     start: int
     union: np.ndarray | None = None
     sampling: Mapping[str, Any] | None = None
+    timeout: float | None = None
+    """Seconds of one attempt where they are not those of a score."""
     answer: asyncio.Future[Reading] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     failed_at: set[Replica] = field(default_factory=set)
     """Servers that were asked in vain."""
@@ -157,7 +159,7 @@ class Gatherer:
             nonlocal disbelief
             disbelief = None
             try:
-                answer = await self.replicas.ask(replica, len(batch), tokens, payload, subject)
+                answer = await self.replicas.ask(replica, len(batch), tokens, payload, subject, batch[0].timeout)
                 return replica, self._believed(batch[0], answer, replica) if len(batch) == 1 else answer
             except HttpError as error:
                 _note_failure(batch, replica)

@@ -156,21 +156,30 @@ class Replicas:
     async def end_step(self, deadline: float | None) -> None:
         """Let every server that has answered in this step prove itself again, within ``deadline`` seconds.
 
-        Raises :class:`TeacherFailure` where one has other weights. One that cannot be asked has had the teacher's when
-        it was left, and proves itself when it is back.
+        Raises :class:`TeacherFailure` where one has other weights, and where no other server is left beside those whose
+        answer is not believed. One that cannot be asked, or believed, has had the teacher's when it last proved itself,
+        and does so again before it is asked for anything else.
         """
         until = None if deadline is None else time.monotonic() + deadline
-        proofs = (self._prove_again(replica, until) for replica in self.all if replica.answered)
+        disbelieved: dict[Replica, TeacherFailure] = {}
+        proofs = (self._prove_again(replica, until, disbelieved) for replica in self.all if replica.answered)
         for outcome in await asyncio.gather(*proofs, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
+        if disbelieved and not self.others_than(disbelieved.keys()):
+            first = next(iter(disbelieved.values()))
+            raise TeacherFailure(
+                f"{first}; no other server is left to ask, so what was scored in this step is not trained on",
+                first.kind,
+            )
 
-    async def _prove_again(self, replica: Replica, until: float | None) -> None:
-        disbelieved: TeacherFailure | None = None
+    async def _prove_again(
+        self, replica: Replica, until: float | None, disbelieved: dict[Replica, TeacherFailure]
+    ) -> None:
+        """Note in ``disbelieved`` why its answer is not believed, if it is not."""
 
         async def attempt() -> None:
-            nonlocal disbelieved
-            disbelieved = None
+            disbelieved.pop(replica, None)
             try:
                 await self.prove(replica)
             except TeacherFailure as failure:
@@ -178,7 +187,7 @@ class Replicas:
                     self.refuse(replica, str(failure))
                     replica.refuted = True
                     return
-                disbelieved = failure
+                disbelieved[replica] = failure
                 subject, reason = "known text", "an answer that is not believed"
                 raise HttpError(
                     replica.client.server, subject, reason, HttpFault.MALFORMED, transient=True
@@ -190,8 +199,6 @@ class Replicas:
             try:
                 await retried(attempt, policy, deadline=until)
             except HttpError as error:
-                if disbelieved is not None:
-                    raise disbelieved from None
                 replica.proven = False
                 logger.warning("%s; its weights could not be looked at again as the step ended", error)
         if replica.refuted:
@@ -206,18 +213,23 @@ class Replicas:
         if count < 0:
             self._wake()
 
-    async def ask(self, replica: Replica, count: int, tokens: int, payload: Any, subject: str) -> Any:
+    async def ask(
+        self, replica: Replica, count: int, tokens: int, payload: Any, subject: str, timeout: float | None = None
+    ) -> Any:
         """The answer to one attempt, whose reservation of ``count`` samples ends with it.
 
-        Raises :class:`HttpError`; it is transient where another server may do better.
+        ``timeout`` replaces the client's, in seconds, for what takes longer than scores: when it has passed, nothing is
+        held against the server. Raises :class:`HttpError`; it is transient where another server may do better.
         """
         sent_at = time.monotonic()
         try:
             if not replica.proven:
                 await self._prove(replica, subject)
             sent_at = time.monotonic()
-            answer = await replica.client.attempt("POST", "/generate", payload, subject)
+            answer = await replica.client.attempt("POST", "/generate", payload, subject, timeout=timeout)
         except HttpError as error:
+            if timeout is not None and error.delivered and error.fault is HttpFault.TIMEOUT:
+                raise  # it says how long the answer is, and nothing of who gives it
             if error.busy or error.fault is HttpFault.TIMEOUT:
                 replica.limit.overloaded(sent_at)
             if error.fault in (HttpFault.CONNECTION, HttpFault.TIMEOUT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,9 +73,11 @@ class RoutedTeachers:
             teacher.begin_step(deadline)
 
     async def end_step(self, deadline: float | None) -> None:
-        """See :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
-        for teacher in self.teachers.values():
-            await teacher.end_step(deadline)
+        """All at once; see :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""
+        proofs = (teacher.end_step(deadline) for teacher in self.teachers.values())
+        for outcome in await asyncio.gather(*proofs, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     def statistics(self) -> dict[str, float]:
         """Sums over the teachers; see :class:`~opd_megatron.teacher.protocol.StreamingTeacher`."""

@@ -39,7 +39,8 @@ class SGLangTeacher:
     the number follows the server (:class:`~opd_megatron.teacher.in_flight.AdaptiveLimit`). ``top_k`` asks for as many
     most probable tokens, ``max_union_ids`` bounds :meth:`score_ids`. For ``timeout`` and ``api_key_env`` see
     :class:`~opd_megatron.http_client.HttpClient`, for ``max_retries`` and ``backoff``
-    :class:`~opd_megatron.http_client.RetryPolicy`. ``name`` stands in scores and messages in place of the address.
+    :class:`~opd_megatron.http_client.RetryPolicy`; ``answer_timeout`` limits an attempt of :meth:`answer_one` in
+    seconds. ``name`` stands in scores and messages in place of the address.
     Raises :class:`UserError` on an address that is none, a key that is missing, a ``top_k`` beyond the vocabulary.
     """
 
@@ -51,6 +52,7 @@ class SGLangTeacher:
         name: str | None = None,
         max_in_flight: int | None = None,
         timeout: float = 120.0,
+        answer_timeout: float = 1800.0,
         max_retries: int = 4,
         backoff: float = 0.5,
         top_k: int = 0,
@@ -70,6 +72,7 @@ class SGLangTeacher:
         self.top_k = top_k
         self.max_union_ids = max_union_ids
         self._max_in_flight = max_in_flight
+        self._answer_timeout = answer_timeout
         self._policy = RetryPolicy(max_retries, backoff)
         self._server_vocab_size: int | None = None
         self._known: KnownText | None = None
@@ -182,7 +185,8 @@ class SGLangTeacher:
         """A response to the prompt of ``sample``, which is left unchanged: ids int64 ``[T]``, and whether it ended.
 
         ``sampling`` are SGLang's sampling parameters; ``max_new_tokens`` among them, at which what did not end is cut,
-        is lowered to what the servers can score behind the prompt. Raises :class:`TeacherFailure`.
+        is lowered to what the servers can score behind the prompt. It is also cut, down to nothing, before the first
+        token outside ``vocab_size``. Raises :class:`TeacherFailure`.
         """
         prompt, limit = sample.prompt_tokens, int(sampling["max_new_tokens"])
         with self._counted():
@@ -190,7 +194,8 @@ class SGLangTeacher:
                 raise self._unscorable(sample, "the prompt has no tokens; not sent, because that may end the server")
             self._check_tokens(sample, prompt, extra=1)
             limit = limit if self.max_tokens is None else min(limit, self.max_tokens - len(prompt))
-            question = Question(_subject(sample), prompt, 0, sampling={**sampling, "max_new_tokens": limit})
+            wanted = {**sampling, "max_new_tokens": limit}
+            question = Question(_subject(sample), prompt, 0, sampling=wanted, timeout=self._answer_timeout)
             reading = await self._asked(question)
         assert reading.response is not None
         return reading.response.tokens_T, reading.response.ended
@@ -326,7 +331,7 @@ class SGLangTeacher:
     def _believe(self, question: Question, answer: Any, replica: Replica) -> Reading:
         if question.sampling is not None:
             limit = int(question.sampling["max_new_tokens"])
-            reading = read_response(answer, len(question.tokens), limit, self.vocab_size)
+            reading = read_response(answer, len(question.tokens), limit, self.vocab_size, self._server_vocab_size)
         else:
             top_k = self.top_k if question.union is None else 0
             sent = question.tokens[question.start :]

@@ -59,7 +59,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Response:
-    """``T`` sampled tokens, int64, the end token included; ``ended`` where they were not cut at the length limit."""
+    """``T`` sampled tokens, int64, the end token included; ``ended`` where they were not cut."""
 
     tokens_T: np.ndarray
     ended: bool
@@ -113,17 +113,23 @@ def read_answer(
     )
 
 
-def read_response(answer: Any, prompt_tokens: int, limit: int, vocab_size: int) -> Reading:
+def read_response(
+    answer: Any, prompt_tokens: int, limit: int, vocab_size: int, server_vocab_size: int | None = None
+) -> Reading:
     """Read a response of at most ``limit`` tokens to a prompt of ``prompt_tokens``.
 
-    Raises :class:`AnswerError` if the answer is to another prompt or holds anything but tokens of the vocabulary, a
-    known end and their log-probabilities (at the sampling temperature).
+    It ends before the first token that is not among the ``vocab_size`` in use, and is then one that was cut; the
+    server's model can have more, ``server_vocab_size`` (None: not known how many). Raises :class:`AnswerError` if the
+    answer is to another prompt or holds anything but tokens of that model, a known end and their log-probabilities (at
+    the sampling temperature).
     """
     meta = _meta(answer)
     finish = meta.get("finish_reason")
     kind, matched = (finish.get("type"), finish.get("matched")) if isinstance(finish, dict) else (None, None)
     if kind not in ("stop", "length"):
         raise AnswerError(FailureKind.MALFORMED, f"a response ended for a reason that is not known ({finish})")
+    if matched == "NaN happened":
+        raise AnswerError(FailureKind.NOT_FINITE, "a response ended because the model's logits are NaN")
     if meta.get("prompt_tokens") != prompt_tokens:
         said = meta.get("prompt_tokens")
         raise AnswerError(FailureKind.WRONG_LENGTH, f"a response to a prompt of {said} tokens, {prompt_tokens} sent")
@@ -132,17 +138,19 @@ def read_response(answer: Any, prompt_tokens: int, limit: int, vocab_size: int) 
         raise AnswerError(FailureKind.MALFORMED, "the answer has no list output_ids; is this a SGLang server?")
     if not 1 <= len(ids) <= limit:
         raise AnswerError(FailureKind.WRONG_LENGTH, f"a response of {len(ids)} tokens, asked for were 1 to {limit}")
-    outside = [token for token in ids if not 0 <= token < vocab_size]
+    outside = [token for token in ids if token < 0 or (server_vocab_size is not None and token >= server_vocab_size)]
     if outside:
-        raise AnswerError(
-            FailureKind.WRONG_IDS, f"a response has id {outside[0]}, outside the vocabulary of {vocab_size}"
-        )
+        size = vocab_size if server_vocab_size is None else server_vocab_size
+        raise AnswerError(FailureKind.WRONG_IDS, f"a response has id {outside[0]}, outside the vocabulary of {size}")
     entries = _rows(meta, "output_token_logprobs", len(ids))
     log_probs = _log_probs(entries[:, 0], "output_token_logprobs")
     if entries[:, 1].tolist() != ids or (type(matched) is int and matched != ids[-1]):
         raise AnswerError(FailureKind.WRONG_IDS, "the tokens of a response are not those of its log-probabilities")
-    response = Response(np.array(ids, dtype=np.int64), ended=kind == "stop")
-    return Reading(log_probs, str(meta.get("weight_version", "")), response=response)
+    tokens_T = np.array(ids, dtype=np.int64)
+    unknown = np.flatnonzero(tokens_T >= vocab_size)
+    end = int(unknown[0]) if unknown.size else len(ids)
+    response = Response(tokens_T[:end], ended=kind == "stop" and end == len(ids))
+    return Reading(log_probs[:end], str(meta.get("weight_version", "")), response=response)
 
 
 def _meta(answer: Any) -> dict[str, Any]:

@@ -10,12 +10,17 @@ from tests.config.judging import accept, refuse
 
 BASE = "--hf-checkpoint $hf --prompt-data $prompts --rollout-batch-size 4 --num-rollout 2 --run-dir $root/run "
 OPD = BASE + "--use-opd --opd-type megatron --opd-teacher-load $teacher "
+SERVED = BASE + "--use-opd --opd-type sglang --opd-teacher-url http://127.0.0.1:1 --rm-type zero "
 ZERO = OPD + "--rm-type zero "
 WHOLE = ZERO + "--opd-loss distribution "
 GIVEN = "--opd-student-data-fraction 0.5 --opd-data-response-key label "
 TAUGHT = "--opd-student-data-fraction 0.5 --opd-data-source teacher "
 
 CASES: dict[str, tuple[str, str]] = {
+    "the time of a response that nobody asks for": (
+        SERVED + "--rollout-engine-timeout 60",
+        "--rollout-engine-timeout goes with --rollout-engine sglang only",
+    ),
     "no distillation": (
         BASE + "--rm-type exact --opd-prefix-len 8",
         "--opd-prefix-len has no effect without --use-opd",
@@ -85,6 +90,7 @@ ACCEPTED = {
     "responses of the data": WHOLE + GIVEN,
     "responses of the teacher": WHOLE + TAUGHT,
     "tokens of the teacher": ZERO + TAUGHT,
+    "the time of a response of a server": SERVED + TAUGHT + "--rollout-engine-timeout 60",
     "tokens beside an estimator": ZERO + GIVEN + "--opd-loss kl_loss",
     "tokens beside distributions": WHOLE + GIVEN + "--opd-data-loss supervised",
     "a reward to look at": OPD + "--opd-prefix-len 8 --rm-type exact --advantage-estimator none",

@@ -11,7 +11,7 @@ VARIES = "..."
 """Stands for what is filled in."""
 _RAISED = {
     "UserError", "RunError", "TeacherError", "TeacherFailure", "AnswerError", "UnusableAnswerError", "HttpError",
-    "failure", "_unscorable",
+    "BrokenWeightsError", "failure", "_unscorable",
 }  # fmt: skip
 """Exceptions, and the functions that make one of a reason."""
 _FAULTS = ("str | None", "list[str]")

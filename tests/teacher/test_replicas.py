@@ -228,6 +228,41 @@ def test_a_server_that_is_gone_as_the_step_ends_is_not_taken_for_another_model(
     assert "weights could not be looked at again as the step ended" in caplog.text
 
 
+def test_a_known_text_that_is_not_believed_ends_the_step_only_where_it_is_so_everywhere(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NaN says nothing of what was scored before; other weights would."""
+    first, second = Swapped(), Swapped()
+
+    def damage(*servers: Swapped) -> None:
+        for server in servers:
+            server.log_prob = NAN
+
+    async def step(teacher: SGLangTeacher, *damaged: Swapped) -> None:
+        try:
+            teacher.begin_step(None)
+            both = [
+                Sample(index, 0, "", prompt_tokens=np.ones(2, int), response_tokens=np.ones(2, int))
+                for index in range(40)
+            ]
+            await asyncio.gather(*map(teacher.score_one, both))
+            damage(*damaged)
+            async with asyncio.timeout(20):
+                await teacher.end_step(5.0)
+        finally:
+            await teacher.aclose()
+
+    with serving(first, second) as servers:
+        teacher = SGLangTeacher([server.url for server in servers], vocab_size=10, backoff=0.02, max_retries=1)
+        teacher.pin(np.arange(5))
+        asyncio.run(step(teacher, first))
+        assert "weights could not be looked at again as the step ended" in caplog.text
+        first.log_prob = -1.0
+        with pytest.raises(TeacherFailure, match=r"nan is not a log-probability .*; no other server is left") as caught:
+            asyncio.run(step(teacher, first, second))
+        assert caught.value.kind == FailureKind.NOT_FINITE
+
+
 def test_another_model_behind_one_address_is_another_teacher_and_replicas_may_name_theirs_differently() -> None:
     first, second = Swapped(), Swapped()
     second.model = "/mnt/b"

@@ -58,3 +58,28 @@ def test_failures_name_the_teacher_and_are_counted(routed: RoutedTeachers) -> No
     assert [failure.kind for failure in asyncio.run(ask())] == [FailureKind.CONNECTION] * 2
     counted = routed.statistics()
     assert (counted["samples"], counted["requests"], counted["failed_connection"]) == (2, 2, 2)
+
+
+def test_the_proofs_at_the_end_of_a_step_share_its_deadline(
+    routed: RoutedTeachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other would each have the whole of it; the failure of one does not leave the other's behind."""
+    ended = []
+
+    async def end(routed: RoutedTeachers) -> None:
+        both = asyncio.Barrier(2)
+
+        async def end_step(teacher: SGLangTeacher, deadline: float | None) -> None:
+            async with asyncio.timeout(20):
+                await both.wait()
+            if teacher.name == "math":
+                raise TeacherFailure("other weights", FailureKind.CHANGED_MODEL)
+            await asyncio.sleep(0)
+            ended.append((teacher.name, deadline))
+
+        monkeypatch.setattr(SGLangTeacher, "end_step", end_step)
+        await routed.end_step(7.0)
+
+    with pytest.raises(TeacherFailure, match="other weights"):
+        asyncio.run(end(routed))
+    assert ended == [("code", 7.0)]

@@ -107,6 +107,11 @@ def test_a_response_is_read_with_its_end() -> None:
         (spoken(output_token_logprobs=[[-1, 3, None], [-1, 4, None]]), "are not those of its", FailureKind.WRONG_IDS),
         (spoken(finish_reason={"type": "stop", "matched": 7}), "are not those of its", FailureKind.WRONG_IDS),
         (spoken(log_probs=(-1, None)), "None is not a log-probability", FailureKind.NOT_FINITE),
+        (
+            spoken(finish_reason={"type": "stop", "matched": "NaN happened"}),
+            "ended because the model's logits are NaN",
+            FailureKind.NOT_FINITE,
+        ),
         (spoken(log_probs=(-1, 0.5)), "0.5 is not a log-probability", FailureKind.NOT_FINITE),
         (spoken(("3", 5)), "no list output_ids", FailureKind.MALFORMED),
         (spoken((True, 5)), "no list output_ids", FailureKind.MALFORMED),
@@ -116,8 +121,22 @@ def test_a_response_is_read_with_its_end() -> None:
 )
 def test_a_response_to_anything_else_is_refused(bad: Any, reason: str, kind: FailureKind) -> None:
     with pytest.raises(AnswerError, match=reason) as caught:
-        read_response(bad, 4, 2, VOCAB)
+        read_response(bad, 4, 2, VOCAB, VOCAB)
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("known", [None, VOCAB + 3])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_response_is_cut_before_a_token_that_the_student_lacks(known: int | None, place: int) -> None:
+    """As a Megatron teacher's: the end of the whole is no end of what is left."""
+    ids = [3, 5]
+    ids[place] = VOCAB + 2
+    said = spoken(ids, finish_reason={"type": "stop", "matched": ids[-1]})
+    reading = read_response(said, 4, 2, VOCAB, known)
+    assert reading.response is not None
+    assert reading.response.tokens_T.tolist() == ids[:place]
+    assert len(reading.log_probs_N) == place
+    assert not reading.response.ended
 
 
 def test_only_the_last_id_of_the_vocabulary_may_come_back_as_0() -> None:

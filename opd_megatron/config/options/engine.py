@@ -37,7 +37,7 @@ class EngineOptions:
     )
     rollout_engine_timeout: float = option(
         1800.0,
-        "time limit of one response and of one update of the weights",
+        "time limit of one response, also of a teacher's servers, and of one update of the weights",
         unit="seconds",
         above=0.0,
         maximum=checks.LONGEST_WAIT,
