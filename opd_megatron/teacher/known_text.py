@@ -1,8 +1,7 @@
-"""A text that every server of a teacher scores before the first step: who scores it differently has other weights."""
+"""A text that every server of a teacher scores as a step begins and ends; another answer shows other weights."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ from opd_megatron.http_client import HttpClient, HttpError, HttpFault, RetryPoli
 from opd_megatron.teacher.agreement import EXACT, ROUNDED, Identity
 from opd_megatron.teacher.protocol import FailureKind, TeacherFailure, failure_of
 from opd_megatron.teacher.sglang_answer import AnswerError, Reading
-
-logger = logging.getLogger(__name__)
 
 ReadScores = Callable[[Any, np.ndarray], Reading]
 """What an answer says of the tokens that were sent; raises :class:`AnswerError` where it is not believed."""
