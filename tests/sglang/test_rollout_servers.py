@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from opd_megatron.rollout.engine import GenerateRequest, Generation, SamplingPar
 from opd_megatron.sample import read_samples
 from tests.docs.test_run_folder import OF_SGLANG_ENGINE
 from tests.e2e.support import base_arguments, run_training, write_prompts
+from tests.sglang.faults import SILENT
+from tests.sglang.proxy import FaultProxy
 from tests.sglang.speakers import REPOSITORY, Speaker, sglang_python
 
 pytestmark = pytest.mark.sglang
@@ -164,3 +167,45 @@ def test_a_run_that_is_stopped_while_its_servers_start_leaves_none(
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     wait_until_gone(leaders[0])
+
+
+def test_ctrl_c_while_a_teacher_is_silent_leaves_no_request_and_no_server(
+    speaker: Speaker, spoken: str, tmp_path: Path
+) -> None:
+    """The first signal waits for the step, which does not end, the second does not wait."""
+    silent = threading.Event()
+    run = arguments(speaker, tmp_path, sglang_python=sglang_python(), num_rollout=1000)
+    folder, log = run["run_dir"], tmp_path / "log"
+    with FaultProxy(spoken, lambda asked: SILENT if silent.is_set() else None) as proxy:
+        run |= {"use_opd": True, "opd_type": "sglang", "opd_teacher_url": proxy.url}
+        command = base_arguments(run.pop("student"), run.pop("prompts"), run.pop("run_dir"), **run)
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "train.py", *command], cwd=REPOSITORY, stderr=stream, stdout=stream, process_group=0
+            )
+        try:
+            wait_for(lambda: (folder / "metrics.jsonl").exists(), process)
+            (leader,) = processes("launch.py", str(speaker.folder), "--random-seed\0005\0")
+            silent.set()
+            wait_for(lambda: proxy.open_requests > 0, process)
+            os.killpg(process.pid, signal.SIGINT)
+            wait_for(lambda: "once more to stop at once" in log.read_text(), process)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(60) == 128 + signal.SIGINT
+        finally:
+            process.kill()
+            process.wait()
+        wait_until_gone(leader)
+        deadline = time.monotonic() + 30
+        while proxy.open_requests:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert "Traceback" not in log.read_text()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
