@@ -235,9 +235,10 @@ def test_a_server_with_other_weights_gets_them_again_or_is_left_out(
         assert bool(second.proxy.asked) == stays
 
 
-def test_a_server_that_hangs_over_an_update_is_left_out_until_it_goes_on(
+def test_a_server_that_hangs_over_an_update_is_left_out_until_it_begins_anew(
     speaker: Speaker, engine: SGLangEngine, second: Second, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """SGLang does not always recover by itself from an update that was given up on half way."""
     speaker.step(0.05)
     with monkeypatch.context() as patch:
         patch.setattr(engine._fleet.servers[1], "_timeout", 3.0)
@@ -246,9 +247,10 @@ def test_a_server_that_hangs_over_an_update_is_left_out_until_it_goes_on(
             engine.update_weights(speaker.weights(), "1")
             second.proxy.asked.clear()
             check_speech(speaker, engine)
+            assert stopped
             assert not second.proxy.asked
         finally:
-            os.kill(stopped[0], signal.SIGCONT)
+            second.begin_anew()
     speaker.step(0.05)
     engine.update_weights(speaker.weights(), "2")
     assert second.label().startswith("2@")
