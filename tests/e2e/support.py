@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,15 @@ def run_training(student: Path, prompts: Path, run_dir: Path, **changes: Any) ->
     """Run in this process; the lines of metrics.jsonl."""
     train.main(base_arguments(student, prompts, run_dir, **changes))
     return read_metrics(run_dir / "metrics.jsonl")
+
+
+def check_resumed(
+    student: Path, prompts: Path, folder: Path, straight: list[dict[str, Any]], names: Sequence[str], **options: Any
+) -> None:
+    """Go on from step 2 of the run in ``folder/straight`` and compare ``names`` of its metrics, to the last bit."""
+    changed = {**options, "ckpt_step": 2, "load": folder / "straight" / "checkpoints"}
+    resumed = run_training(student, prompts, folder / "other", **changed)
+    assert len(resumed) == len(straight) - 2
+    for one, two in zip(straight[2:], resumed, strict=True):
+        for name in names:
+            assert one[name] == two[name]

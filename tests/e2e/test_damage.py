@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from opd_megatron.config.cli import run_cli
 from opd_megatron.config.errors import UserError
 from opd_megatron.observe.run_folder import read_metrics
+from tests.e2e.processes import ROOT
 from tests.e2e.support import base_arguments, make_model, run_training
-from tests.e2e.test_resume import ROOT
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])

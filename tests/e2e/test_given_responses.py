@@ -16,7 +16,7 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.data.column_arithmetic import sample_problems
 from opd_megatron.sample import Sample, read_samples
 from tests.e2e import rewards
-from tests.e2e.support import run_training
+from tests.e2e.support import check_resumed, run_training
 from tests.megatron.support import (
     GRADIENT_FLAGS,
     LINEAR_STEP,
@@ -90,12 +90,8 @@ def test_a_resumed_run_makes_the_same_choice(
 ) -> None:
     given |= {"num_rollout": 4, "save_interval": 2}
     straight = run_training(student, answered, tmp_path / "straight", **given)
-    changed = {**given, "ckpt_step": 2, "load": tmp_path / "straight" / "checkpoints"}
-    resumed = run_training(student, answered, tmp_path / "other", **changed)
-    assert len(resumed) == 2
-    for one, two in zip(straight[2:], resumed, strict=True):
-        for name in ("opd/student_data_frac", "train/loss", "train/grad_norm"):
-            assert one[name] == two[name]
+    names = ("opd/student_data_frac", "train/loss", "train/grad_norm")
+    check_resumed(student, answered, tmp_path, straight, names, **given)
 
 
 def test_a_recording_knows_where_its_responses_come_from(

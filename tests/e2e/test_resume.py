@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,9 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.config.parse import parse_options
 from opd_megatron.interrupt import resume_command
 from opd_megatron.observe.run_folder import read_metrics
+from tests.e2e.processes import start_run, wait_for_step
 from tests.e2e.support import base_arguments, run_training
 from tests.megatron.support import stored_tensors
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def assert_same_checkpoint(one: Path, two: Path) -> None:
@@ -95,33 +91,9 @@ def test_the_schedule_keeps_its_place_when_a_rollout_comes_to_have_other_steps(
         assert [line["train/critic_lr"] for line in lines] == pytest.approx(critic_rates), changes
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *arguments],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=ROOT,
-        )
-
-
-def wait_for_step(process: subprocess.Popen[bytes], run: Path, step: int, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended with code {process.returncode}")
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run made no progress")
-
-
 def test_sigterm_saves_and_says_how_to_go_on(student: Path, prompts: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    process = start(base_arguments(student, prompts, run, num_rollout=100_000), log)
+    process = start_run(base_arguments(student, prompts, run, num_rollout=100_000), log)
     try:
         wait_for_step(process, run, 2)
         process.send_signal(signal.SIGTERM)
@@ -138,7 +110,7 @@ def test_sigterm_saves_and_says_how_to_go_on(student: Path, prompts: Path, tmp_p
 
 def test_kill_while_saving_leaves_the_previous_checkpoint_good(student: Path, prompts: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    process = start(base_arguments(student, prompts, run, num_rollout=100_000, save_interval=1), log)
+    process = start_run(base_arguments(student, prompts, run, num_rollout=100_000, save_interval=1), log)
     try:
         wait_for_step(process, run, 3)
         deadline = time.monotonic() + 60

@@ -9,14 +9,14 @@ import pytest
 from opd_megatron.config.errors import UserError
 from opd_megatron.observe.run_folder import read_metrics
 from tests.config.inputs import run_train
+from tests.e2e.processes import start_run, wait_for_step
 from tests.e2e.support import base_arguments, run_training
-from tests.e2e.test_resume import start, wait_for_step
 
 
 def test_a_second_run_is_kept_out_and_a_killed_one_leaves_no_lock(student: Path, prompts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     resumable = {"save_interval": 2, "load": run / "checkpoints", "lr_decay_style": "constant"}
-    process = start(base_arguments(student, prompts, run, num_rollout=100_000, **resumable), tmp_path / "log")
+    process = start_run(base_arguments(student, prompts, run, num_rollout=100_000, **resumable), tmp_path / "log")
     try:
         wait_for_step(process, run, 2)
         config = (run / "config.yaml").stat()

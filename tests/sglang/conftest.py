@@ -22,6 +22,7 @@ from opd_megatron.rollout.sglang_launch import server_launches
 from opd_megatron.sample import Sample
 from opd_megatron.servers import LocalServer, local_server
 from opd_megatron.teacher.sglang import SGLangTeacher
+from tests.e2e.support import make_model, write_prompts
 from tests.sglang.speakers import Speaker, sglang_python
 
 REPOSITORY = Path(__file__).parents[2]
@@ -118,6 +119,16 @@ def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "student", seed=1)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path / "prompts.jsonl", 40, seed=3)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,12 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.rollout.engine import GenerateRequest, Generation, SamplingParams
 from opd_megatron.sample import read_samples
 from tests.docs.test_run_folder import OF_SGLANG_ENGINE
+from tests.e2e.processes import interrupt_twice, start_run, wait_for, wait_for_step
 from tests.e2e.support import base_arguments, run_training, write_prompts
 from tests.sglang.faults import SILENT
 from tests.sglang.proxy import FaultProxy
 from tests.sglang.speakers import REPOSITORY, Speaker, sglang_python
+from tests.sglang.support import wait_until
 
 pytestmark = pytest.mark.sglang
 
@@ -179,33 +180,16 @@ def test_ctrl_c_while_a_teacher_is_silent_leaves_no_request_and_no_server(
     with FaultProxy(spoken, lambda asked: SILENT if silent.is_set() else None) as proxy:
         run |= {"use_opd": True, "opd_type": "sglang", "opd_teacher_url": proxy.url}
         command = base_arguments(run.pop("student"), run.pop("prompts"), run.pop("run_dir"), **run)
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "train.py", *command], cwd=REPOSITORY, stderr=stream, stdout=stream, process_group=0
-            )
+        process = start_run(command, log)
         try:
-            wait_for(lambda: (folder / "metrics.jsonl").exists(), process)
+            wait_for_step(process, folder, 1, seconds=240.0)
             (leader,) = processes("launch.py", str(speaker.folder), "--random-seed\0005\0")
             silent.set()
-            wait_for(lambda: proxy.open_requests > 0, process)
-            os.killpg(process.pid, signal.SIGINT)
-            wait_for(lambda: "once more to stop at once" in log.read_text(), process)
-            os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(60) == 128 + signal.SIGINT
+            wait_for(lambda: proxy.open_requests > 0, process, seconds=240.0)
+            assert interrupt_twice(process, log) == 128 + signal.SIGINT
         finally:
             process.kill()
             process.wait()
         wait_until_gone(leader)
-        deadline = time.monotonic() + 30
-        while proxy.open_requests:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: proxy.open_requests == 0, 30.0)
     assert "Traceback" not in log.read_text()
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 240.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -17,20 +17,10 @@ from opd_megatron.config.errors import UserError
 from opd_megatron.sample import read_samples
 from opd_megatron.teacher.protocol import TeacherError
 from tests.docs.test_run_folder import OF_SGLANG_TEACHER
-from tests.e2e.support import make_model, run_training, write_prompts
+from tests.e2e.support import run_training
 from tests.sglang import faults
 from tests.sglang.conftest import Served
 from tests.sglang.proxy import Answer, Exchange, Fault, FaultProxy, Plan, always
-
-
-@pytest.fixture
-def student(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "student", seed=1)
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    return write_prompts(tmp_path / "prompts.jsonl", 40, seed=3)
 
 
 def opd(url: str, **more: Any) -> dict[str, Any]:

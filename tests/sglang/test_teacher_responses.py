@@ -18,7 +18,7 @@ from opd_megatron.sample import Sample, Status, read_samples
 from opd_megatron.teacher.protocol import FailureKind, TeacherError, TeacherFailure
 from opd_megatron.teacher.sglang import SGLangTeacher
 from opd_megatron.teacher.sglang_preflight import server_info
-from tests.e2e.support import make_model, run_training, write_prompts
+from tests.e2e.support import run_training
 from tests.sglang.conftest import CONTEXT, Served
 from tests.sglang.proxy import Answer, Asked, Exchange, Fault, FaultProxy
 from tests.sglang.speakers import Speaker
@@ -34,16 +34,6 @@ TAUGHT: dict[str, Any] = {
     "opd_data_source": "teacher",
     "opd_student_data_fraction": 0.5,
 }
-
-
-@pytest.fixture
-def student(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "student", seed=1)
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    return write_prompts(tmp_path / "prompts.jsonl", 40, seed=3)
 
 
 def answers(teacher: SGLangTeacher, samples: Sequence[Sample], sampling: dict[str, Any]) -> list[Any]:
